@@ -1,0 +1,746 @@
+"""The maths of fastxent: derived on top, then one unit of rows at a time, then the tasks that walk over all units.
+
+Letters (a row is one position of the axes other than the class axis; C classes, logits x)
+    m = max_c x_c        s = sum_c exp(x_c - m)        lse = m + log s        p_c = exp(x_c - m) / s
+
+Cross-entropy against target weights q_c (a row's class probabilities t, smoothed by eps, times class weights w)
+    q_c = w_c ((1 - eps) t_c + eps / C)        Q = sum_c q_c        D = sum_c q_c (x_c - m)
+    l          = -sum_c q_c log p_c = sum_c q_c (m + log s - x_c) = Q log s - D
+    dl/dx_c    = Q p_c - q_c
+    d2l/dx_c^2 = Q p_c (1 - p_c)
+A class index y is t = onehot(y). Without smoothing only q_y = w_y is left:
+    l          = w_y (log s + (m - x_y))
+    dl/dx_c    = w_y (p_c - [c = y])
+A sample weight u multiplies a row's l and gradient; ``scale`` multiplies the gradient (mean: 1 / divisor, else 1).
+
+Online softmax (Milakov, Gimelshein 2018): a row is read once, in blocks; when a block raises the maximum from m to m',
+    s' = s f        D' = D + Q (m - m')        E' = f (E + s (m - m'))        with f = exp(m - m'), E = sum_c exp(x_c - m) (x_c - m)
+Sums inside a block have the precision of the logits (float32 for half), sums of blocks and of rows are float64, and the order
+of all of them follows from the shape alone: same bits at any number of threads.
+
+One maths, two directions. 16 lanes hold either 16 neighbouring classes of one row (``task.across``: many classes, neighbours in
+memory) or one class of 16 rows (few classes, or rows that are neighbours in memory, as in (N, C, H, W)). "Vector j of a unit" is
+classes 16 j ... 16 j + 15 of its row, or class j of its 16 rows. Across, each reduction ends with one over the lanes, after which
+every lane holds the row's value; so all that comes later is the same code.
+
+A kernel trusts its Task: the caller has checked every shape, stride and target. An ignored row is never read.
+"""
+
+from collections import namedtuple
+
+from numba import njit
+
+from fastxent._simd import (
+    INLINE,
+    LANES,
+    absolute,
+    all_lanes,
+    any_lane,
+    at_least,
+    every_lane,
+    exp_up,
+    fetch_add,
+    first_lanes,
+    fma,
+    gather,
+    get,
+    iota,
+    itemsize,
+    lane,
+    load_masked,
+    log,
+    log1p,
+    max_across,
+    maximum,
+    min_across,
+    narrow,
+    put,
+    scatter,
+    splat,
+    store_masked,
+    sum_across,
+    up,
+    where,
+    widen,
+)
+from fastxent._task import FINISHED, NEXT
+
+INF = float("inf")
+BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
+NONE = 1 << 62  # past every class number
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A unit: the rows that are worked on together, where they lie, and which lanes hold something
+# ---------------------------------------------------------------------------------------------------------------------
+
+Unit = namedtuple(
+    "Unit",
+    "x g t "  # byte offsets of its first row
+    "x_lanes g_lanes t_lanes "  # byte offsets of its rows from the first, lane by lane
+    "row row_lanes "  # number of its first row; distance of its rows from it
+    "y "  # class indices
+    "rows "  # mask: lanes that are rows (across: all)
+    "kept "  # mask: rows that are not ignored
+    "start stop "  # its vectors: all, or one segment of a long row
+    "full "  # vectors j < full have 16 live lanes
+    "reads writes",  # masks of the vectors from full on
+)
+
+
+@njit(**INLINE)
+def locate(task, number):
+    """Unit ``number``: its digits in the row axes, innermost first, give its offsets."""
+    start, stop = 0, task.n_vectors
+    if task.split:
+        segment = number % task.n_segments
+        number = number // task.n_segments
+        start = segment * task.segment
+        stop = min(stop, start + task.segment)
+    axes = task.axes  # (n_axes, 5) in: extent, strides in x, g, t, rows
+    line = number // task.units_per_line
+    first = number - line * task.units_per_line
+    n = 1
+    if not task.across:
+        first *= LANES
+        n = min(LANES, get(axes, 0) - first)
+    x, g, t, row = first * get(axes, 8), first * get(axes, 16), first * get(axes, 24), first * get(axes, 32)
+    for axis in range(1, task.n_axes):
+        at = 40 * axis
+        extent = get(axes, at)
+        digit = line % extent
+        line = line // extent
+        x += digit * get(axes, at + 8)
+        g += digit * get(axes, at + 16)
+        t += digit * get(axes, at + 24)
+        row += digit * get(axes, at + 32)
+
+    lanes = iota()
+    row_lanes = lanes * get(axes, 32)
+    rows = all_lanes() if task.across else first_lanes(n)
+    kept, y = rows, lanes
+    if task.labelled:
+        y = row_values(task, task.y, row, row_lanes, rows)
+        kept = rows & (y != task.ignore)
+    if task.across:
+        full = task.n_classes // LANES
+        reads = writes = first_lanes(task.n_classes - full * LANES)
+    else:
+        full = task.n_vectors if every_lane(kept) else 0
+        reads, writes = kept, rows
+    return Unit(
+        x, g, t, lanes * get(axes, 8), lanes * get(axes, 16), lanes * get(axes, 24),
+        row, row_lanes, y, rows, kept, start, stop, full, reads, writes,
+    )  # fmt: skip
+
+
+@njit(**INLINE)
+def row_values(task, p, row, row_lanes, mask):
+    """The values of some rows of an array (rows,), lane by lane."""
+    if task.across:
+        return splat(p, get(p, row * itemsize(p)))
+    return gather(p + row * itemsize(p), row_lanes * itemsize(p), mask)
+
+
+@njit(**INLINE)
+def put_rows(task, p, unit, values):
+    """Write the values of the unit's rows to an array (rows,)."""
+    if task.across:
+        put(p, unit.row * itemsize(p), lane(values, 0))
+    else:
+        scatter(p + unit.row * itemsize(p), unit.row_lanes * itemsize(p), values, unit.rows)
+
+
+@njit(**INLINE)
+def sum_rows(task, values):
+    """The sum over the unit's rows, as a number."""
+    return lane(values, 0) if task.across else lane(sum_across(values), 0)
+
+
+@njit(**INLINE)
+def read(task, p, lanes, mask):
+    """The vector at ``p``: neighbours, or ``lanes`` bytes apart; 0 where not ``mask``."""
+    if task.neighbours:
+        return load_masked(p, mask)
+    return gather(p, lanes, mask)
+
+
+@njit(**INLINE)
+def write(task, p, lanes, values, mask):
+    """The other way round."""
+    if task.neighbours:
+        store_masked(p, values, mask)
+    else:
+        scatter(p, lanes, values, mask)
+
+
+@njit(**INLINE)
+def logits(task, unit, j, mask):
+    """x, vector j."""
+    return read(task, task.x + (unit.x + j * task.x_step), unit.x_lanes, mask)
+
+
+@njit(**INLINE)
+def write_out(task, unit, j, values, mask):
+    """g, vector j."""
+    write(task, task.g + (unit.g + j * task.g_step), unit.g_lanes, values, mask)
+
+
+@njit(**INLINE)
+def target_weights(task, unit, j, mask):
+    """q, vector j: w ((1 - eps) t + eps / C). What a class index adds at y is not in it: see ``Label``."""
+    if task.soft:
+        t = read(task, task.t + (unit.t + j * task.t_step), unit.t_lanes, mask)
+        q = fma(t, task.keep, splat(t, task.spread))
+    else:
+        q = splat(task.x, task.spread)
+    if task.weighted != 0:
+        if task.across:
+            q = q * narrow(q, load_masked(task.w + 8 * LANES * j, mask))
+        else:
+            q = q * get(task.w, 8 * j)
+    return where(mask, q, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# First trip: the statistics of a unit
+# ---------------------------------------------------------------------------------------------------------------------
+
+# m in the logits' precision; the sums s, Q, D, E in float64, of which s and E carry exp_up's factor 2**UP.
+State = namedtuple("State", "m s q_sum q_dot e_dot")
+
+
+@njit(**INLINE)
+def finite(m):
+    """What to subtract for a maximum m: 0 if all is -inf so far, for -inf - -inf is nan."""
+    return where(m == -INF, splat(m, 0.0), m)
+
+
+@njit(**INLINE)
+def sum_classes(task, x):
+    """The sum over a vector's classes: over the lanes, if they are classes."""
+    return widen(sum_across(x)) if task.across else widen(x)
+
+
+@njit(**INLINE)
+def block_max(task, unit, start, stop):
+    m = splat(task.x, -INF)
+    for j in range(start, min(stop, unit.full)):
+        m = maximum(m, logits(task, unit, j, all_lanes()))
+    for j in range(max(start, unit.full), stop):
+        m = maximum(m, where(unit.reads, logits(task, unit, j, unit.reads), -INF))
+    return max_across(m) if task.across else m
+
+
+@njit(**INLINE)
+def add_vector(task, unit, j, mask, shift, sums):
+    """The sums s, Q, D, E with vector j added."""
+    s, q_sum, q_dot, e_dot = sums
+    d = logits(task, unit, j, mask) - shift
+    e = where(mask, exp_up(d), 0.0)
+    s = s + e
+    if task.dense:
+        q = target_weights(task, unit, j, mask)
+        q_sum = q_sum + q
+        q_dot = q_dot + where(mask, q * d, 0.0)
+    if task.entropic:
+        e_dot = e_dot + where(e == 0.0, e, e * d)
+    return s, q_sum, q_dot, e_dot
+
+
+@njit(**INLINE)
+def block_state(task, unit, start, stop):
+    """The statistics of vectors start ... stop - 1: twice through a block that the first-level cache holds."""
+    m = block_max(task, unit, start, stop)
+    shift = finite(m)
+    zero = splat(task.x, 0.0)
+    sums = (zero, zero, zero, zero)
+    for j in range(start, min(stop, unit.full)):
+        sums = add_vector(task, unit, j, all_lanes(), shift, sums)
+    for j in range(max(start, unit.full), stop):
+        sums = add_vector(task, unit, j, unit.reads, shift, sums)
+    s, q_sum, q_dot, e_dot = sums
+    return State(m, sum_classes(task, s), sum_classes(task, q_sum), sum_classes(task, q_dot), sum_classes(task, e_dot))
+
+
+@njit(**INLINE)
+def merge(a, b):
+    """The statistics of two parts of a row, from those of each."""
+    m = maximum(a.m, b.m)
+    shift = widen(finite(m))
+    f_a = exp_up(widen(a.m) - shift) / up(shift)
+    f_b = exp_up(widen(b.m) - shift) / up(shift)
+    down_a = widen(finite(a.m)) - shift
+    down_b = widen(finite(b.m)) - shift
+    return State(
+        m,
+        f_a * a.s + f_b * b.s,
+        a.q_sum + b.q_sum,
+        (a.q_dot + a.q_sum * down_a) + (b.q_dot + b.q_sum * down_b),
+        f_a * (a.e_dot + a.s * down_a) + f_b * (b.e_dot + b.s * down_b),
+    )
+
+
+@njit(**INLINE)
+def span_state(task, unit):
+    """The statistics of the unit's vectors, in one trip through memory."""
+    state = block_state(task, unit, unit.start, min(unit.stop, unit.start + BLOCK))
+    for at in range(unit.start + BLOCK, unit.stop, BLOCK):
+        state = merge(state, block_state(task, unit, at, min(unit.stop, at + BLOCK)))
+    return state
+
+
+# A row of many classes, and few of them: its segments are shared out over the threads. First task: ``save_segment`` for
+# each segment; second task: ``row_state`` puts them together, in order, wherever the row's statistics are needed.
+
+
+@njit(**INLINE)
+def save_segment(task, number):
+    """First task of a split row; returns the three sums that every unit returns, all 0."""
+    unit = locate(task, number)
+    if any_lane(unit.kept):
+        state = span_state(task, unit)
+        at = task.segments + 48 * number  # (segments, 6) out: m, s, Q, D, E, x_y
+        put(at, 0, lane(widen(state.m), 0))
+        put(at, 8, lane(state.s, 0))
+        put(at, 16, lane(state.q_sum, 0))
+        put(at, 24, lane(state.q_dot, 0))
+        put(at, 32, lane(state.e_dot, 0))
+        if task.labelled:
+            put(at, 40, lane(widen(label(task, unit).x_y), 0))
+    return 0.0, 0.0, 0.0
+
+
+@njit(**INLINE)
+def load_segment(task, at):
+    f64 = task.segments
+    m = narrow(task.x, splat(f64, get(at, 0)))
+    return State(m, splat(f64, get(at, 8)), splat(f64, get(at, 16)), splat(f64, get(at, 24)), splat(f64, get(at, 32)))
+
+
+@njit(**INLINE)
+def row_state(task, unit, number):
+    """The statistics of whole rows."""
+    if not task.split:
+        return span_state(task, unit)
+    at = task.segments + 48 * (number - number % task.n_segments)
+    state = load_segment(task, at)
+    for segment in range(1, task.n_segments):
+        state = merge(state, load_segment(task, at + 48 * segment))
+    return state
+
+
+@njit(**INLINE)
+def log_s(state):
+    return log(state.s / up(state.m))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Class indices, loss, gradient
+# ---------------------------------------------------------------------------------------------------------------------
+
+Label = namedtuple("Label", "x_y w_y")  # logit (in the logits' precision) and class weight (float64) of class y
+
+
+@njit(**INLINE)
+def label(task, unit):
+    """What the class indices point at; taken before anything is written, for g may be x."""
+    w_y = splat(task.w, 1.0)
+    if not task.labelled:
+        return Label(splat(task.x, 0.0), w_y)
+    if task.across:
+        y = lane(unit.y, 0)
+        x_y = splat(task.x, get(task.x + unit.x, y * itemsize(task.x)))
+        if task.weighted != 0:
+            w_y = splat(w_y, get(task.w, 8 * y))
+    else:
+        x_y = gather(task.x + unit.x, unit.x_lanes + unit.y * task.x_step, unit.kept)
+        if task.weighted != 0:
+            w_y = gather(task.w, unit.y * 8, unit.kept)
+    return Label(x_y, w_y)
+
+
+@njit(**INLINE)
+def row_label(task, unit, number):
+    """The label of whole rows: of a split row another thread may already have overwritten x_y, so it was saved."""
+    if task.split:
+        at = task.segments + 48 * (number - number % task.n_segments)
+        return Label(narrow(task.x, splat(task.w, get(at, 40))), label(task, unit).w_y)
+    return label(task, unit)
+
+
+@njit(**INLINE)
+def sample_weights(task, unit):
+    if task.sampled != 0:
+        return row_values(task, task.u, unit.row, unit.row_lanes, unit.kept)
+    return splat(task.w, 1.0)
+
+
+@njit(**INLINE)
+def row_loss(task, unit, state, y):
+    """l of every row, float64; 0 for an ignored one."""
+    if task.dense:
+        q_sum, q_dot = state.q_sum, state.q_dot
+        if task.labelled:
+            q_sum = q_sum + y.w_y * task.keep
+            q_dot = q_dot + (y.w_y * task.keep) * (widen(y.x_y) - widen(state.m))
+        loss = q_sum * log_s(state) - q_dot
+    else:
+        loss = y.w_y * (log_s(state) + (widen(state.m) - widen(y.x_y)))
+    return where(unit.kept, loss * sample_weights(task, unit), 0.0)
+
+
+@njit(**INLINE)
+def deliver_loss(task, unit, loss):
+    """Store the rows' losses if they are wanted; return their sum, as the first of a unit's three sums."""
+    if task.store_loss != 0:
+        put_rows(task, task.loss, unit, narrow(task.loss, loss))
+    return sum_rows(task, loss), 0.0, 0.0
+
+
+# g_c = a e_c - b q_c and, at y, g_y = b (Q p_y - q_y) computed from registers in float64: p_y - 1 cancels, and must not be
+# made from rounded parts. e = exp(x - m), a = b Q / s, b = scale u. h_c = a e_c (1 - p_c), p_c = e_c / s.
+Factors = namedtuple("Factors", "shift a b inverse_s g_y")
+
+
+@njit(**INLINE)
+def factors(task, unit, state, y):
+    b = where(unit.kept, sample_weights(task, unit) * task.scale, 0.0)
+    q_sum, q_y = state.q_sum, splat(b, 0.0)
+    if task.labelled:
+        q_y = y.w_y
+        if task.dense:
+            q_sum = q_sum + y.w_y * task.keep
+            q_y = y.w_y * (task.keep + task.spread)
+        else:
+            q_sum = y.w_y
+    shift = finite(state.m)
+    inverse_s = splat(b, 1.0) / state.s
+    a = where(unit.kept, b * q_sum * inverse_s, 0.0)
+    g_y = q_y
+    if task.labelled:
+        p_y = widen(exp_up(y.x_y - shift)) / state.s
+        g_y = b * (q_sum * p_y - q_y)
+    x = task.x
+    return Factors(shift, narrow(x, a), narrow(x, b), narrow(x, inverse_s), narrow(x, g_y))
+
+
+@njit(**INLINE)
+def put_label(task, unit, values):
+    """g_y, over what the sweep wrote there."""
+    if task.across:
+        y = lane(unit.y, 0)
+        if not task.split or unit.start * LANES <= y < unit.stop * LANES:
+            put(task.g + unit.g, y * itemsize(task.g), lane(values, 0))
+    else:
+        scatter(task.g + unit.g, unit.g_lanes + unit.y * task.g_step, values, unit.kept)
+
+
+@njit(**INLINE)
+def gradient_vector(task, unit, j, mask, f):
+    g = exp_up(logits(task, unit, j, mask) - f.shift) * f.a
+    if task.dense:
+        g = g - target_weights(task, unit, j, mask) * f.b
+    return g
+
+
+@njit(**INLINE)
+def write_gradient(task, unit, f):
+    """Second trip: g."""
+    for j in range(unit.start, min(unit.stop, unit.full)):
+        write_out(task, unit, j, gradient_vector(task, unit, j, all_lanes(), f), all_lanes())
+    for j in range(max(unit.start, unit.full), unit.stop):
+        write_out(task, unit, j, gradient_vector(task, unit, j, unit.reads, f), unit.writes)
+    if task.labelled:
+        put_label(task, unit, f.g_y)
+
+
+@njit(**INLINE)
+def write_zeros(task, unit):
+    """g of rows that are all ignored."""
+    zero = splat(task.x, 0.0)
+    for j in range(unit.start, unit.stop):
+        mask = all_lanes() if task.across and j < unit.full else unit.writes
+        write_out(task, unit, j, zero, mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What each task does with unit ``number``; returns three numbers to be summed over all units
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@njit(**INLINE)
+def check_targets(task, number):
+    """16 rows' class indices -> sum of their weights (the divisor of the mean), rows kept, rows out of range."""
+    row = number * LANES
+    rows = first_lanes(task.n_rows - row)
+    y = load_masked(task.y + 8 * row, rows)
+    kept = rows & (y != task.ignore)
+    good = kept & (y >= 0) & (y < task.n_classes)
+    one, zero = splat(task.w, 1.0), splat(task.w, 0.0)
+    weight = one
+    if task.weighted != 0:
+        weight = gather(task.w, y * 8, good)
+    if task.sampled != 0:
+        weight = weight * load_masked(task.u + 8 * row, rows)
+    return (
+        lane(sum_across(where(good, weight, 0.0)), 0),
+        lane(sum_across(where(kept, one, zero)), 0),
+        lane(sum_across(where(kept, one, zero) - where(good, one, zero)), 0),
+    )
+
+
+@njit(**INLINE)
+def value(task, number):
+    """Loss."""
+    unit = locate(task, number)
+    if task.split and unit.start > 0:
+        return 0.0, 0.0, 0.0
+    if not any_lane(unit.kept):
+        return deliver_loss(task, unit, splat(task.w, 0.0))
+    y = row_label(task, unit, number)
+    return deliver_loss(task, unit, row_loss(task, unit, row_state(task, unit, number), y))
+
+
+@njit(**INLINE)
+def value_and_grad(task, number):
+    """Loss and gradient."""
+    unit = locate(task, number)
+    loss = splat(task.w, 0.0)
+    if any_lane(unit.kept):
+        y = row_label(task, unit, number)
+        state = row_state(task, unit, number)
+        loss = row_loss(task, unit, state, y)
+        write_gradient(task, unit, factors(task, unit, state, y))
+    else:
+        write_zeros(task, unit)
+    if task.split and unit.start > 0:
+        return 0.0, 0.0, 0.0
+    return deliver_loss(task, unit, loss)
+
+
+@njit(**INLINE)
+def hessian_vector(task, unit, j, mask, f):
+    e = exp_up(logits(task, unit, j, mask) - f.shift)
+    return e * f.a * (splat(e, 1.0) - e * f.inverse_s)
+
+
+@njit(**INLINE)
+def grad_hess(task, number):
+    """Gradient and Hessian diagonal, which has the strides of the gradient."""
+    unit = locate(task, number)
+    zero = splat(task.x, 0.0)
+    if not any_lane(unit.kept):
+        write_zeros(task, unit)
+        for j in range(unit.start, unit.stop):
+            mask = all_lanes() if task.across and j < unit.full else unit.writes
+            write(task, task.h + (unit.g + j * task.g_step), unit.g_lanes, zero, mask)
+        return 0.0, 0.0, 0.0
+    f = factors(task, unit, span_state(task, unit), label(task, unit))
+    for j in range(unit.start, unit.stop):
+        whole = j < unit.full
+        reads = all_lanes() if whole else unit.reads
+        writes = all_lanes() if whole else unit.writes
+        h = hessian_vector(task, unit, j, reads, f)
+        write(task, task.h + (unit.g + j * task.g_step), unit.g_lanes, h, writes)
+    write_gradient(task, unit, f)
+    return 0.0, 0.0, 0.0
+
+
+@njit(**INLINE)
+def class_numbers(task, j):
+    """The classes in vector j."""
+    if task.across:
+        return iota() + j * LANES
+    return splat(task.y, j)
+
+
+@njit(**INLINE)
+def stats(task, number):
+    """Loss, log-sum-exp, entropy, and how the target class stands among the others.
+
+    lse = m + log s;  entropy = -sum_c p_c log p_c = log s - E / s;  target_prob = exp(x_y - m) / s;  prediction = first class
+    with x_c = m (the first nan, if there is one, as argmax has it);  target_rank = classes that come before y when classes are
+    sorted by falling logit, equal ones by number.
+    """
+    unit = locate(task, number)
+    zero, nothing = splat(task.w, 0.0), splat(task.y, -1)
+    if not any_lane(unit.kept):
+        for p in (task.lse, task.entropy, task.target_prob):
+            put_rows(task, p, unit, narrow(p, zero))
+        put_rows(task, task.prediction, unit, nothing)
+        put_rows(task, task.target_rank, unit, nothing)
+        return deliver_loss(task, unit, zero)
+    state = span_state(task, unit)
+    y = row_values(task, task.y, unit.row, unit.row_lanes, unit.kept)
+    if task.across:
+        x_y = splat(task.x, get(task.x + unit.x, lane(y, 0) * itemsize(task.x)))
+    else:
+        x_y = gather(task.x + unit.x, unit.x_lanes + y * task.x_step, unit.kept)
+
+    none, one, no = splat(y, NONE), splat(y, 1), splat(y, 0)
+    first_max, first_nan, rank = none, none, no
+    for j in range(unit.start, unit.stop):
+        mask = all_lanes() if j < unit.full else unit.reads
+        x = logits(task, unit, j, mask)
+        c = class_numbers(task, j)
+        is_nan = mask & (x != x)
+        first_max = where(mask & (x == state.m) & (c < first_max), c, first_max)
+        first_nan = where(is_nan & (c < first_nan), c, first_nan)
+        ahead = (x > x_y) | ((x == x_y) & (c < y)) | (is_nan & ((x_y == x_y) | (c < y)))
+        rank = rank + where(mask & ahead, one, no)
+    if task.across:
+        first_max, first_nan, rank = min_across(first_max), min_across(first_nan), sum_across(rank)
+    prediction = where(first_nan < none, first_nan, first_max)
+
+    kept = unit.kept
+    log_sum = log_s(state)
+    p_y = widen(exp_up(x_y - finite(state.m))) / state.s
+    put_rows(task, task.lse, unit, narrow(task.lse, where(kept, widen(state.m) + log_sum, 0.0)))
+    put_rows(task, task.entropy, unit, narrow(task.lse, where(kept, log_sum - state.e_dot / state.s, 0.0)))
+    put_rows(task, task.target_prob, unit, narrow(task.lse, where(kept, p_y, 0.0)))
+    put_rows(task, task.prediction, unit, where(kept, prediction, nothing))
+    put_rows(task, task.target_rank, unit, where(kept, rank, nothing))
+    return deliver_loss(task, unit, row_loss(task, unit, state, label(task, unit)))
+
+
+@njit(**INLINE)
+def softmax(task, number):
+    """p_c = exp(x_c - m) / s."""
+    unit = locate(task, number)
+    state = row_state(task, unit, number)
+    shift, inverse_s = finite(state.m), narrow(task.x, splat(task.w, 1.0) / state.s)
+    for j in range(unit.start, unit.stop):
+        mask = all_lanes() if j < unit.full else unit.writes
+        write_out(task, unit, j, exp_up(logits(task, unit, j, mask) - shift) * inverse_s, mask)
+    return 0.0, 0.0, 0.0
+
+
+@njit(**INLINE)
+def log_softmax(task, number):
+    """log p_c = x_c - lse, rounded once: the difference is taken in float64."""
+    unit = locate(task, number)
+    state = row_state(task, unit, number)
+    lse = widen(state.m) + log_s(state)
+    for j in range(unit.start, unit.stop):
+        mask = all_lanes() if j < unit.full else unit.writes
+        write_out(task, unit, j, narrow(task.x, widen(logits(task, unit, j, mask)) - lse), mask)
+    return 0.0, 0.0, 0.0
+
+
+@njit(**INLINE)
+def logsumexp(task, number):
+    """lse = m + log s."""
+    unit = locate(task, number)
+    state = row_state(task, unit, number)
+    if not task.split or unit.start == 0:
+        put_rows(task, task.lse, unit, narrow(task.lse, widen(state.m) + log_s(state)))
+    return 0.0, 0.0, 0.0
+
+
+@njit(**INLINE)
+def binary(task, number):
+    """Cross-entropy of two classes from the logit x of one, t its probability, P its extra weight, w the element's weight.
+
+    softplus(x) = log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)),  sigmoid(x) = exp(x - softplus(x))
+    l     = w ((1 - t) softplus(x) + P t softplus(-x))
+    dl/dx = w ((1 - t) sigmoid(x) - P t sigmoid(-x))
+    """
+    first = number * LANES
+    mask = first_lanes(task.n_rows - first)
+    x = load_masked(task.x + first * itemsize(task.x), mask)
+    t = widen(load_masked(task.t + first * itemsize(task.t), mask))
+    weight, positive = splat(t, 1.0), t
+    if task.weighted != 0:
+        weight = load_masked(task.w + 8 * first, mask)
+    if task.sampled != 0:
+        positive = t * load_masked(task.u + 8 * first, mask)
+    negative = splat(t, 1.0) - t
+    zero = splat(x, 0.0)
+    e = widen(exp_up(zero - absolute(x))) / up(x)
+    log1p_e, smaller = log1p(e), e / (e + 1.0)
+    larger = splat(t, 1.0) / (e + 1.0)
+    x = widen(x)
+    loss = weight * (negative * (log1p_e + at_least(x, 0.0)) + positive * (log1p_e + at_least(x * -1.0, 0.0)))
+    loss = where(mask, loss, 0.0)
+    if task.store_loss != 0:
+        store_masked(task.loss + first * itemsize(task.loss), narrow(task.loss, loss), mask)
+    if task.differentiate:
+        up_hill, down_hill = where(x > 0.0, larger, smaller), where(x > 0.0, smaller, larger)
+        g = weight * task.scale * (negative * up_hill - positive * down_hill)
+        store_masked(task.g + first * itemsize(task.g), narrow(task.g, g), mask)
+    return lane(sum_across(loss), 0), 0.0, 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks: what a thread runs. Every thread of a team runs the same task on the same argument block.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@njit(**INLINE)
+def walk(task, visit):
+    """Take chunks of units until none is left; sum a chunk's numbers in order; the last to finish sums the chunks', in order."""
+    n_chunks = task.n_chunks
+    partial = task.partial  # (n_chunks, 3) out
+    chunk = fetch_add(task, NEXT)
+    while chunk < n_chunks:
+        a, b, c = 0.0, 0.0, 0.0
+        for number in range(chunk * task.chunk, min(task.n_units, (chunk + 1) * task.chunk)):
+            da, db, dc = visit(task, number)
+            a += da
+            b += db
+            c += dc
+        at = 24 * chunk
+        put(partial, at, a)
+        put(partial, at + 8, b)
+        put(partial, at + 16, c)
+        if fetch_add(task, FINISHED) == n_chunks - 1:
+            a, b, c = 0.0, 0.0, 0.0
+            for k in range(n_chunks):
+                a += get(partial, 24 * k)
+                b += get(partial, 24 * k + 8)
+                c += get(partial, 24 * k + 16)
+            total = task.total  # (3,) out
+            put(total, 0, a)
+            put(total, 8, b)
+            put(total, 16, c)
+        chunk = fetch_add(task, NEXT)
+
+
+def check_targets_task(task):
+    walk(task, check_targets)
+
+
+def save_segment_task(task):
+    walk(task, save_segment)
+
+
+def value_task(task):
+    walk(task, value)
+
+
+def value_and_grad_task(task):
+    walk(task, value_and_grad)
+
+
+def grad_hess_task(task):
+    walk(task, grad_hess)
+
+
+def stats_task(task):
+    walk(task, stats)
+
+
+def softmax_task(task):
+    walk(task, softmax)
+
+
+def log_softmax_task(task):
+    walk(task, log_softmax)
+
+
+def logsumexp_task(task):
+    walk(task, logsumexp)
+
+
+def binary_task(task):
+    walk(task, binary)

@@ -1,0 +1,269 @@
+"""Runs a task on the host's OpenMP pool, on a thread pool, or serially.
+
+One compiled function per task takes one argument block and works until the block's counter says that nothing is left. So the three ways
+to run it differ in who calls it: ``GOMP_parallel`` calls it in every thread of the team that PyTorch uses too; an executor's
+threads call it where there is no libgomp; or the caller alone calls it, and no parallel runtime is entered at all: small work,
+one thread, and any forked child (libgomp hangs after fork).
+
+``prange`` is not used: it resets ``torch.get_num_threads()``, freezes multiprocessing's start method, aborts when two threads
+call it and kills forked children (DESIGN.md, section 5).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from fastxent import _task
+from fastxent._plan import Plan, Variant
+
+# Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
+WORTH_A_THREAD = 16384
+
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class Kernel(NamedTuple):
+    """A compiled task: callable from here, and its address for others to call."""
+
+    call: Callable[[object], None]
+    address: int
+
+
+class _State:
+    setting: int | None = None  # set_num_threads
+    in_flight = 0
+    forked = False
+    pool: ThreadPoolExecutor | None = None
+
+
+_lock = threading.Lock()
+_kernels: dict[tuple[str, Variant], Kernel] = {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(
+    name: str, plan: Plan, n_threads: int | None = None, *,
+    x: int = 0, g: int = 0, h: int = 0, t: int = 0, y: int = 0, w: int = 0, u: int = 0,
+    loss: int = 0, lse: int = 0, entropy: int = 0, target_prob: int = 0, prediction: int = 0, target_rank: int = 0,
+    ignore: int = 0, keep: float = 1.0, spread: float = 0.0, scale: float = 1.0,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Run task ``name`` over ``plan``; addresses as in ``_task.CALLED``. Returns the sums over all units."""
+    header, axes = _task.BLOCK.size, 8 * len(plan.axes)
+    segments = 48 * plan.n_units if plan.variant.split else 0
+    block = ctypes.create_string_buffer(header + axes + segments + 24 * (plan.n_chunks + 1))
+    at = ctypes.addressof(block)
+    at_axes = at + header
+    at_segments = at_axes + axes
+    at_total = at_segments + segments
+    if axes:
+        ctypes.memmove(at_axes, (ctypes.c_int64 * len(plan.axes))(*plan.axes), axes)
+    values = (
+        *plan.planned, at_axes, at_total + 24, at_segments, at_total, x, g, h, t, y, w, u,
+        loss, lse, entropy, target_prob, prediction, target_rank,
+        w != 0, u != 0, loss != 0, ignore, keep, spread, scale,
+    )  # fmt: skip
+    for task in ("save_segment", name) if plan.variant.split else (name,):
+        _task.BLOCK.pack_into(block, 0, 0, 0, *values)
+        _launch(kernel(task, plan.variant), block, plan, n_threads)
+    return _task.TOTAL.unpack_from(block, at_total - at)  # type: ignore[return-value]
+
+
+def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_threads: int | None) -> None:
+    useful = min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD)
+    if useful == 1 or _State.forked:
+        task.call(block)
+        return
+    # Calls in flight at once share the cores. += is no atomic operation, hence the lock.
+    with _lock:
+        _State.in_flight += 1
+        shared_by = _State.in_flight
+    try:
+        team = min(useful, max(1, (n_threads or get_num_threads()) // shared_by))
+        openmp = _openmp()
+        if team == 1:
+            task.call(block)
+        elif openmp is not None:
+            openmp.GOMP_parallel(task.address, block, team, 0)
+        else:
+            others = [_pool().submit(task.call, block) for _ in range(team - 1)]
+            task.call(block)
+            for other in others:
+                other.result()
+    finally:
+        with _lock:
+            _State.in_flight -= 1
+
+
+def _pool() -> ThreadPoolExecutor:
+    with _lock:
+        if _State.pool is None:
+            _State.pool = ThreadPoolExecutor(max_workers=available_cpus(), thread_name_prefix="fastxent")
+        return _State.pool
+
+
+def _after_fork() -> None:
+    global _lock
+    _State.forked, _State.pool, _State.in_flight = True, None, 0
+    _lock = threading.Lock()  # whoever held it does not exist here
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Threads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _openmp() -> ctypes.CDLL | None:
+    """The process's libgomp: PyTorch's, once that is loaded, so that both share one pool; else the system's; else None."""
+    return _find_openmp("torch" in sys.modules)
+
+
+@lru_cache(maxsize=2)
+def _find_openmp(with_torch: bool) -> ctypes.CDLL | None:
+    candidates: list[str | None] = ["libgomp.so.1"]
+    if with_torch:
+        candidates.insert(0, None)  # what the process has loaded for all to see, as PyTorch does with its libgomp
+    for name in candidates:
+        try:
+            library = ctypes.CDLL(name)
+            library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            library.GOMP_parallel.restype = None
+            library.omp_get_max_threads.restype = ctypes.c_int
+        except (OSError, AttributeError):
+            continue
+        return library
+    return None
+
+
+class _DlInfo(ctypes.Structure):
+    _fields_ = (
+        ("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("symbol", ctypes.c_char_p), ("address", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+def openmp_path() -> str:
+    """The file of the libgomp in use."""
+    info = _DlInfo()
+    function = ctypes.cast(_openmp().GOMP_parallel, ctypes.c_void_p)  # type: ignore[union-attr]
+    found = ctypes.CDLL(None).dladdr(function, ctypes.byref(info))
+    return os.fsdecode(info.file) if found and info.file else "unknown"
+
+
+@lru_cache(maxsize=1)
+def available_cpus() -> int:
+    """Cores that this process may use: affinity mask and cgroup quota respected."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cpus = min(cpus, max(1, -(-int(quota) // int(period))))
+    except (OSError, ValueError):
+        pass  # no cgroup v2: no quota to respect
+    return cpus
+
+
+def get_num_threads() -> int:
+    """Number of threads that a call uses unless it says otherwise.
+
+    What `set_num_threads` set; else the limit of the OpenMP runtime that PyTorch uses too (``OMP_NUM_THREADS``,
+    ``torch.set_num_threads``, threadpoolctl), but not more than the cores that the process may use.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Examples
+    --------
+    >>> import fastxent as fx
+    >>> fx.get_num_threads() >= 1
+    True
+    """
+    if _State.setting is not None:
+        return _State.setting
+    openmp = _openmp()
+    if openmp is not None:
+        limit = int(openmp.omp_get_max_threads())
+        return limit if "OMP_NUM_THREADS" in os.environ else min(limit, available_cpus())
+    try:
+        return max(1, int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
+    except (KeyError, ValueError):
+        return available_cpus()
+
+
+def set_num_threads(n: int | None) -> None:
+    """Set the number of threads of later calls; None undoes it.
+
+    Parameters
+    ----------
+    n : int or None
+        At least 1. The result of a call has the same bits whatever the number.
+
+    Raises
+    ------
+    ValueError
+        If ``n`` is less than 1.
+    TypeError
+        If ``n`` is not an integer.
+
+    Examples
+    --------
+    >>> import fastxent as fx
+    >>> fx.set_num_threads(2)
+    >>> fx.get_num_threads()
+    2
+    >>> fx.set_num_threads(None)
+    """
+    _State.setting = None if n is None else check_threads(n, "n")
+
+
+def check_threads(n: object, name: str) -> int:
+    """``n`` as a number of threads, or an error that names it."""
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
+        raise TypeError(f"{name} must be an integer or None, got {type(n).__name__}")
+    count = int(n.__index__())
+    if count < 1:
+        raise ValueError(f"{name} = {count} is less than 1")
+    return count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kernel(name: str, variant: Variant) -> Kernel:
+    """The compiled task ``name`` for ``variant``: from memory, from the disk cache, or compiled now."""
+    try:
+        return _kernels[name, variant]
+    except KeyError:
+        pass
+    from fastxent import _compile  # imports Numba: half a second, and only for those who compute
+
+    with _compile.lock:
+        if (name, variant) not in _kernels:
+            address, keep = _compile.compile_task(name, variant)
+            call = _FUNCTION(address)
+            call.owner = keep  # type: ignore[attr-defined]  # the machine code lives as long as the function
+            _kernels[name, variant] = Kernel(call, address)
+    return _kernels[name, variant]
+
+
+def compiled() -> Iterable[tuple[str, Variant]]:
+    """What has been compiled or loaded in this process."""
+    return tuple(_kernels)

@@ -1,0 +1,149 @@
+"""Shapes, strides and options -> how a kernel walks over them. Pure data: no array is touched, no kernel is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+LANES = 16
+ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
+
+# A row of this many classes or fewer is worked on with its 15 neighbours, a class a vector; a longer one by itself.
+FEW_CLASSES = 48
+# Elements handed to a thread at a time: long enough to hide the counter, short enough to share out evenly.
+CHUNK = 16384
+# Fewer rows than this, and each longer than two segments: the row is split, or threads would have nothing to do.
+FEW_ROWS, SEGMENT = 64, 1024
+MOST_SEGMENTS = 64
+
+
+class Variant(NamedTuple):
+    """What a kernel is compiled for. Storage is "f16", "bf16", "f32" or "f64"."""
+
+    logits: str
+    target: str | None = None  # storage of class probabilities; None: class indices, or no target
+    labelled: bool = False  # class indices
+    smooth: bool = False  # label smoothing, with class indices
+    across: bool = False  # lanes are classes of one row; else rows
+    neighbours: bool = False  # what the lanes hold lies side by side in memory
+    split: bool = False  # a unit is a segment of a row
+    differentiate: bool = False  # the binary task: with gradient
+
+    @property
+    def acc(self) -> str:
+        """Precision of the arithmetic and of the losses."""
+        return "f64" if "f64" in (self.logits, self.target) else "f32"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the rows are walked over; ``planned`` are the values of ``_task.PLANNED``, ``axes`` the row axes' table."""
+
+    variant: Variant
+    planned: tuple[int, ...]
+    axes: tuple[int, ...]
+    n_units: int
+    n_chunks: int
+    elements: int
+
+
+class Axis(NamedTuple):
+    """One axis of the rows: extent, and bytes from one to the next in logits, gradient, probabilities; rows by number."""
+
+    extent: int
+    x: int
+    g: int
+    t: int
+    row: int
+
+
+def row_axes(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int) -> list[Axis]:
+    """The axes but the class axis, innermost first, neighbours merged where all operands allow it."""
+    axes: list[Axis] = []
+    row = 1
+    for i in reversed([i for i in range(len(shape)) if i != axis]):
+        outer = Axis(shape[i], *(s[i] for s in strides), row)
+        row *= shape[i]
+        if outer.extent == 1:
+            continue
+        if axes and all(o == i * axes[-1].extent for o, i in zip(outer[1:], axes[-1][1:], strict=True)):
+            axes[-1] = axes[-1]._replace(extent=axes[-1].extent * outer.extent)
+        else:
+            axes.append(outer)
+    return axes or [Axis(1, 0, 0, 0, 1)]
+
+
+@lru_cache(maxsize=4096)
+def make_plan(
+    shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    axis: int,
+    logits: str,
+    target: str | None = None,
+    labelled: bool = False,
+    smooth: bool = False,
+    may_split: bool = True,
+) -> Plan:
+    """Plan a walk over ``shape`` with the class axis ``axis``; ``strides`` of logits, gradient and probabilities.
+
+    The choice depends on shapes, strides and dtypes only, never on threads: that is why their number changes no bit.
+    """
+    sizes = (ITEMSIZE[logits], ITEMSIZE[logits], ITEMSIZE[target or logits])
+    n_classes = shape[axis]
+    axes = row_axes(shape, strides, axis)
+    steps = tuple(s[axis] for s in strides)
+    n_rows = 1
+    for a in axes:
+        n_rows *= a.extent
+
+    across = n_classes > FEW_CLASSES and steps == sizes
+    split = False
+    segment = n_segments = 1
+    if across:
+        neighbours = True
+        n_vectors = -(-n_classes // LANES)
+        steps = tuple(LANES * size for size in sizes)
+        units_per_line = axes[0].extent
+        split = may_split and n_rows < FEW_ROWS and n_vectors >= 2 * SEGMENT
+        if split:
+            segment = max(SEGMENT, -(-n_vectors // MOST_SEGMENTS))
+            n_segments = -(-n_vectors // segment)
+        n_units = n_rows * n_segments
+        per_unit = n_classes // n_segments
+    else:
+        # Lanes go along the axis whose rows lie side by side, or else the longest.
+        innermost = max(axes, key=lambda a: ((a.x, a.g, a.t) == sizes, a.extent))
+        axes.remove(innermost)
+        axes.insert(0, innermost)
+        neighbours = (innermost.x, innermost.g, innermost.t) == sizes
+        n_vectors = n_classes
+        units_per_line = -(-innermost.extent // LANES)
+        n_units = units_per_line * (n_rows // innermost.extent)
+        per_unit = n_classes * LANES
+
+    chunk = max(1, CHUNK // per_unit)
+    n_chunks = -(-n_units // chunk)
+    planned = (
+        n_rows, n_classes, n_vectors, n_units, units_per_line, chunk, n_chunks, segment, n_segments, len(axes), *steps,
+    )  # fmt: skip
+    variant = Variant(logits, target, labelled, smooth, across, neighbours, split)
+    table = tuple(value for a in axes for value in a)
+    return Plan(variant, planned, table, n_units, n_chunks, n_rows * n_classes)
+
+
+@lru_cache(maxsize=4096)
+def flat_plan(
+    n: int,
+    n_classes: int,
+    logits: str,
+    target: str | None = None,
+    elements_per_unit: int = LANES,
+    differentiate: bool = False,
+) -> Plan:
+    """Plan a walk over n elements, 16 a unit: class indices to be checked, or logits of two classes."""
+    n_units = -(-n // LANES)
+    chunk = CHUNK // elements_per_unit
+    n_chunks = -(-n_units // chunk)
+    planned = (n, n_classes, 1, n_units, n_units, chunk, n_chunks, 1, 1, 0, 0, 0, 0)
+    return Plan(Variant(logits, target, differentiate=differentiate), planned, (), n_units, n_chunks, n)

@@ -1,0 +1,60 @@
+"""The argument block of a kernel: one contract, read by the kernels (as a Numba type) and written by ``_parallel``.
+
+8-byte slots: two counters that the threads of a team share, each alone on its cache line, then the arguments in this order.
+"axis" is the class axis, the others are the row axes; strides and steps are bytes, pointers are addresses.
+"""
+
+import struct
+
+NEXT, FINISHED = 0, 8  # slots of the counters: chunks handed out, chunks done
+
+# What the plan knows: (name, kind)
+PLANNED = (
+    ("n_rows", "int"),
+    ("n_classes", "int"),
+    ("n_vectors", "int"),  # vectors of a unit: see _kernels
+    (
+        "n_units",
+        "int",
+    ),  # a unit: one row, or up to 16 rows of one line of the innermost row axis, or a segment of a row
+    ("units_per_line", "int"),
+    ("chunk", "int"),  # units handed out at a time
+    ("n_chunks", "int"),
+    ("segment", "int"),  # vectors of a segment, where long rows are split
+    ("n_segments", "int"),
+    ("n_axes", "int"),
+    ("x_step", "int"),  # bytes from a unit's vector j to vector j + 1 in x ...
+    ("g_step", "int"),
+    ("t_step", "int"),
+)
+# What one call knows
+CALLED = (
+    ("axes", "i64"),  # (n_axes, 5) in: extent, strides in x, g, t, rows; innermost first
+    ("partial", "f64"),  # (n_chunks, 3) out: sums over a chunk
+    ("segments", "f64"),  # (n_units, 6) in/out: statistics of the segments of split rows
+    ("total", "f64"),  # (3,) out: sums over all units
+    ("x", "x"),  # (rows, C) in: logits
+    ("g", "x"),  # (rows, C) out: gradient, or (log-)probabilities; may be x
+    ("h", "x"),  # (rows, C) out: Hessian diagonal, with the strides of g
+    ("t", "t"),  # (rows, C) in: class probabilities
+    ("y", "i64"),  # (rows,) in: class indices
+    ("w", "f64"),  # (C,) in: class weights
+    ("u", "f64"),  # (rows,) in: sample weights
+    ("loss", "acc"),  # (rows,) out
+    ("lse", "acc"),  # (rows,) out
+    ("entropy", "acc"),  # (rows,) out
+    ("target_prob", "acc"),  # (rows,) out
+    ("prediction", "i64"),  # (rows,) out
+    ("target_rank", "i64"),  # (rows,) out
+    ("weighted", "int"),  # is there a w?
+    ("sampled", "int"),  # is there a u?
+    ("store_loss", "int"),  # is there a loss array?
+    ("ignore", "int"),  # class index of the rows to skip
+    ("keep", "float"),  # 1 - eps
+    ("spread", "float"),  # eps / C
+    ("scale", "float"),  # factor of the gradient
+)
+FIELDS = PLANNED + CALLED
+FIRST_SLOT = 16
+BLOCK = struct.Struct("=q56xq56x" + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
+TOTAL = struct.Struct("=3d")

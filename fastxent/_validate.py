@@ -1,0 +1,256 @@
+"""Arguments -> checked arrays that a kernel may trust, or an error that names argument, row and value."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastxent._parallel import check_threads, run
+from fastxent._plan import FEW_CLASSES, ITEMSIZE, Plan, flat_plan, make_plan
+
+Array = np.ndarray[Any, Any]
+
+STORAGE = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class Problem(NamedTuple):
+    """A checked call: every array native, every shape right, every class index in range or ignored."""
+
+    x: Array  # logits
+    axis: int  # class axis, >= 0
+    rows: tuple[int, ...]  # shape of the rows
+    y: Array | None  # (rows,) int64, contiguous: class indices ...
+    t: Array | None  # ... or, laid out as x, class probabilities
+    w: Array | None  # (C,) float64: class weights
+    u: Array | None  # (rows,) float64, contiguous: sample weights
+    ignore: int
+    smoothing: float
+    divisor: float  # of the mean
+    n_threads: int | None
+
+    @property
+    def acc(self) -> np.dtype[Any]:
+        """dtype of the losses."""
+        double = self.x.dtype == np.float64 or (self.t is not None and self.t.dtype == np.float64)
+        return np.dtype(np.float64 if double else np.float32)
+
+    def plan(self, g: Array | None = None, may_split: bool = True) -> Plan:
+        """How a kernel walks over this problem and writes ``g``."""
+        x, t = self.x, self.t
+        strides = (x.strides, (x if g is None else g).strides, (x if t is None else t).strides)
+        return make_plan(
+            x.shape,
+            strides if t is not None else (strides[0], strides[1], strides[0]),
+            self.axis,
+            STORAGE[x.dtype.name],
+            None if t is None else STORAGE[t.dtype.name],
+            labelled=self.y is not None,
+            smooth=self.y is not None and self.smoothing > 0,
+            may_split=may_split,
+        )
+
+
+def address(a: Array | None) -> int:
+    """Where an array's first element lies; 0 for None."""
+    return 0 if a is None else a.__array_interface__["data"][0]
+
+
+def problem(
+    logits: object,
+    target: object,
+    axis: int,
+    weight: object,
+    sample_weight: object,
+    ignore_index: int,
+    label_smoothing: float,
+    n_threads: int | None,
+) -> Problem:
+    """Check the arguments that the cross-entropy functions share."""
+    x, axis = check_logits(logits, axis)
+    rows = x.shape[:axis] + x.shape[axis + 1 :]
+    n_classes = x.shape[axis]
+    smoothing = check_fraction(label_smoothing, "label_smoothing")
+    ignore = check_integer(ignore_index, "ignore_index")
+    w = check_vector(weight, "weight", (n_classes,), "one weight per class")
+    u = check_vector(sample_weight, "sample_weight", rows, "one weight per row")
+    threads = None if n_threads is None else check_threads(n_threads, "n_threads")
+    y, t = check_target(target, x, axis)
+    if y is not None:
+        divisor = check_classes(y, n_classes, w, u, ignore, threads)
+    else:
+        if ignore >= 0:
+            raise ValueError(f"ignore_index = {ignore} has no meaning for a target of class probabilities")
+        n_rows = y_size = int(np.prod(rows))
+        divisor = float(n_rows if u is None else u.sum()) if n_classes else 0.0
+        del y_size
+    return Problem(x, axis, rows, y, t, w, u, ignore, smoothing, divisor, threads)
+
+
+def floating(a: object, name: str) -> Array:
+    """``a`` as a native floating array; integers become float64."""
+    array = np.asarray(a)
+    if array.dtype.kind in "iub":
+        array = array.astype(np.float64)
+    if array.dtype.name not in STORAGE:
+        allowed = "float16, bfloat16, float32, float64 or integers"
+        raise TypeError(f"{name} has dtype {array.dtype}; it must hold {allowed}")
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def check_logits(logits: object, axis: int) -> tuple[Array, int]:
+    """Logits that the kernels can walk over as they lie, and their class axis."""
+    x = floating(logits, "logits")
+    if x.ndim == 0:
+        raise ValueError("logits is a number; it needs a class axis")
+    axis = check_integer(axis, "axis")
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis = {axis} is outside [{-x.ndim}, {x.ndim}) for logits of shape {x.shape}")
+    axis %= x.ndim
+    return (x if walkable(x, axis) else like(x, axis, copy=True)), axis
+
+
+def walkable(x: Array, axis: int) -> bool:
+    """May a kernel take x as it lies? Else lanes would be gathered for many classes: a copy is faster."""
+    unit = x.itemsize
+    return (
+        x.size == 0
+        or x.shape[axis] <= FEW_CLASSES
+        or x.strides[axis] == unit
+        or any(n > 1 and s == unit for i, (n, s) in enumerate(zip(x.shape, x.strides, strict=True)) if i != axis)
+    )
+
+
+def like(x: Array, axis: int, copy: bool = False) -> Array:
+    """A new array in the order of x's axes if they are tight enough, else with the classes innermost."""
+    new = np.empty_like(x, subok=False)
+    if x.shape[axis] > FEW_CLASSES and (copy or x.strides[axis] == x.itemsize) and new.strides[axis] != x.itemsize:
+        rows = x.shape[:axis] + x.shape[axis + 1 :]
+        new = np.moveaxis(np.empty((*rows, x.shape[axis]), x.dtype), -1, axis)
+    if copy:
+        new[...] = x
+    return new
+
+
+def check_target(target: object, x: Array, axis: int) -> tuple[Array | None, Array | None]:
+    """``(y, None)`` for class indices, ``(None, t)`` for class probabilities."""
+    a = np.asarray(target)
+    rows = x.shape[:axis] + x.shape[axis + 1 :]
+    if a.size == 0 and not isinstance(target, np.ndarray) and a.shape == rows:
+        a = a.astype(np.int64)  # [] has no dtype of its own
+    if a.shape == x.shape:
+        if a.dtype.name not in STORAGE:
+            raise TypeError(
+                f"target has the shape of logits, {x.shape}, and dtype {a.dtype}; "
+                "class probabilities (one-hot ones too) must be floating"
+            )
+        t = a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
+        return None, _laid_out_as(t, x, axis)
+    if a.shape != rows:
+        raise ValueError(
+            f"target has shape {a.shape}; for logits of shape {x.shape} with class axis {axis} it must be {rows} "
+            f"(class indices) or {x.shape} (class probabilities)"
+        )
+    if a.dtype.kind not in "iu":
+        raise TypeError(f"target has dtype {a.dtype}; class indices must be integers")
+    if a.dtype == np.uint64 and a.size and a.max() > np.iinfo(np.int64).max:
+        raise _out_of_range(a, a > np.iinfo(np.int64).max, x.shape[axis])
+    return np.ascontiguousarray(a, dtype=np.int64).reshape(rows), None
+
+
+def _laid_out_as(t: Array, x: Array, axis: int) -> Array:
+    """Probabilities whose lanes lie as those of the logits do."""
+    if x.shape[axis] <= FEW_CLASSES or (t.strides[axis] == t.itemsize) == (x.strides[axis] == x.itemsize):
+        return t
+    new = like(x, axis).astype(t.dtype)
+    new[...] = t
+    return new
+
+
+def check_classes(y: Array, n_classes: int, w: Array | None, u: Array | None, ignore: int, n_threads: int | None) -> float:
+    """The sum of the kept rows' weights: the divisor of the mean. Raises if a class index is out of range."""
+    if y.size == 0:
+        return 0.0
+    plan = flat_plan(y.size, n_classes, "f32")
+    total, _, bad = run("check_targets", plan, n_threads, y=address(y), w=address(w), u=address(u), ignore=ignore)
+    if bad:
+        raise _out_of_range(y, (y != ignore) & ((y < 0) | (y >= n_classes)), n_classes)
+    return total
+
+
+def _out_of_range(y: Array, bad: Array, n_classes: int) -> IndexError:
+    first = tuple(int(i) for i in np.argwhere(bad)[0])
+    where = f"[{', '.join(map(str, first))}]" if first else ""
+    count = int(bad.sum())
+    return IndexError(
+        f"target{where} = {y[first]} is outside [0, {n_classes}); {count} of {y.size} rows {'is' if count == 1 else 'are'} out of range"
+    )
+
+
+def check_vector(values: object, name: str, shape: tuple[int, ...], what: str) -> Array | None:
+    """Weights as a contiguous float64 array of just this shape."""
+    if values is None:
+        return None
+    a = np.asarray(values)
+    if a.dtype.kind not in "iufb" and a.dtype.name not in STORAGE:
+        raise TypeError(f"{name} has dtype {a.dtype}; it must hold real numbers")
+    if a.shape != shape:
+        raise ValueError(f"{name} has shape {a.shape}; it must be {shape}: {what}")
+    return np.ascontiguousarray(a, dtype=np.float64).reshape(shape)
+
+
+def check_fraction(value: float, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} = {value} is outside [0, 1]")
+    return float(value)
+
+
+def check_integer(value: object, name: str) -> int:
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    number = int(value.__index__())
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} = {number} does not fit 64 bits")
+    return number
+
+
+def check_reduction(reduction: str, allowed: tuple[str, ...] = REDUCTIONS) -> str:
+    if reduction not in allowed:
+        raise ValueError(f"reduction = {reduction!r} is not one of {', '.join(map(repr, allowed))}")
+    return reduction
+
+
+def check_out(out: object, x: Array) -> Array:
+    """An array that the result fits."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
+    if out.shape != x.shape:
+        raise ValueError(f"out has shape {out.shape}; it must be that of logits, {x.shape}")
+    if out.dtype.newbyteorder("=") != x.dtype:
+        raise TypeError(f"out has dtype {out.dtype}; it must be that of logits, {x.dtype}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
+    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
+        raise ValueError(f"out has strides {out.strides}: several of its elements share one place")
+    return out
+
+
+def writable_place(out: Array | None, x: Array, axis: int, others: tuple[Array | None, ...] = ()) -> Array:
+    """Where a kernel may write: ``out`` itself if it lies well, else a new array to be copied to ``out`` afterwards.
+
+    ``out`` may be x itself. Any other overlap with an input, or lanes that lie differently, take the new array.
+    """
+    if out is None:
+        return like(x, axis)
+    same = address(out) == address(x) and out.strides == x.strides
+    lies_well = (out.strides[axis] == out.itemsize) == (x.strides[axis] == x.itemsize) or x.shape[axis] <= FEW_CLASSES
+    clean = not any(a is not None and np.may_share_memory(out, a) for a in others)
+    if out.dtype.isnative and lies_well and clean and (same or not np.may_share_memory(out, x)):
+        return out
+    return like(x, axis)
+
+
+__all__ = ["ITEMSIZE", "Problem"]

@@ -1,0 +1,167 @@
+"""Binary cross-entropy from logits: one logit an element, each a problem of two classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastxent._parallel import check_threads, run
+from fastxent._plan import flat_plan
+from fastxent._validate import STORAGE, Array, address, check_out, check_reduction, floating
+
+# An element takes a logarithm in float64: a unit of 16 is worth as much as 160 elements of softmax.
+_COST = 160
+
+
+def binary_cross_entropy_with_logits(
+    logits: object,
+    target: object,
+    *,
+    weight: object = None,
+    pos_weight: object = None,
+    reduction: str = "mean",
+    n_threads: int | None = None,
+) -> Any:
+    r"""Cross-entropy of two classes from the logit of the second.
+
+    .. math::
+        l = w \left[(1 - t) \log(1 + e^{x}) + P\, t \log(1 + e^{-x})\right]
+
+    This is the two-class `cross_entropy` of the logits (0, x).
+
+    Parameters
+    ----------
+    logits : array_like
+        x, any shape; float16, bfloat16, float32 or float64 (integers are taken as float64).
+    target : array_like, same shape
+        Probability t of the second class.
+    weight : array_like, optional
+        w, broadcast to the shape of ``logits``.
+    pos_weight : array_like, optional
+        P, weight of the second class, broadcast to the shape of ``logits``.
+    reduction : {"mean", "sum", "none"}
+        "mean" divides by the number of elements.
+    n_threads : int, optional
+        At most so many threads.
+
+    Returns
+    -------
+    numpy floating scalar, or ndarray if ``reduction="none"``
+        In nats; float64 if logits or target are, else float32.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A shape, dtype or reduction does not fit; the message names the argument.
+
+    References
+    ----------
+    ``torch.nn.functional.binary_cross_entropy_with_logits``; Bishop, *Pattern Recognition and Machine Learning*, eq. 4.90.
+
+    Examples
+    --------
+    >>> import fastxent as fx
+    >>> print(f"{fx.binary_cross_entropy_with_logits([2.0, -1.0], [1.0, 0.0]):.6f}")
+    0.220095
+    """
+    loss, _ = _binary(logits, target, weight, pos_weight, reduction, n_threads, differentiate=False)
+    return loss
+
+
+def binary_cross_entropy_with_logits_value_and_grad(
+    logits: object,
+    target: object,
+    *,
+    weight: object = None,
+    pos_weight: object = None,
+    reduction: str = "mean",
+    out: Array | None = None,
+    n_threads: int | None = None,
+) -> tuple[Any, Array]:
+    r"""`binary_cross_entropy_with_logits` and its gradient with respect to the logits.
+
+    .. math::
+        \frac{\partial l}{\partial x} = w \left[(1 - t)\, \sigma(x) - P\, t\, \sigma(-x)\right], \qquad
+        \sigma(x) = \frac{1}{1 + e^{-x}}
+
+    Parameters
+    ----------
+    logits, target, weight, pos_weight, reduction, n_threads
+        As in `binary_cross_entropy_with_logits`.
+    out : ndarray, optional
+        Takes the gradient: shape and dtype of ``logits``; may be ``logits``.
+
+    Returns
+    -------
+    loss : numpy floating scalar or ndarray
+    dlogits : ndarray
+        ``out``, or a new array of the shape and dtype of ``logits``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `binary_cross_entropy_with_logits`; nothing has been written then.
+
+    References
+    ----------
+    Bishop, *Pattern Recognition and Machine Learning*, Springer 2006, eq. 4.91.
+
+    Examples
+    --------
+    >>> import fastxent as fx
+    >>> fx.binary_cross_entropy_with_logits_value_and_grad([0.0, 0.0], [1.0, 0.0], reduction="sum")[1]
+    array([-0.5,  0.5])
+    """
+    loss, g = _binary(logits, target, weight, pos_weight, reduction, n_threads, differentiate=True, out=out)
+    return loss, g
+
+
+def _binary(
+    logits: object,
+    target: object,
+    weight: object,
+    pos_weight: object,
+    reduction: str,
+    n_threads: int | None,
+    differentiate: bool,
+    out: Array | None = None,
+) -> tuple[Any, Array]:
+    check_reduction(reduction)
+    x, t = floating(logits, "logits"), floating(target, "target")
+    if t.shape != x.shape:
+        raise ValueError(f"target has shape {t.shape}; it must be that of logits, {x.shape}")
+    if out is not None:
+        check_out(out, x)
+    threads = None if n_threads is None else check_threads(n_threads, "n_threads")
+    w, positive = (_spread(a, name, x) for a, name in ((weight, "weight"), (pos_weight, "pos_weight")))
+    x, t = np.ascontiguousarray(x), np.ascontiguousarray(t)
+    acc = np.dtype(np.float64 if np.float64 in (x.dtype, t.dtype) else np.float32)
+    rows = np.empty(x.shape, acc) if reduction == "none" else None
+    g = np.empty_like(x) if differentiate else x
+    total = 0.0
+    if x.size:
+        plan = flat_plan(x.size, 2, STORAGE[x.dtype.name], STORAGE[t.dtype.name], _COST, differentiate)
+        total, _, _ = run(
+            "binary", plan, threads, x=address(x), t=address(t), g=address(g) if differentiate else 0, w=address(w),
+            u=address(positive), loss=address(rows), scale=1.0 / x.size if reduction == "mean" else 1.0,
+        )  # fmt: skip
+    if out is not None:
+        np.copyto(out, g.reshape(out.shape))
+        g = out
+    if rows is not None:
+        return rows[()], g
+    if reduction == "mean":
+        total = total / x.size if x.size else np.nan
+    return acc.type(total), g
+
+
+def _spread(values: object, name: str, x: Array) -> Array | None:
+    """Weights as a float64 array of x's shape."""
+    if values is None:
+        return None
+    a = floating(values, name)
+    try:
+        return np.ascontiguousarray(np.broadcast_to(a, x.shape), dtype=np.float64)
+    except ValueError:
+        raise ValueError(f"{name} has shape {a.shape}; it cannot be broadcast to that of logits, {x.shape}") from None

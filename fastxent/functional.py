@@ -1,0 +1,387 @@
+"""Softmax cross-entropy of NumPy arrays: read first.
+
+A call goes two hops: these functions check their arguments (``_validate``), plan the walk over the rows (``_plan``) and hand
+addresses to a compiled task (``_parallel.run``), whose maths is in ``_kernels``.
+
+Notation of all docstrings: N rows (the product of all axes but ``axis``), C classes, logits x, probabilities p = softmax(x),
+class indices y or class probabilities t, class weights w, sample weights u, label smoothing eps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastxent._parallel import run
+from fastxent._validate import (
+    Array,
+    Problem,
+    address,
+    check_out,
+    check_reduction,
+    like,
+    problem,
+    writable_place,
+)
+
+
+class CrossEntropyStats(NamedTuple):
+    """What `cross_entropy_stats` returns; but for a reduced ``loss``, arrays with the shape of the rows."""
+
+    loss: Any  # float: loss of the row, or the reduced loss
+    lse: Array  # float: log sum_c exp(x_c)
+    entropy: Array  # float: -sum_c p_c log p_c, in nats
+    target_prob: Array  # float: p_y
+    prediction: Array  # intp: argmax_c x_c, the first of equals
+    target_rank: Array  # intp: classes ahead of y; 0 is a top-1 hit, < 5 a top-5 hit
+
+
+def cross_entropy(
+    logits: object,
+    target: object,
+    *,
+    axis: int = -1,
+    weight: object = None,
+    sample_weight: object = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    n_threads: int | None = None,
+) -> Any:
+    r"""Softmax cross-entropy of logits against class indices or class probabilities.
+
+    .. math::
+        l_n = -u_n \sum_c w_c \left[(1 - \epsilon)\, t_{nc} + \epsilon / C\right] \log p_{nc}, \qquad
+        \log p_{nc} = x_{nc} - \log \sum_k e^{x_{nk}}
+
+    A class index y stands for t = onehot(y). The logits are read once; none of the (N, C) arrays of the formula exists.
+
+    Parameters
+    ----------
+    logits : array_like, shape (..., C, ...)
+        float16, bfloat16, float32 or float64 (integers are taken as float64), any strides, C on ``axis``. May hold -inf
+        (a class ruled out).
+    target : array_like
+        Class indices: any integer dtype, the shape of ``logits`` without ``axis``, each in [0, C) or ``ignore_index``.
+        Or class probabilities: floating, the shape of ``logits``.
+    axis : int
+        The class axis.
+    weight : array_like, shape (C,), optional
+        Class weights w.
+    sample_weight : array_like, shape of the rows, optional
+        Sample weights u.
+    ignore_index : int
+        Rows with this class index are skipped: loss 0, gradient 0, not counted, whatever the row holds.
+    label_smoothing : float in [0, 1]
+        eps, the share of the target that is spread over all classes.
+    reduction : {"mean", "sum", "none"}
+        "sum" adds up l; "none" returns it. "mean" divides the sum by the sum of u_n w_{y_n} over the rows that are not
+        ignored; for class probabilities by the sum of u_n, as PyTorch does.
+    n_threads : int, optional
+        At most so many threads; None: see `get_num_threads`. The number changes no bit of the result.
+
+    Returns
+    -------
+    numpy floating scalar, or ndarray with the shape of the rows if ``reduction="none"``
+        In nats; float64 if logits or class probabilities are, else float32. "mean" over no row is nan.
+
+    Raises
+    ------
+    IndexError
+        A class index is neither in [0, C) nor ``ignore_index``.
+    ValueError, TypeError
+        A shape, value or dtype does not fit; the message names the argument.
+
+    See Also
+    --------
+    cross_entropy_value_and_grad : with the gradient, at little more cost.
+
+    References
+    ----------
+    Goodfellow, Bengio, Courville, *Deep Learning*, MIT Press 2016, 6.2.2. Online softmax: Milakov, Gimelshein,
+    arXiv:1805.02867. Label smoothing: Szegedy et al., arXiv:1512.00567.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastxent as fx
+    >>> logits = np.array([[2.0, 1.0, 0.1], [0.5, 2.5, 0.3]])
+    >>> print(f"{fx.cross_entropy(logits, [0, 1]):.4f}")
+    0.3185
+    >>> fx.cross_entropy(logits, [0, -100], reduction="none").round(4)
+    array([0.417, 0.   ])
+    """
+    check_reduction(reduction)
+    p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
+    return _loss_of("value", p, reduction)
+
+
+def cross_entropy_value_and_grad(
+    logits: object,
+    target: object,
+    *,
+    axis: int = -1,
+    weight: object = None,
+    sample_weight: object = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    out: Array | None = None,
+    n_threads: int | None = None,
+) -> tuple[Any, Array]:
+    r"""`cross_entropy` and its gradient with respect to the logits, in one trip through memory.
+
+    .. math::
+        \frac{\partial l_n}{\partial x_{nc}} = u_n (Q_n p_{nc} - q_{nc}), \qquad
+        q_{nc} = w_c \left[(1 - \epsilon)\, t_{nc} + \epsilon / C\right], \quad Q_n = \sum_c q_{nc}
+
+    Without options and for class indices this is softmax - onehot, divided by the number of rows for "mean".
+
+    Parameters
+    ----------
+    logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, reduction, n_threads
+        As in `cross_entropy`. With ``reduction="none"`` the gradient is each row's own.
+    out : ndarray, optional
+        Takes the gradient: shape and dtype of ``logits``, any strides. It may be ``logits`` itself, which is then
+        overwritten, and no memory of that size is needed; reused from call to call it saves the page faults of a new array.
+
+    Returns
+    -------
+    loss : numpy floating scalar or ndarray
+        As from `cross_entropy`.
+    dlogits : ndarray
+        ``out``, or a new array of the shape and dtype of ``logits`` with the same order of axes in memory.
+
+    Raises
+    ------
+    IndexError, ValueError, TypeError
+        As in `cross_entropy`; nothing has been written then, not even to ``out``.
+
+    References
+    ----------
+    Bishop, *Pattern Recognition and Machine Learning*, Springer 2006, eq. 4.109.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastxent as fx
+    >>> loss, dlogits = fx.cross_entropy_value_and_grad(np.zeros((2, 4)), [1, 3])
+    >>> print(f"{loss:.4f}")
+    1.3863
+    >>> dlogits
+    array([[ 0.125, -0.375,  0.125,  0.125],
+           [ 0.125,  0.125,  0.125, -0.375]])
+    """
+    check_reduction(reduction)
+    p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
+    if out is not None:
+        check_out(out, p.x)
+    g = writable_place(out, p.x, p.axis, (p.y, p.t, p.w, p.u))
+    loss = _loss_of("value_and_grad", p, reduction, g, scale=_over(1.0, p.divisor) if reduction == "mean" else 1.0)
+    if out is None:
+        return loss, g
+    if g is not out:
+        np.copyto(out, g)
+    return loss, out
+
+
+def cross_entropy_stats(
+    logits: object,
+    target: object,
+    *,
+    axis: int = -1,
+    weight: object = None,
+    sample_weight: object = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "none",
+    n_threads: int | None = None,
+) -> CrossEntropyStats:
+    r"""All that one wants to know of logits and targets, in one trip: loss, certainty, prediction, rank of the target.
+
+    .. math::
+        \mathrm{lse}_n = \log \sum_c e^{x_{nc}}, \qquad H_n = -\sum_c p_{nc} \log p_{nc}, \qquad
+        \mathrm{rank}_n = \#\{c : x_{nc} > x_{ny}\} + \#\{c < y : x_{nc} = x_{ny}\}
+
+    Parameters
+    ----------
+    logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, reduction, n_threads
+        As in `cross_entropy`; ``reduction`` is that of ``loss`` alone. For class probabilities, y is the most probable class.
+
+    Returns
+    -------
+    CrossEntropyStats
+        ``loss, lse, entropy, target_prob, prediction, target_rank``. Accuracy is ``(target_rank == 0).mean()``, top-5
+        accuracy ``(target_rank < 5).mean()``. For ignored rows 0, 0, 0, 0, -1, -1.
+
+    Raises
+    ------
+    IndexError, ValueError, TypeError
+        As in `cross_entropy`.
+
+    References
+    ----------
+    Cover, Thomas, *Elements of Information Theory*, Wiley 2006, chapter 2 (entropy).
+
+    Examples
+    --------
+    >>> import fastxent as fx
+    >>> stats = fx.cross_entropy_stats([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0]], [1, 2])
+    >>> stats.prediction, stats.target_rank
+    (array([1, 0]), array([0, 1]))
+    >>> stats.target_prob.round(4)
+    array([0.8438, 0.2447])
+    """
+    check_reduction(reduction)
+    p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
+    if p.x.shape[p.axis] == 0:
+        raise ValueError(f"logits has shape {p.x.shape}: no class to predict")
+    lse, entropy, target_prob = (np.empty(p.rows, p.acc) for _ in range(3))
+    prediction, target_rank = (np.empty(p.rows, np.int64) for _ in range(2))
+    labels = p.y if p.t is None else np.ascontiguousarray(np.argmax(p.t, axis=p.axis), np.int64)
+    loss = _loss_of(
+        "stats", p, reduction, labels=labels, lse=address(lse), entropy=address(entropy), target_prob=address(target_prob),
+        prediction=address(prediction), target_rank=address(target_rank),
+    )  # fmt: skip
+    indices = (a.astype(np.intp, copy=False) for a in (prediction, target_rank))
+    return CrossEntropyStats(loss, lse, entropy, target_prob, *indices)
+
+
+def cross_entropy_grad_hess(
+    logits: object,
+    target: object,
+    *,
+    axis: int = -1,
+    weight: object = None,
+    sample_weight: object = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    n_threads: int | None = None,
+) -> tuple[Array, Array]:
+    r"""Gradient and diagonal of the Hessian of each row's loss: what a boosting objective returns.
+
+    .. math::
+        g_{nc} = u_n (Q_n p_{nc} - q_{nc}), \qquad h_{nc} = u_n Q_n\, p_{nc} (1 - p_{nc})
+
+    Parameters
+    ----------
+    logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads
+        As in `cross_entropy`. Nothing is reduced.
+
+    Returns
+    -------
+    grad, hess : ndarray
+        Shape, dtype and order of axes of ``logits``; zero in ignored rows. XGBoost and LightGBM multiply the Hessian by a
+        constant (2 and C/(C-1)): so can you.
+
+    Raises
+    ------
+    IndexError, ValueError, TypeError
+        As in `cross_entropy`.
+
+    References
+    ----------
+    Friedman, *Greedy function approximation: a gradient boosting machine*, Annals of Statistics 29 (2001), 4.6.
+
+    Examples
+    --------
+    >>> import fastxent as fx
+    >>> grad, hess = fx.cross_entropy_grad_hess([[0.0, 0.0]], [1])
+    >>> grad, hess
+    (array([[ 0.5, -0.5]]), array([[0.25, 0.25]]))
+    """
+    p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
+    grad, hess = like(p.x, p.axis), like(p.x, p.axis)
+    if p.x.size:
+        _run("grad_hess", p, p.plan(grad, may_split=False), g=address(grad), h=address(hess))
+    return grad, hess
+
+
+def nll_loss(
+    log_probs: object,
+    target: object,
+    *,
+    axis: int = -1,
+    weight: object = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Any:
+    r"""Negative log-likelihood of class indices: the second half of a cross-entropy, for log-probabilities.
+
+    .. math:: l_n = -w_{y_n} \log p_{n y_n}
+
+    Parameters
+    ----------
+    log_probs : array_like, shape (..., C, ...)
+        Logarithms of probabilities, as from `log_softmax`.
+    target : array_like of integers, the shape of ``log_probs`` without ``axis``
+        Class indices, in [0, C) or ``ignore_index``.
+    axis, weight, ignore_index, reduction
+        As in `cross_entropy`.
+
+    Returns
+    -------
+    numpy floating scalar, or ndarray with the shape of the rows if ``reduction="none"``
+        In nats.
+
+    Raises
+    ------
+    IndexError, ValueError, TypeError
+        As in `cross_entropy`.
+
+    References
+    ----------
+    ``torch.nn.functional.nll_loss``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastxent as fx
+    >>> print(f"{fx.nll_loss(np.log([[0.1, 0.7, 0.2]]), [1]):.8f}")
+    0.35667494
+    """
+    check_reduction(reduction)
+    p = problem(log_probs, target, axis, weight, None, ignore_index, 0.0, None)
+    if p.y is None:
+        raise TypeError("target holds class probabilities; nll_loss takes class indices")
+    kept = p.y != p.ignore
+    y = np.expand_dims(np.where(kept, p.y, 0), p.axis)
+    picked = np.squeeze(np.take_along_axis(p.x, y, p.axis), p.axis) if p.x.size else np.zeros(p.rows)
+    loss = np.where(kept, -picked.astype(np.float64) * (1.0 if p.w is None else p.w[np.where(kept, p.y, 0)]), 0.0)
+    return _reduced(loss.sum(), p, reduction, loss.astype(p.acc))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labels: Array | None = None, **more: Any) -> Any:
+    """Run a task that makes losses, and reduce them."""
+    rows = np.zeros(p.rows, p.acc) if reduction == "none" else None
+    total = 0.0
+    if p.x.size:
+        plan = p.plan(g, may_split=name != "stats")
+        if labels is None:
+            labels = p.y
+        total, _, _ = _run(name, p, plan, labels=labels, g=address(g), loss=address(rows), **more)
+    return _reduced(total, p, reduction, rows)
+
+
+def _run(name: str, p: Problem, plan: Any, labels: Array | None = None, **more: Any) -> tuple[float, float, float]:
+    return run(
+        name, plan, p.n_threads, x=address(p.x), t=address(p.t), y=address(p.y if labels is None else labels),
+        w=address(p.w), u=address(p.u), ignore=p.ignore, keep=1.0 - p.smoothing,
+        spread=p.smoothing / p.x.shape[p.axis], **more,
+    )  # fmt: skip
+
+
+def _reduced(total: float, p: Problem, reduction: str, rows: Array | None) -> Any:
+    if rows is not None and reduction == "none":
+        return rows if rows.ndim else rows[()]
+    return p.acc.type(total if reduction == "sum" else _over(total, p.divisor))
+
+
+def _over(a: float, b: float) -> float:
+    """a / b as floating-point arithmetic has it: x / 0 is inf or nan, not an error."""
+    with np.errstate(all="ignore"):
+        return float(np.float64(a) / np.float64(b))

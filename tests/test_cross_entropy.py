@@ -1,0 +1,350 @@
+"""cross_entropy, ..._value_and_grad, ..._stats and ..._grad_hess: every option, against truth and PyTorch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    BFLOAT16,
+    CLASSES,
+    DTYPES,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    GRID,
+    INTEGERS,
+    OPTIONS,
+    REDUCTIONS,
+    Budget,
+    Case,
+    accumulation,
+    assert_within_budget,
+    make_case,
+    make_rng,
+    make_truth,
+    run_torch,
+    widest,
+)
+
+import fastxent as fx
+from fastxent import reference as ref
+
+INF, NAN = np.inf, np.nan
+
+
+def check(*cases: Case) -> None:
+    """Losses and gradients of `cases` within the budget, in the right dtypes, and no argument written."""
+    losses, gradients = Budget(), Budget()
+    for case in cases:
+        logits, target, options = case
+        copies = [logits.copy(), target.copy(), *(np.copy(v) for v in options.values())]
+        for reduction in REDUCTIONS:
+            label = (*logits.shape, reduction)
+            truth, (torch_loss, torch_grad) = make_truth(case, reduction), run_torch(case, reduction)
+            alone = fx.cross_entropy(logits, target, reduction=reduction, **options)
+            loss, dlogits = fx.cross_entropy_value_and_grad(logits, target, reduction=reduction, **options)
+            for value in (alone, loss):
+                assert value.dtype == accumulation(logits.dtype), label
+                assert isinstance(value, np.ndarray if np.ndim(truth.loss) else np.floating), label
+                losses.add(value, truth.loss, torch_loss, truth.loss_scale, label)
+            assert dlogits.dtype == logits.dtype and not np.shares_memory(dlogits, logits), label
+            gradients.add(dlogits, truth.grad, torch_grad, truth.grad_scale, label)
+        for argument, copy in zip([logits, target, *options.values()], copies, strict=True):
+            np.testing.assert_array_equal(argument, copy)
+    losses.check()
+    gradients.check()
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grid(dtype, option, classes):
+    check(*(make_case(dtype, shape, option) for shape in GRID if shape[1] == classes))
+
+
+@pytest.mark.parametrize("option", ["index", "weight ignore smoothing sample_weight", "probabilities weight"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 128257), (3, 128257), (2, 300001)], ids=str)
+def test_long_rows(shape, dtype, option):
+    """A vocabulary, so odd that no row starts aligned, and rows past the cache; fewer rows than threads."""
+    check(make_case(dtype, shape, option))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [2, 10, 17, 1000, 2049])
+def test_confident_predictions(classes, dtype):
+    """p_y near 1, where p_y - 1 cancels, and near 0, where losses are large; random logits show neither."""
+    case = make_case(dtype, (33, classes))
+    lead = np.linspace(-40, 40, 33)[:, None]
+    logits = (case.logits.astype(float) / 3 + lead * np.eye(classes)[case.target]).astype(dtype)
+    check(case._replace(logits=logits))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", ["index", "smoothing", "probabilities"])
+def test_far_apart_logits(option, dtype):
+    """Most probabilities underflow, the rows' maxima stand anywhere, and a block may be all but lost."""
+    case = make_case(dtype, (17, 4100), option)
+    check(case._replace(logits=(case.logits.astype(float) * 30).astype(dtype)))
+
+
+def test_half_precision_sums_do_not_overflow():
+    """PyTorch's float16 mean is inf and its gradient 0 here: sum and count of the rows pass 65504."""
+    case = make_case(FLOAT16, (70000, 3))
+    x = torch.tensor(case.logits, requires_grad=True)
+    theirs = F.cross_entropy(x, torch.tensor(case.target))
+    assert not torch.isfinite(theirs)
+    check(case)
+    assert np.abs(fx.cross_entropy_value_and_grad(*case[:2])[1].astype(float)).max() > 1e-5
+
+
+# The table of edge values: logits (None: see the body), target, options.
+SPECIAL_ROWS = {
+    "-inf elsewhere": ([1, -INF, 2], 0),
+    "-inf at the target": ([1, -INF, 2], 1),
+    "all -inf": ([-INF, -INF, -INF], 1),
+    "+inf elsewhere": ([1, INF, 2], 0),
+    "+inf at the target": ([1, INF, 2], 1),
+    "all +inf": ([INF, INF, INF], 1),
+    "+inf and -inf": ([INF, -INF, 2], 2),
+    "nan elsewhere": ([1, NAN, 2], 0),
+    "nan at the target": ([1, NAN, 2], 1),
+    "1e4": ([1e4, -1e4, 0], 1),
+    "smallest": ([1e-45, 0, -1e-45], 0),
+}
+SPECIAL_OPTIONS = {
+    "plain": {},
+    "smoothing": dict(label_smoothing=0.1),
+    "weight": dict(weight=np.float32([0.5, 2, 1])),
+    "weight 0 at class 1": dict(weight=np.float32([0.5, 0, 1])),
+    "both": dict(weight=np.float32([0.5, 0, 1]), label_smoothing=0.1),
+}
+
+
+@pytest.mark.parametrize("options", SPECIAL_OPTIONS.values(), ids=SPECIAL_OPTIONS)
+@pytest.mark.parametrize("row", SPECIAL_ROWS.values(), ids=SPECIAL_ROWS)
+@pytest.mark.parametrize("target", ["index", "one-hot", "probabilities"])
+def test_edge_values_are_pytorchs(row, target, options):
+    """Alone, and beside an ordinary row, which must not notice it unless they are summed up."""
+    x, y = np.float32(row[0]), row[1]
+    t = {"index": np.int64(y), "one-hot": np.eye(3)[y], "probabilities": np.array([0.2, 0.3, 0.5])}[target]
+    t = np.asarray(t if target == "index" else t.astype(np.float32))
+    for rows in (1, 2, 17):
+        case = Case(np.float32([[0.5, -1, 2]] * rows), np.stack([t] * rows), options)
+        case.logits[0] = x
+        for reduction in REDUCTIONS:
+            theirs = run_torch(case, reduction)
+            ours = fx.cross_entropy_value_and_grad(*case[:2], reduction=reduction, **options)
+            alone = fx.cross_entropy(*case[:2], reduction=reduction, **options)
+            for mine, torchs in zip((*ours, alone), (*theirs, theirs[0]), strict=True):
+                infinite = ~np.isfinite(torchs)
+                np.testing.assert_array_equal(np.asarray(mine)[infinite], np.asarray(torchs)[infinite])
+                # Of the finite ones, two roundings apart: each side is one from the truth, at its largest number.
+                mine, torchs = (np.where(infinite, 0, v).astype(float) for v in (mine, torchs))
+                unit = np.spacing(np.float32(max(1, np.abs(torchs).max())))
+                assert np.abs(mine - torchs).max() <= 2 * unit, (rows, reduction, mine, torchs)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_largest_numbers(dtype):
+    """A loss past the largest float32 is inf; nothing else is harmed."""
+    x = np.array([[3e38, -3e38, 0], [1, 2, 3]], dtype)
+    for target, want in ([0, 2], 0.0), ([2, 2], float(x[0, 0])), ([1, 2], INF):
+        case = Case(x, np.array(target), {})
+        loss, dlogits = fx.cross_entropy_value_and_grad(x, target, reduction="none")
+        assert loss[0] == want == fx.cross_entropy(x, target, reduction="none")[0]
+        np.testing.assert_array_equal(dlogits[0].astype(float), np.eye(3)[0] - np.eye(3)[target[0]])
+        np.testing.assert_array_equal(loss[1], run_torch(case, "none")[0][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("special", [NAN, INF, -INF])
+@pytest.mark.parametrize("classes", [2, 16, 17, 100, 2048, 2049, 4097])
+def test_special_values_anywhere_in_a_row(classes, special, dtype):
+    """First, last and beside the block's edge: no lane and no tail may lose a nan or an infinity."""
+    case = make_case(dtype, (6, classes))
+    for row, at in enumerate([0, 1, classes - 2, classes - 1, min(2047, classes - 1)]):
+        case.logits[row, at] = special
+        case.target[row] = at if row % 2 else 0
+    truth, (torch_loss, torch_grad) = make_truth(case, "none"), run_torch(case, "none")
+    loss, dlogits = fx.cross_entropy_value_and_grad(*case[:2], reduction="none")
+    assert_within_budget(loss, truth.loss, torch_loss, truth.loss_scale)
+    assert_within_budget(dlogits, truth.grad, torch_grad, truth.grad_scale)
+    assert_within_budget(
+        fx.cross_entropy(*case[:2], reduction="none"), truth.loss, torch_loss, truth.loss_scale
+    )
+
+
+@pytest.mark.parametrize("classes", [100, 4097, 8200])
+@pytest.mark.parametrize("kept", [0, -1, 50])
+def test_blocks_of_nothing_but_minus_infinity(kept, classes):
+    """A running maximum of -inf must not make nan: exp(-inf - -inf)."""
+    case = make_case(FLOAT32, (3, classes))
+    case.logits[0] = -INF
+    case.logits[0, [kept, (kept + 3) % classes]] = 1.0
+    case.target[0] = kept % classes
+    check(case)
+    assert fx.cross_entropy(*case[:2], reduction="none")[0] == pytest.approx(np.log(2))
+
+
+@pytest.mark.parametrize("extra", ["", "smoothing", "weight", "weight smoothing"])
+def test_all_rows_ignored(extra):
+    case = make_case(FLOAT32, (5, 4), f"{extra} ignore")
+    case.target[:] = -100
+    case.logits[2] = [NAN, INF, -INF, 0]
+    for reduction, want in {"mean": NAN, "sum": 0.0, "none": np.zeros(5)}.items():
+        loss, dlogits = fx.cross_entropy_value_and_grad(*case[:2], reduction=reduction, **case.options)
+        np.testing.assert_array_equal(loss, want)
+        np.testing.assert_array_equal(dlogits, np.zeros((5, 4)))
+        np.testing.assert_array_equal(fx.cross_entropy(*case[:2], reduction=reduction, **case.options), want)
+
+
+@pytest.mark.parametrize("how", [dict(weight=np.zeros(4)), dict(sample_weight=np.zeros(5))])
+def test_all_weights_zero(how):
+    case = make_case(FLOAT64, (5, 4))
+    loss, dlogits = fx.cross_entropy_value_and_grad(*case[:2], **how)
+    assert np.isnan(loss) and np.isnan(dlogits).all()
+    loss, dlogits = fx.cross_entropy_value_and_grad(*case[:2], reduction="sum", **how)
+    assert loss == 0 and not dlogits.any()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ignored_rows_leak_nothing(dtype, option):
+    """What PyTorch does not do: nan and inf in an ignored row reach neither loss nor gradient."""
+    if "probabilities" in option or "one_hot" in option:
+        pytest.skip("probabilities know no ignored rows")
+    clean = make_case(dtype, (33, 21), option)
+    ignore_index = clean.options.get("ignore_index", -100)
+    clean.target[::4] = ignore_index
+    dirty = clean._replace(logits=clean.logits.copy())
+    dirty.logits[::4, ::2], dirty.logits[::4, 1::2] = NAN, INF
+    for reduction in REDUCTIONS:
+        for case in (clean, dirty):
+            loss, dlogits = fx.cross_entropy_value_and_grad(*case[:2], reduction=reduction, **case.options)
+            assert not dlogits[::4].any()
+            truth = make_truth(case, reduction)
+            theirs = run_torch(clean, reduction)
+            assert_within_budget(loss, truth.loss, theirs[0], truth.loss_scale)
+            assert_within_budget(dlogits, truth.grad, theirs[1], truth.grad_scale)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("shape", [(5,), (3, 4, 5), (2, 3, 4, 17), (2, 1, 3, 2, 5)], ids=str)
+def test_any_number_of_axes(shape, option):
+    """1-D is one row without a batch axis."""
+    check(make_case(FLOAT32, shape, option))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("axis", [0, 1, 2, -2, -3])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_axis(dtype, axis, option):
+    case = make_case(dtype, (7, 6, 21), option)
+    logits = np.ascontiguousarray(np.moveaxis(case.logits, -1, axis))
+    target = np.moveaxis(case.target, -1, axis) if case.target.ndim == 3 else case.target
+    for reduction in REDUCTIONS:
+        truth, theirs = make_truth(case, reduction), run_torch(case, reduction)
+        options = dict(case.options, axis=axis, reduction=reduction)
+        loss, dlogits = fx.cross_entropy_value_and_grad(logits, target, **options)
+        assert_within_budget(loss, truth.loss, theirs[0], truth.loss_scale)
+        assert dlogits.shape == logits.shape
+        assert_within_budget(np.moveaxis(dlogits, axis, -1), truth.grad, theirs[1], truth.grad_scale)
+        assert_within_budget(
+            fx.cross_entropy(logits, target, **options), truth.loss, theirs[0], truth.loss_scale
+        )
+
+
+@pytest.mark.parametrize("integer", INTEGERS, ids=str)
+def test_every_integer_dtype_of_target(integer):
+    case = make_case(FLOAT32, (33, 100), "weight smoothing")
+    ignored = 7 if integer.kind == "u" else -100
+    case.target[::5] = ignored
+    options = dict(case.options, ignore_index=ignored)
+    want = fx.cross_entropy_value_and_grad(case.logits, case.target, **options)
+    for target in (case.target.astype(integer), case.target.astype(integer.newbyteorder())):
+        got = fx.cross_entropy_value_and_grad(case.logits, target, **options)
+        np.testing.assert_array_equal(got[0], want[0])
+        np.testing.assert_array_equal(got[1], want[1])
+    check(Case(case.logits, case.target, options))
+
+
+@pytest.mark.parametrize("integer", INTEGERS, ids=str)
+def test_ignore_index_is_compared_by_value_not_by_bits(integer):
+    low, high = np.iinfo(integer).min, np.iinfo(integer).max
+    x = make_rng("bits").standard_normal((3, 5))
+    target = np.array([1, high, low], integer)
+    for ignored in {low, high} - {0}:
+        other = {low, high, 1} - {ignored}
+        keep = [1 if int(t) not in other or not 0 <= int(t) < 5 else int(t) for t in target]
+        rows = np.array(
+            [ignored if int(t) == ignored else k for t, k in zip(target, keep, strict=True)], integer
+        )
+        losses = fx.cross_entropy(x, rows, ignore_index=ignored, reduction="none")
+        np.testing.assert_array_equal(losses == 0, rows == ignored)
+    wrapped = int(high) - 2 ** (8 * integer.itemsize)  # the same bits as `high` in the wider or signed type
+    with pytest.raises(IndexError, match=str(high)):
+        fx.cross_entropy(x, target, ignore_index=wrapped)
+
+
+def test_lists_and_integer_logits_are_float64():
+    for x in (
+        [[1, 2, 3]],
+        [[1.0, 2.0, 3.0]],
+        np.array([[1, 2, 3]], np.int8),
+        np.array([[1, 2, 3]], np.uint64),
+    ):
+        loss, dlogits = fx.cross_entropy_value_and_grad(x, [1])
+        assert loss.dtype == dlogits.dtype == np.float64
+        truth = ref.cross_entropy_value_and_grad([[1, 2, 3]], [1])
+        np.testing.assert_allclose(loss, truth[0], rtol=1e-15)
+        np.testing.assert_allclose(dlogits, truth[1], rtol=1e-14)
+
+
+def test_float64_probabilities_make_a_float64_loss():
+    case = make_case(FLOAT32, (9, 21), "probabilities weight smoothing sample_weight")
+    case = case._replace(target=make_rng("wide").dirichlet(np.ones(21), 9))
+    for reduction in REDUCTIONS:
+        truth = make_truth(case, reduction)
+        loss, dlogits = fx.cross_entropy_value_and_grad(*case[:2], reduction=reduction, **case.options)
+        assert loss.dtype == np.float64 and dlogits.dtype == np.float32
+        theirs = run_torch(case, reduction)
+        assert theirs[0].dtype == np.float64  # computed from float32 log-probabilities all the same
+        assert_within_budget(loss, truth.loss, theirs[0], truth.loss_scale)
+        assert_within_budget(dlogits, truth.grad, theirs[1], truth.grad_scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_probabilities_of_any_float_dtype(dtype):
+    case = make_case(FLOAT32, (9, 21), "probabilities")
+    case = case._replace(target=case.target.astype(dtype))
+    truth, theirs = (
+        make_truth(case, "none"),
+        run_torch(case._replace(target=widest(case.target).astype("f4")), "none"),
+    )
+    loss, dlogits = fx.cross_entropy_value_and_grad(*case[:2], reduction="none")
+    np.testing.assert_array_equal(loss.dtype, accumulation(dtype))
+    assert_within_budget(loss.astype("f4"), truth.loss, theirs[0], truth.loss_scale)
+    assert_within_budget(dlogits, truth.grad, theirs[1], truth.grad_scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows_no_classes_one_class(dtype):
+    empty, indices = np.zeros((0, 4), dtype), np.zeros(0, int)
+    for target in (indices, np.zeros((0, 4), dtype)):
+        for reduction, want in {"mean": NAN, "sum": 0.0, "none": np.zeros(0)}.items():
+            loss, dlogits = fx.cross_entropy_value_and_grad(empty, target, reduction=reduction)
+            np.testing.assert_array_equal(loss, want)
+            assert dlogits.shape == (0, 4) and dlogits.dtype == dtype
+            np.testing.assert_array_equal(fx.cross_entropy(empty, target, reduction=reduction), want)
+    for reduction, want in {"mean": NAN, "sum": 0.0, "none": np.zeros(3)}.items():
+        nothing = np.zeros((3, 0), dtype)
+        loss, dlogits = fx.cross_entropy_value_and_grad(nothing, nothing, reduction=reduction)
+        np.testing.assert_array_equal(loss, want)
+        assert dlogits.shape == (3, 0)
+    with pytest.raises(IndexError, match=r"target\[0\] = 0 is outside \[0, 0\); 3 of 3 rows"):
+        fx.cross_entropy(np.zeros((3, 0), dtype), [0, 0, 0])
+    loss, dlogits = fx.cross_entropy_value_and_grad(np.array([[5], [-5]], dtype), [0, 0])
+    assert loss == 0 and not dlogits.any()
