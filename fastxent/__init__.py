@@ -5,24 +5,27 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "functional": (
-        "CrossEntropyStats",
-        "cross_entropy",
-        "cross_entropy_grad_hess",
-        "cross_entropy_stats",
-        "cross_entropy_value_and_grad",
-        "nll_loss",
-    ),
-    "special": ("entropy", "kl_div", "log_softmax", "logsumexp", "softmax"),
-    "binary": ("binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits_value_and_grad"),
-    "_parallel": ("get_num_threads", "set_num_threads"),
-    "_config": ("show_config", "warmup"),
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_MODULES = ("functional", "reference", "torch")
-
-__all__ = [*sorted(_MODULE_OF), "functional", "reference"]
+__all__ = [
+    "CrossEntropyStats",
+    "binary_cross_entropy_with_logits",
+    "binary_cross_entropy_with_logits_value_and_grad",
+    "cross_entropy",
+    "cross_entropy_grad_hess",
+    "cross_entropy_stats",
+    "cross_entropy_value_and_grad",
+    "entropy",
+    "functional",
+    "get_num_threads",
+    "kl_div",
+    "log_softmax",
+    "logsumexp",
+    "nll_loss",
+    "reference",
+    "set_num_threads",
+    "show_config",
+    "softmax",
+    "warmup",
+]
 
 if TYPE_CHECKING:
     from fastxent import functional, reference
@@ -43,14 +46,24 @@ if TYPE_CHECKING:
     from fastxent.special import entropy, kl_div, log_softmax, logsumexp, softmax
 
 
+_HOME = {
+    "_config": ("show_config", "warmup"),
+    "_parallel": ("get_num_threads", "set_num_threads"),
+    "binary": ("binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits_value_and_grad"),
+    "special": ("entropy", "kl_div", "log_softmax", "logsumexp", "softmax"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
 def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        value = getattr(import_module(f"fastxent.{_MODULE_OF[name]}"), name)
-        globals()[name] = value
-        return value
-    if name in _MODULES:
+    """Import what a name stands for when it is first used (PEP 562)."""
+    if name in ("binary", "functional", "reference", "special", "torch"):
         return import_module(f"fastxent.{name}")
-    raise AttributeError(f"module 'fastxent' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'fastxent' has no attribute {name!r}")
+    value = getattr(import_module(f"fastxent.{_MODULE_OF.get(name, 'functional')}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

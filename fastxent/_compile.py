@@ -18,7 +18,7 @@ lock = threading.RLock()
 
 # Part of every signature, and so of every key in the disk cache: Numba looks at the file of the task only, and would serve
 # yesterday's kernel after a change in a helper.
-BUILD_ID = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (_simd, _kernels, _task))).hexdigest()[
+BUILD_ID = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in (_simd, _kernels, _task))).hexdigest()[
     :16
 ]
 
@@ -49,8 +49,8 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
     return _simd.Task(fields, tuple(constants.items()), BUILD_ID)
 
 
-def compile_task(name: str, variant: Variant) -> tuple[int, Any]:
-    """Address of the machine code of task ``name`` and what keeps it alive; a cache that cannot be used is no error."""
+def compile_task(name: str, variant: Variant) -> Any:
+    """Task ``name`` as a C function (``.address``); a cache that cannot be used is no error."""
     function = getattr(_kernels, name + "_task")
     signature = types.void(task_type(name, variant))
     try:
@@ -58,7 +58,7 @@ def compile_task(name: str, variant: Variant) -> tuple[int, Any]:
     except Exception as reason:  # read-only home, truncated or unreadable cache file: compile without it
         warnings.warn(f"fastxent compiles without its disk cache: {reason}", RuntimeWarning, stacklevel=4)
         compiled = cfunc(signature)(function)
-    return compiled.address, compiled
+    return compiled
 
 
 def cache_folder() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -68,7 +69,6 @@ def show_config() -> dict[str, Any]:
     >>> sorted(fx.show_config())
     ['cache', 'cpu', 'threads', 'vectors', 'versions']
     """
-    import numba
     from llvmlite import binding
 
     from fastxent import _compile
@@ -80,7 +80,7 @@ def show_config() -> dict[str, Any]:
     return {
         "cpu": {
             "model": _cpu_model(),
-            "llvm name": numba.config.CPU_NAME or binding.get_host_cpu_name(),
+            "llvm name": os.environ.get("NUMBA_CPU_NAME") or binding.get_host_cpu_name(),
             "cores available": available_cpus(),
         },
         "vectors": {"lanes": 16, "widest register, bits": bits},

@@ -14,12 +14,13 @@ A class index y is t = onehot(y). Without smoothing only q_y = w_y is left:
 A sample weight u multiplies a row's l and gradient; ``scale`` multiplies the gradient (mean: 1 / divisor, else 1).
 
 Online softmax (Milakov, Gimelshein 2018): a row is read once, in blocks; when a block raises the maximum from m to m',
-    s' = s f        D' = D + Q (m - m')        E' = f (E + s (m - m'))        with f = exp(m - m'), E = sum_c exp(x_c - m) (x_c - m)
+    s' = f s        D' = D + Q (m - m')        E' = f (E + s (m - m'))        f = exp(m - m')
+with E = sum_c exp(x_c - m) (x_c - m), from which the entropy comes: log s - E / s.
 Sums inside a block have the precision of the logits (float32 for half), sums of blocks and of rows are float64, and the order
 of all of them follows from the shape alone: same bits at any number of threads.
 
-One maths, two directions. 16 lanes hold either 16 neighbouring classes of one row (``task.across``: many classes, neighbours in
-memory) or one class of 16 rows (few classes, or rows that are neighbours in memory, as in (N, C, H, W)). "Vector j of a unit" is
+One maths, two directions. 16 lanes hold either 16 neighbouring classes of one row (``task.across``: many classes, neighbours
+in memory) or one class of 16 rows (few classes, or rows that are neighbours in memory, as in (N, C, H, W)). "Vector j of a unit" is
 classes 16 j ... 16 j + 15 of its row, or class j of its 16 rows. Across, each reduction ends with one over the lanes, after which
 every lane holds the row's value; so all that comes later is the same code.
 
@@ -69,9 +70,9 @@ INF = float("inf")
 BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
 NONE = 1 << 62  # past every class number
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # A unit: the rows that are worked on together, where they lie, and which lanes hold something
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 Unit = namedtuple(
     "Unit",
@@ -201,9 +202,9 @@ def target_weights(task, unit, j, mask):
     return where(mask, q, 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # First trip: the statistics of a unit
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 # m in the logits' precision; the sums s, Q, D, E in float64, of which s and E carry exp_up's factor 2**UP.
 State = namedtuple("State", "m s q_sum q_dot e_dot")
@@ -334,9 +335,9 @@ def log_s(state):
     return log(state.s / up(state.m))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Class indices, loss, gradient
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 Label = namedtuple("Label", "x_y w_y")  # logit (in the logits' precision) and class weight (float64) of class y
 
@@ -463,9 +464,9 @@ def write_zeros(task, unit):
         write_out(task, unit, j, zero, mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # What each task does with unit ``number``; returns three numbers to be summed over all units
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 @njit(**INLINE)
@@ -671,14 +672,14 @@ def binary(task, number):
     return lane(sum_across(loss), 0), 0.0, 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Tasks: what a thread runs. Every thread of a team runs the same task on the same argument block.
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 @njit(**INLINE)
 def walk(task, visit):
-    """Take chunks of units until none is left; sum a chunk's numbers in order; the last to finish sums the chunks', in order."""
+    """Take chunks of units until none is left; sum each chunk in order; the last to finish sums the chunks in order."""
     n_chunks = task.n_chunks
     partial = task.partial  # (n_chunks, 3) out
     chunk = fetch_add(task, NEXT)

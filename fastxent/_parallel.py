@@ -1,9 +1,9 @@
 """Runs a task on the host's OpenMP pool, on a thread pool, or serially.
 
-One compiled function per task takes one argument block and works until the block's counter says that nothing is left. So the three ways
-to run it differ in who calls it: ``GOMP_parallel`` calls it in every thread of the team that PyTorch uses too; an executor's
-threads call it where there is no libgomp; or the caller alone calls it, and no parallel runtime is entered at all: small work,
-one thread, and any forked child (libgomp hangs after fork).
+One compiled function per task takes one argument block and works until the block's counter says that nothing is left. So the
+three ways to run it differ in who calls it: ``GOMP_parallel`` calls it in every thread of the team that PyTorch uses too; an
+executor's threads call it where there is no libgomp; or the caller alone calls it, and no parallel runtime is entered at all:
+small work, one thread, and any forked child (libgomp hangs after fork).
 
 ``prange`` is not used: it resets ``torch.get_num_threads()``, freezes multiprocessing's start method, aborts when two threads
 call it and kills forked children (DESIGN.md, section 5).
@@ -31,10 +31,11 @@ _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Kernel(NamedTuple):
-    """A compiled task: callable from here, and its address for others to call."""
+    """A compiled task."""
 
     call: Callable[[object], None]
-    address: int
+    address: int  # for other callers
+    owner: object  # of the machine code, which lives as long as this does
 
 
 class _State:
@@ -48,9 +49,9 @@ _lock = threading.Lock()
 _kernels: dict[tuple[str, Variant], Kernel] = {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Running
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def run(
@@ -77,7 +78,7 @@ def run(
     for task in ("save_segment", name) if plan.variant.split else (name,):
         _task.BLOCK.pack_into(block, 0, 0, 0, *values)
         _launch(kernel(task, plan.variant), block, plan, n_threads)
-    return _task.TOTAL.unpack_from(block, at_total - at)  # type: ignore[return-value]
+    return _task.TOTAL.unpack_from(block, at_total - at)
 
 
 def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_threads: int | None) -> None:
@@ -123,9 +124,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Threads
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def _openmp() -> ctypes.CDLL | None:
@@ -242,9 +243,9 @@ def check_threads(n: object, name: str) -> int:
     return count
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Compiling
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def kernel(name: str, variant: Variant) -> Kernel:
@@ -257,10 +258,8 @@ def kernel(name: str, variant: Variant) -> Kernel:
 
     with _compile.lock:
         if (name, variant) not in _kernels:
-            address, keep = _compile.compile_task(name, variant)
-            call = _FUNCTION(address)
-            call.owner = keep  # type: ignore[attr-defined]  # the machine code lives as long as the function
-            _kernels[name, variant] = Kernel(call, address)
+            compiled = _compile.compile_task(name, variant)
+            _kernels[name, variant] = Kernel(_FUNCTION(compiled.address), compiled.address, compiled)
     return _kernels[name, variant]
 
 

@@ -63,11 +63,12 @@ def row_axes(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis:
     axes: list[Axis] = []
     row = 1
     for i in reversed([i for i in range(len(shape)) if i != axis]):
-        outer = Axis(shape[i], *(s[i] for s in strides), row)
+        x, g, t = (s[i] for s in strides)
+        outer = Axis(shape[i], x, g, t, row)
         row *= shape[i]
         if outer.extent == 1:
             continue
-        if axes and all(o == i * axes[-1].extent for o, i in zip(outer[1:], axes[-1][1:], strict=True)):
+        if axes and all(far == near * axes[-1].extent for far, near in zip(outer[1:], axes[-1][1:], strict=True)):
             axes[-1] = axes[-1]._replace(extent=axes[-1].extent * outer.extent)
         else:
             axes.append(outer)

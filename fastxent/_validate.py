@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastxent._parallel import check_threads, run
-from fastxent._plan import FEW_CLASSES, ITEMSIZE, Plan, flat_plan, make_plan
+from fastxent._plan import FEW_CLASSES, Plan, flat_plan, make_plan
 
 Array = np.ndarray[Any, Any]
 
@@ -82,9 +83,7 @@ def problem(
     else:
         if ignore >= 0:
             raise ValueError(f"ignore_index = {ignore} has no meaning for a target of class probabilities")
-        n_rows = y_size = int(np.prod(rows))
-        divisor = float(n_rows if u is None else u.sum()) if n_classes else 0.0
-        del y_size
+        divisor = float(math.prod(rows) if u is None else u.sum()) if n_classes else 0.0
     return Problem(x, axis, rows, y, t, w, u, ignore, smoothing, divisor, threads)
 
 
@@ -183,9 +182,8 @@ def _out_of_range(y: Array, bad: Array, n_classes: int) -> IndexError:
     first = tuple(int(i) for i in np.argwhere(bad)[0])
     where = f"[{', '.join(map(str, first))}]" if first else ""
     count = int(bad.sum())
-    return IndexError(
-        f"target{where} = {y[first]} is outside [0, {n_classes}); {count} of {y.size} rows {'is' if count == 1 else 'are'} out of range"
-    )
+    rows = f"{count} of {y.size} rows {'is' if count == 1 else 'are'} out of range"
+    return IndexError(f"target{where} = {y[first]} is outside [0, {n_classes}); {rows}")
 
 
 def check_vector(values: object, name: str, shape: tuple[int, ...], what: str) -> Array | None:
@@ -251,6 +249,3 @@ def writable_place(out: Array | None, x: Array, axis: int, others: tuple[Array |
     if out.dtype.isnative and lies_well and clean and (same or not np.may_share_memory(out, x)):
         return out
     return like(x, axis)
-
-
-__all__ = ["ITEMSIZE", "Problem"]

@@ -71,9 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("logits", metavar="LOGITS", help=".npy, .npz or FILE.npz:key; floating point")
     command.add_argument("targets", metavar="TARGETS", help="likewise; class indices or class probabilities")
     command.add_argument("--axis", type=int, default=-1, metavar="N", help="axis of the classes (default: last)")
-    command.add_argument(
-        "--ignore-index", type=int, default=-100, metavar="N", help="class index of rows to leave out (-100)"
-    )
+    command.add_argument("--ignore-index", type=int, default=-100, metavar="N", help="class index of rows to leave out (-100)")
     command.add_argument("--label-smoothing", type=float, default=0.0, metavar="X", help="from 0 to 1 (0)")
     command.add_argument("--weight", metavar="FILE", help="like LOGITS; one weight a class")
 

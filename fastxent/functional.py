@@ -352,7 +352,7 @@ def nll_loss(
     return _reduced(loss.sum(), p, reduction, loss.astype(p.acc))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def _loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labels: Array | None = None, **more: Any) -> Any:

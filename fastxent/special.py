@@ -156,18 +156,19 @@ def logsumexp(
     """
     x = floating(a, "a")
     axes = _axes(axis, x.ndim)
+    shape = x.shape
     if b is not None:
-        lse, sign = _weighted_logsumexp(x, floating(b, "b"), axes)
+        factors = floating(b, "b")
+        shape = np.broadcast_shapes(shape, factors.shape)
+        lse, sign = _weighted_logsumexp(x, factors, axes)
     else:
         lse = _logsumexp(x, axes, n_threads)
         sign = np.ones_like(lse)
     if not return_sign:
         lse = np.where(sign < 0, lse.dtype.type(np.nan), lse)
     if keepdims:
-        shape = tuple(
-            1 if i in axes else n for i, n in enumerate(np.broadcast_shapes(x.shape, np.shape(b) if b is not None else ()))
-        )
-        lse, sign = lse.reshape(shape), sign.reshape(shape)
+        kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
+        lse, sign = lse.reshape(kept), sign.reshape(kept)
     return (lse[()], sign[()]) if return_sign else lse[()]
 
 
@@ -265,7 +266,7 @@ def kl_div(input: object, target: object, *, reduction: str = "mean", log_target
     return acc.type(d.sum() / count) if count else acc.type(np.nan)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def _acc(x: Array) -> np.dtype[Any]:
