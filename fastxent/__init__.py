@@ -21,6 +21,8 @@ __all__ = [
     "logsumexp",
     "nll_loss",
     "reference",
+    "release_buffers",
+    "set_buffer_limit",
     "set_num_threads",
     "show_config",
     "softmax",
@@ -30,6 +32,7 @@ __all__ = [
 if TYPE_CHECKING:
     from fastxent import functional, reference
     from fastxent._config import show_config, warmup
+    from fastxent._memory import release_buffers, set_buffer_limit
     from fastxent._parallel import get_num_threads, set_num_threads
     from fastxent.binary import (
         binary_cross_entropy_with_logits,
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "_config": ("show_config", "warmup"),
+    "_memory": ("release_buffers", "set_buffer_limit"),
     "_parallel": ("get_num_threads", "set_num_threads"),
     "binary": ("binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits_value_and_grad"),
     "special": ("entropy", "kl_div", "log_softmax", "logsumexp", "softmax"),

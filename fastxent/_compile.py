@@ -43,6 +43,7 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "soft": variant.target is not None,
         "dense": variant.smooth or variant.target is not None,
         "entropic": name == "stats",
+        "capped": variant.capped,
         "split": variant.split,
         "differentiate": variant.differentiate,
     }

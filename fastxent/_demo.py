@@ -25,6 +25,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fastxent import cross_entropy_value_and_grad
 from fastxent._evaluate import Evaluation, evaluate
@@ -68,6 +69,7 @@ class Result:
     evaluation: Evaluation
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")  # on a busy machine, BLAS threads take 10 x as long for so small a product
 def run(folder: Path, on_step: Callable[[Step], None] = lambda step: None) -> Result:
     """Train, compare with scikit-learn, write ``logits.npy`` and ``targets.npy`` to `folder`, evaluate them.
 

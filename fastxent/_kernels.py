@@ -11,6 +11,7 @@ Cross-entropy against target weights q_c (a row's class probabilities t, smoothe
 A class index y is t = onehot(y). Without smoothing only q_y = w_y is left:
     l          = w_y (log s + (m - x_y))
     dl/dx_c    = w_y (p_c - [c = y])
+z-loss adds z lse^2 to l and 2 z lse p_c to the gradient (Q becomes Q + 2 z lse there). Softcap puts cap tanh(x / cap) for x.
 A sample weight u multiplies a row's l and gradient; ``scale`` multiplies the gradient (mean: 1 / divisor, else 1).
 
 Online softmax (Milakov, Gimelshein 2018): a row is read once, in blocks; when a block raises the maximum from m to m',
@@ -20,9 +21,9 @@ Sums inside a block have the precision of the logits (float32 for half), sums of
 of all of them follows from the shape alone: same bits at any number of threads.
 
 One maths, two directions. 16 lanes hold either 16 neighbouring classes of one row (``task.across``: many classes, neighbours
-in memory) or one class of 16 rows (few classes, or rows that are neighbours in memory, as in (N, C, H, W)). "Vector j of a unit" is
-classes 16 j ... 16 j + 15 of its row, or class j of its 16 rows. Across, each reduction ends with one over the lanes, after which
-every lane holds the row's value; so all that comes later is the same code.
+in memory) or one class of 16 rows (few classes, or rows that are neighbours in memory, as in (N, C, H, W)). "Vector j of a
+unit" is classes 16 j ... 16 j + 15 of its row, or class j of its 16 rows. Across, each reduction ends with one over the lanes,
+after which every lane holds the row's value; so all that comes later is the same code.
 
 A kernel trusts its Task: the caller has checked every shape, stride and target. An ignored row is never read.
 """
@@ -60,6 +61,7 @@ from fastxent._simd import (
     splat,
     store_masked,
     sum_across,
+    tanh,
     up,
     where,
     widen,
@@ -175,9 +177,24 @@ def write(task, p, lanes, values, mask):
 
 
 @njit(**INLINE)
+def capped(task, x):
+    """The logits that softmax sees: x, or cap tanh(x / cap)."""
+    return tanh(x / task.cap) * task.cap if task.capped else x
+
+
+@njit(**INLINE)
+def through_cap(task, x, g):
+    """The gradient with respect to x, from that with respect to the capped x: times 1 - tanh^2(x / cap)."""
+    if task.capped:
+        t = x / task.cap
+        return g * ((splat(t, 1.0) - t) * (t + 1.0))
+    return g
+
+
+@njit(**INLINE)
 def logits(task, unit, j, mask):
     """x, vector j."""
-    return read(task, task.x + (unit.x + j * task.x_step), unit.x_lanes, mask)
+    return capped(task, read(task, task.x + (unit.x + j * task.x_step), unit.x_lanes, mask))
 
 
 @njit(**INLINE)
@@ -350,11 +367,11 @@ def label(task, unit):
         return Label(splat(task.x, 0.0), w_y)
     if task.across:
         y = lane(unit.y, 0)
-        x_y = splat(task.x, get(task.x + unit.x, y * itemsize(task.x)))
+        x_y = capped(task, splat(task.x, get(task.x + unit.x, y * itemsize(task.x))))
         if task.weighted != 0:
             w_y = splat(w_y, get(task.w, 8 * y))
     else:
-        x_y = gather(task.x + unit.x, unit.x_lanes + unit.y * task.x_step, unit.kept)
+        x_y = capped(task, gather(task.x + unit.x, unit.x_lanes + unit.y * task.x_step, unit.kept))
         if task.weighted != 0:
             w_y = gather(task.w, unit.y * 8, unit.kept)
     return Label(x_y, w_y)
@@ -379,14 +396,17 @@ def sample_weights(task, unit):
 @njit(**INLINE)
 def row_loss(task, unit, state, y):
     """l of every row, float64; 0 for an ignored one."""
+    log_sum = log_s(state)
+    lse = widen(state.m) + log_sum
     if task.dense:
         q_sum, q_dot = state.q_sum, state.q_dot
         if task.labelled:
             q_sum = q_sum + y.w_y * task.keep
             q_dot = q_dot + (y.w_y * task.keep) * (widen(y.x_y) - widen(state.m))
-        loss = q_sum * log_s(state) - q_dot
+        loss = q_sum * log_sum - q_dot
     else:
-        loss = y.w_y * (log_s(state) + (widen(state.m) - widen(y.x_y)))
+        loss = y.w_y * (log_sum + (widen(state.m) - widen(y.x_y)))
+    loss = loss + lse * lse * task.z
     return where(unit.kept, loss * sample_weights(task, unit), 0.0)
 
 
@@ -414,6 +434,7 @@ def factors(task, unit, state, y):
             q_y = y.w_y * (task.keep + task.spread)
         else:
             q_sum = y.w_y
+    q_sum = q_sum + (widen(state.m) + log_s(state)) * (2.0 * task.z)
     shift = finite(state.m)
     inverse_s = splat(b, 1.0) / state.s
     a = where(unit.kept, b * q_sum * inverse_s, 0.0)
@@ -422,7 +443,7 @@ def factors(task, unit, state, y):
         p_y = widen(exp_up(y.x_y - shift)) / state.s
         g_y = b * (q_sum * p_y - q_y)
     x = task.x
-    return Factors(shift, narrow(x, a), narrow(x, b), narrow(x, inverse_s), narrow(x, g_y))
+    return Factors(shift, narrow(x, a), narrow(x, b), narrow(x, inverse_s), through_cap(task, y.x_y, narrow(x, g_y)))
 
 
 @njit(**INLINE)
@@ -438,10 +459,11 @@ def put_label(task, unit, values):
 
 @njit(**INLINE)
 def gradient_vector(task, unit, j, mask, f):
-    g = exp_up(logits(task, unit, j, mask) - f.shift) * f.a
+    x = logits(task, unit, j, mask)
+    g = exp_up(x - f.shift) * f.a
     if task.dense:
         g = g - target_weights(task, unit, j, mask) * f.b
-    return g
+    return through_cap(task, x, g)
 
 
 @njit(**INLINE)

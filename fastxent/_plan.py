@@ -27,6 +27,7 @@ class Variant(NamedTuple):
     smooth: bool = False  # label smoothing, with class indices
     across: bool = False  # lanes are classes of one row; else rows
     neighbours: bool = False  # what the lanes hold lies side by side in memory
+    capped: bool = False  # softcap
     split: bool = False  # a unit is a segment of a row
     differentiate: bool = False  # the binary task: with gradient
 
@@ -84,6 +85,7 @@ def make_plan(
     target: str | None = None,
     labelled: bool = False,
     smooth: bool = False,
+    capped: bool = False,
     may_split: bool = True,
 ) -> Plan:
     """Plan a walk over ``shape`` with the class axis ``axis``; ``strides`` of logits, gradient and probabilities.
@@ -128,7 +130,7 @@ def make_plan(
     planned = (
         n_rows, n_classes, n_vectors, n_units, units_per_line, chunk, n_chunks, segment, n_segments, len(axes), *steps,
     )  # fmt: skip
-    variant = Variant(logits, target, labelled, smooth, across, neighbours, split)
+    variant = Variant(logits, target, labelled, smooth, across, neighbours, capped, split)
     table = tuple(value for a in axes for value in a)
     return Plan(variant, planned, table, n_units, n_chunks, n_rows * n_classes)
 

@@ -53,6 +53,8 @@ CALLED = (
     ("keep", "float"),  # 1 - eps
     ("spread", "float"),  # eps / C
     ("scale", "float"),  # factor of the gradient
+    ("z", "float"),  # factor of lse^2 in the loss
+    ("cap", "float"),  # softcap
 )
 FIELDS = PLANNED + CALLED
 FIRST_SLOT = 16

@@ -235,6 +235,8 @@ def _run_live(run: Callable[..., Result], folder: Any, console: Console) -> Resu
 
     def table() -> Table:
         table = Table(title="softmax regression on handwritten digits, L-BFGS")
+        if not steps:
+            table.caption = "compiling the kernels, the first time only"
         for column in ("iteration", "loss", "train accuracy", "test accuracy"):
             table.add_column(column, justify="right")
         for step in steps:
@@ -337,7 +339,7 @@ def _progress(unit: str) -> Iterator[Callable[..., None] | None]:
     else:
         columns += (progress.MofNCompleteColumn(), progress.TimeElapsedColumn())
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
+        task = bar.add_task("preparing", total=None)  # total=None: it moves, but to no known end
 
         def update(done: int, total: int, name: str = "") -> None:
             bar.update(task, completed=done, total=total, description=name)

@@ -7,7 +7,8 @@ case, plus one unit in the last place. See `Budget`.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -76,6 +77,31 @@ OPTIONS = [
     "probabilities weight",
     "probabilities weight smoothing sample_weight",
 ]
+INDEX_OPTIONS = [o for o in OPTIONS if "probabilities" not in o and "one_hot" not in o]
+
+INF, NAN = np.inf, np.nan
+# Rows of three classes with their target, for the table of PyTorch's edge values.
+SPECIAL_ROWS = {
+    "-inf elsewhere": ([1, -INF, 2], 0),
+    "-inf at the target": ([1, -INF, 2], 1),
+    "all -inf": ([-INF, -INF, -INF], 1),
+    "+inf elsewhere": ([1, INF, 2], 0),
+    "+inf at the target": ([1, INF, 2], 1),
+    "all +inf": ([INF, INF, INF], 1),
+    "+inf and -inf": ([INF, -INF, 2], 2),
+    "nan elsewhere": ([1, NAN, 2], 0),
+    "nan at the target": ([1, NAN, 2], 1),
+    "1e4": ([1e4, -1e4, 0], 1),
+    "smallest": ([1e-45, 0, -1e-45], 0),
+}
+SPECIAL_OPTIONS = {
+    "plain": {},
+    "smoothing": dict(label_smoothing=0.1),
+    "weight": dict(weight=np.float32([0.5, 2, 1])),
+    "weight 0 at class 1": dict(weight=np.float32([0.5, 0, 1])),
+    "both": dict(weight=np.float32([0.5, 0, 1]), label_smoothing=0.1),
+}
+SPECIAL_TARGETS = ["index", "one-hot", "probabilities"]
 
 
 class Case(NamedTuple):
@@ -125,6 +151,13 @@ def make_case(dtype: np.dtype, shape: tuple[int, ...], option: str = "index") ->
     return Case(logits, target, options)
 
 
+def make_special_case(row: tuple[list[float], int], target: str, options: dict[str, Any], rows: int) -> Case:
+    """A special row in front of rows - 1 ordinary ones, which must not notice it."""
+    distribution = [0.2, 0.3, 0.5] if target == "probabilities" else np.eye(3)[row[1]]
+    t = np.array(row[1]) if target == "index" else np.array(distribution, np.float32)
+    return Case(np.float32([row[0]] + [[0.5, -1, 2]] * (rows - 1)), np.stack([t] * rows), options)
+
+
 def widest(a: Any) -> Any:
     """`a` in longdouble if it is floating: as an argument of the reference, it makes a truth past float64."""
     is_float = isinstance(a, float) or (isinstance(a, np.ndarray) and a.dtype.kind not in "iub")
@@ -159,6 +192,16 @@ def make_truth(case: Case, reduction: str) -> Truth:
         return Truth(ref._reduce(losses, r.divisor, reduction), grad, loss_scale, grad_scale)
 
 
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """For arrays as small as ours, threads cost PyTorch far more than they bring; the setting is everybody's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@one_torch_thread()
 def run_torch(case: Case, reduction: str) -> tuple[np.ndarray, np.ndarray]:
     """Loss and gradient by `F.cross_entropy`, in the dtype of the loss.
 
@@ -205,9 +248,9 @@ class Budget:
 
     Both errors are counted in ulps of the dtype of ours, in two sup-norms:
 
-    0. element by element, in ulps at `scale`: small elements count as much as large ones. `scale` is the size of
-       the largest term of the element's formula (by default the size of the truth), because a difference cannot
-       be known better than its terms;
+    0. element by element, in ulps at `scale`: small elements count as much as large ones. `scale` is the size
+       of the largest term of the element's formula (by default the size of the truth), because a difference
+       cannot be known better than its terms;
     1. the whole array at once, in ulps at its largest element: the plain absolute error.
 
     Several results (reductions, shapes) share one budget, because of a single number PyTorch's error says
@@ -241,18 +284,14 @@ class Budget:
             assert ours <= allowed, f"norm {norm}: {ours:.2f} ulp off ({where}), PyTorch {allowed - 1:.2f}"
 
 
-def assert_within_budget(
-    ours: Any, truth: Any, torch_result: Any, scale: Any = None, label: object = ""
-) -> None:
+def assert_within_budget(ours: Any, truth: Any, torch_result: Any, scale: Any = None, label: object = "") -> None:
     """A budget of one result."""
     budget = Budget()
     budget.add(ours, truth, torch_result, scale, label)
     budget.check()
 
 
-def _framed(
-    a: np.ndarray, before: tuple[int, int], after: tuple[int, int], step: tuple[int, int]
-) -> np.ndarray:
+def _framed(a: np.ndarray, before: tuple[int, int], after: tuple[int, int], step: tuple[int, int]) -> np.ndarray:
     """`a` as a view of a larger array, nan wherever `a` is not: who reads past the view is found out."""
     n, c = ((k - 1) * s + 1 + b + e for k, s, b, e in zip(a.shape, step, before, after, strict=True))
     frame = np.full((n, c), np.nan).astype(a.dtype)
@@ -274,9 +313,7 @@ def _read_only(a: np.ndarray) -> np.ndarray:
 
 
 # (N, C) array -> the same values in another memory layout; the two broadcasts repeat the first row or column.
-CONTIGUOUS_LAYOUTS: dict[
-    str, Callable[[np.ndarray], np.ndarray]
-] = {  # rows or columns are: no copy is needed
+CONTIGUOUS_LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # rows or columns are: no copy is needed
     "C": lambda a: np.array(a, order="C"),
     "F": lambda a: np.array(a, order="F"),
     "columns cut": lambda a: _framed(a, (0, 2), (0, 3), (1, 1)),

@@ -131,9 +131,7 @@ def test_a_process_ends_with_the_exit_code_and_one_line():
     done = run_process("evaluate", "no-such-file.npy", "t.npy")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == (
-        "fastxent evaluate: error: no-such-file.npy cannot be read: No such file or directory\n"
-    )
+    assert done.stderr == ("fastxent evaluate: error: no-such-file.npy cannot be read: No such file or directory\n")
 
 
 @pytest.mark.parametrize("args", [["evaluate", "x.npy", "t.npy"], ["info"], ["demo"]])
@@ -314,9 +312,7 @@ def test_the_progress_bar_goes_to_a_terminal_and_only_there(tmp_path):
     reader = threading.Thread(target=read)
     reader.start()
     command = [sys.executable, "-m", "fastxent", "evaluate", *files, "--json"]
-    done = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, env=os.environ | {"TERM": "xterm"}
-    )
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, env=os.environ | {"TERM": "xterm"})
     os.close(stderr)
     reader.join()
     os.close(terminal)
@@ -338,9 +334,7 @@ def test_memory_is_bounded(tmp_path, how):
     else:
         logits = str(tmp_path / "large.npz")
         header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            header, {"descr": "<f4", "fortran_order": False, "shape": (rows, 1024)}
-        )
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (rows, 1024)})
         with zipfile.ZipFile(logits, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             with archive.open("x.npy", "w", force_zip64=True) as stream:
                 stream.write(header.getvalue())
@@ -598,9 +592,7 @@ def test_flipped_bytes_give_a_result_or_one_line(tmp_path, capsys, kind):
     content, refused = stream.getvalue(), 0
     for _ in range(300):
         damaged = np.frombuffer(content, np.uint8).copy()
-        where = rng.integers(
-            0, min(len(content), 160) if rng.random() < 0.7 else len(content), rng.integers(1, 4)
-        )
+        where = rng.integers(0, min(len(content), 160) if rng.random() < 0.7 else len(content), rng.integers(1, 4))
         damaged[where] = rng.integers(0, 256, len(where))
         cut = len(content) if rng.random() < 0.8 else rng.integers(0, len(content))
         (tmp_path / "x.npy").write_bytes(damaged[:cut].tobytes())
@@ -715,6 +707,4 @@ def test_ci_runs_the_readmes_test_command():
     """`.ci/run` greps the command out of README.md, so it must stand there once, on a line of its own."""
     readme = (ROOT / "README.md").read_text()
     commands = [line for line in readme.splitlines() if "-m pytest" in line]
-    assert commands == [
-        "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/python -m pytest"
-    ]
+    assert commands == ["python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/python -m pytest"]

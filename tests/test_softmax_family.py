@@ -124,9 +124,7 @@ def test_logsumexp_factors_and_signs_are_scipys(axis, keepdims):
     np.testing.assert_allclose(value, want, rtol=1e-13)
     np.testing.assert_array_equal(sign, want_sign)
     assert np.shape(value) == np.shape(want)
-    np.testing.assert_allclose(
-        fx.logsumexp(x, axis, b, keepdims), np.where(want_sign < 0, np.nan, want), rtol=1e-13
-    )
+    np.testing.assert_allclose(fx.logsumexp(x, axis, b, keepdims), np.where(want_sign < 0, np.nan, want), rtol=1e-13)
 
 
 INF, NAN = np.inf, np.nan
@@ -241,9 +239,7 @@ def test_kl_div(dtype, reduction, log_target):
     got, truth = fx.kl_div(q, p, **options), ref.kl_div(widest(q), widest(p), **options)
     assert np.asarray(got).dtype == accumulation(dtype)
     terms = np.exp(widest(p)) if log_target else widest(p)
-    terms = terms * np.maximum(
-        np.abs(ref.log_softmax(widest(q), -1)), 1
-    )  # t log t and t input, before they cancel
+    terms = terms * np.maximum(np.abs(ref.log_softmax(widest(q), -1)), 1)  # t log t and t input, before they cancel
     scale = ref._reduce(terms, 8 if reduction == "batchmean" else terms.size, reduction.replace("batch", ""))
     assert_within_budget(got, truth, F.kl_div(torch_of(q), torch_of(p), **options).numpy(), scale)
 

@@ -148,8 +148,6 @@ def test_two_classes_are_binary_cross_entropy_of_the_difference(lib, reduction):
     rng = np.random.default_rng(1)
     x, y = 3 * rng.standard_normal((9, 2)), rng.integers(0, 2, 9)
     two = lib.cross_entropy_value_and_grad(x, y, reduction=reduction)
-    one = lib.binary_cross_entropy_with_logits_value_and_grad(
-        x[:, 1] - x[:, 0], y.astype(float), reduction=reduction
-    )
+    one = lib.binary_cross_entropy_with_logits_value_and_grad(x[:, 1] - x[:, 0], y.astype(float), reduction=reduction)
     np.testing.assert_allclose(two[0], one[0], rtol=1e-13)
     np.testing.assert_allclose(two[1], np.stack([-one[1], one[1]], 1), rtol=1e-12, atol=1e-15)
