@@ -245,14 +245,17 @@ def _compiled_missing(n_threads: int) -> str | None:
 # ----------------------------------------------------------------------------------------------------
 
 
+def _nothing(result: Any) -> tuple[float, None]:
+    """A floor computes no loss and is not checked here; tests/ look at what it moves."""
+    return 0.0, None
+
+
 def _floor(name: str) -> Callable[[Case, Inputs, int], Call]:
     def make(case: Case, inputs: Inputs, n_threads: int) -> Call:
         from benchmarks.floor import IN_PLACE, Floor
 
         floor = Floor(case, name, n_threads)
-        truth = inputs.truth  # it computes no loss: nothing to check here, tests/ look at what it moves
-        right = (truth.loss, None)
-        return Call(floor.run, lambda _: right, floor.restore if name == IN_PLACE else lambda: None)
+        return Call(floor.run, _nothing, floor.restore if name == IN_PLACE else lambda: None)
 
     return make
 

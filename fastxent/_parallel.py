@@ -61,24 +61,21 @@ def run(
     ignore: int = 0, keep: float = 1.0, spread: float = 0.0, scale: float = 1.0, z: float = 0.0, cap: float = 0.0,
 ) -> tuple[float, float, float]:  # fmt: skip
     """Run task ``name`` over ``plan``; addresses as in ``_task.CALLED``. Returns the sums over all units."""
-    header, axes = _task.BLOCK.size, 8 * len(plan.axes)
+    total = _task.BLOCK.size
     segments = 48 * plan.n_units if plan.variant.split else 0
-    block = ctypes.create_string_buffer(header + axes + segments + 24 * (plan.n_chunks + 1))
-    at = ctypes.addressof(block)
-    at_axes = at + header
-    at_segments = at_axes + axes
-    at_total = at_segments + segments
-    if axes:
-        ctypes.memmove(at_axes, (ctypes.c_int64 * len(plan.axes))(*plan.axes), axes)
+    block = ctypes.create_string_buffer(total + 24 + 24 * plan.n_chunks + segments)
+    at_total = ctypes.addressof(block) + total
+    at_partial = at_total + 24
+    at_segments = at_partial + 24 * plan.n_chunks
     values = (
-        *plan.planned, at_axes, at_total + 24, at_segments, at_total, x, g, h, t, y, w, u,
+        *plan.planned, ctypes.addressof(plan.table), at_partial, at_segments, at_total, x, g, h, t, y, w, u,
         loss, lse, entropy, target_prob, prediction, target_rank,
         w != 0, u != 0, loss != 0, ignore, keep, spread, scale, z, cap,
     )  # fmt: skip
     for task in ("save_segment", name) if plan.variant.split else (name,):
         _task.BLOCK.pack_into(block, 0, 0, 0, *values)
         _launch(kernel(task, plan.variant), block, plan, n_threads)
-    return _task.TOTAL.unpack_from(block, at_total - at)
+    return _task.TOTAL.unpack_from(block, total)
 
 
 def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_threads: int | None) -> None:

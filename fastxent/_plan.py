@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 LANES = 16
@@ -48,6 +50,11 @@ class Plan:
     n_chunks: int
     elements: int
 
+    @cached_property
+    def table(self) -> ctypes.Array[ctypes.c_int64]:
+        """``axes`` as the kernels read it."""
+        return (ctypes.c_int64 * len(self.axes))(*self.axes)
+
 
 class Axis(NamedTuple):
     """One axis of the rows: extent, and bytes from one to the next in logits, gradient, probabilities; rows by number."""
@@ -74,6 +81,11 @@ def row_axes(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis:
         else:
             axes.append(outer)
     return axes or [Axis(1, 0, 0, 0, 1)]
+
+
+def over(a: float, b: float) -> float:
+    """a / b as floating-point arithmetic has it: x / 0 is inf or nan, not an error."""
+    return a / b if b else a * math.inf if a else math.nan
 
 
 @lru_cache(maxsize=4096)

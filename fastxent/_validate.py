@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,20 @@ from fastxent._plan import FEW_CLASSES, Plan, flat_plan, make_plan
 Array = np.ndarray[Any, Any]
 
 STORAGE = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+
+
+@lru_cache(maxsize=64)
+def storage(dtype: np.dtype[Any]) -> str | None:
+    """How the kernels call a dtype; None if they do not take it. bfloat16 is known by its name, whoever defined it."""
+    return STORAGE.get(dtype.name)
+
+
+@lru_cache(maxsize=64)
+def accumulator(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
+    """dtype of the losses of such logits (and probabilities)."""
+    return np.dtype(np.float64 if any(dtype == np.float64 for dtype in dtypes) else np.float32)
+
+
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -34,8 +49,7 @@ class Problem(NamedTuple):
     @property
     def acc(self) -> np.dtype[Any]:
         """dtype of the losses."""
-        double = self.x.dtype == np.float64 or (self.t is not None and self.t.dtype == np.float64)
-        return np.dtype(np.float64 if double else np.float32)
+        return accumulator(self.x.dtype) if self.t is None else accumulator(self.x.dtype, self.t.dtype)
 
     def plan(self, g: Array | None = None, may_split: bool = True) -> Plan:
         """How a kernel walks over this problem and writes ``g``."""
@@ -45,8 +59,8 @@ class Problem(NamedTuple):
             x.shape,
             strides if t is not None else (strides[0], strides[1], strides[0]),
             self.axis,
-            STORAGE[x.dtype.name],
-            None if t is None else STORAGE[t.dtype.name],
+            storage(x.dtype) or "",
+            None if t is None else storage(t.dtype),
             labelled=self.y is not None,
             smooth=self.y is not None and self.smoothing > 0,
             may_split=may_split,
@@ -92,7 +106,7 @@ def floating(a: object, name: str) -> Array:
     array = np.asarray(a)
     if array.dtype.kind in "iub":
         array = array.astype(np.float64)
-    if array.dtype.name not in STORAGE:
+    if storage(array.dtype) is None:
         allowed = "float16, bfloat16, float32, float64 or integers"
         raise TypeError(f"{name} has dtype {array.dtype}; it must hold {allowed}")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
@@ -139,7 +153,7 @@ def check_target(target: object, x: Array, axis: int) -> tuple[Array | None, Arr
     if a.size == 0 and not isinstance(target, np.ndarray) and a.shape == rows:
         a = a.astype(np.int64)  # [] has no dtype of its own
     if a.shape == x.shape:
-        if a.dtype.name not in STORAGE:
+        if storage(a.dtype) is None:
             raise TypeError(
                 f"target has the shape of logits, {x.shape}, and dtype {a.dtype}; "
                 "class probabilities (one-hot ones too) must be floating"
@@ -191,7 +205,7 @@ def check_vector(values: object, name: str, shape: tuple[int, ...], what: str) -
     if values is None:
         return None
     a = np.asarray(values)
-    if a.dtype.kind not in "iufb" and a.dtype.name not in STORAGE:
+    if a.dtype.kind not in "iufb" and storage(a.dtype) is None:
         raise TypeError(f"{name} has dtype {a.dtype}; it must hold real numbers")
     if a.shape != shape:
         raise ValueError(f"{name} has shape {a.shape}; it must be {shape}: {what}")
@@ -227,11 +241,11 @@ def check_out(out: object, x: Array) -> Array:
         raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
     if out.shape != x.shape:
         raise ValueError(f"out has shape {out.shape}; it must be that of logits, {x.shape}")
-    if out.dtype.newbyteorder("=") != x.dtype:
+    if out.dtype != x.dtype and out.dtype.newbyteorder("=") != x.dtype:
         raise TypeError(f"out has dtype {out.dtype}; it must be that of logits, {x.dtype}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
-    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
+    if 0 in out.strides and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
         raise ValueError(f"out has strides {out.strides}: several of its elements share one place")
     return out
 
@@ -243,9 +257,7 @@ def writable_place(out: Array | None, x: Array, axis: int, others: tuple[Array |
     """
     if out is None:
         return like(x, axis)
-    same = address(out) == address(x) and out.strides == x.strides
     lies_well = (out.strides[axis] == out.itemsize) == (x.strides[axis] == x.itemsize) or x.shape[axis] <= FEW_CLASSES
     clean = not any(a is not None and np.may_share_memory(out, a) for a in others)
-    if out.dtype.isnative and lies_well and clean and (same or not np.may_share_memory(out, x)):
-        return out
-    return like(x, axis)
+    apart = not np.may_share_memory(out, x) or (out.strides == x.strides and address(out) == address(x))
+    return out if out.dtype.isnative and lies_well and clean and apart else like(x, axis)

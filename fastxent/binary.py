@@ -8,7 +8,7 @@ import numpy as np
 
 from fastxent._parallel import check_threads, run
 from fastxent._plan import flat_plan
-from fastxent._validate import STORAGE, Array, address, check_out, check_reduction, floating
+from fastxent._validate import Array, accumulator, address, check_out, check_reduction, floating, storage
 
 # An element takes a logarithm in float64: a unit of 16 is worth as much as 160 elements of softmax.
 _COST = 160
@@ -136,12 +136,12 @@ def _binary(
     threads = None if n_threads is None else check_threads(n_threads, "n_threads")
     w, positive = (_spread(a, name, x) for a, name in ((weight, "weight"), (pos_weight, "pos_weight")))
     x, t = np.ascontiguousarray(x), np.ascontiguousarray(t)
-    acc = np.dtype(np.float64 if np.float64 in (x.dtype, t.dtype) else np.float32)
+    acc = accumulator(x.dtype, t.dtype)
     rows = np.empty(x.shape, acc) if reduction == "none" else None
     g = np.empty_like(x) if differentiate else x
     total = 0.0
     if x.size:
-        plan = flat_plan(x.size, 2, STORAGE[x.dtype.name], STORAGE[t.dtype.name], _COST, differentiate)
+        plan = flat_plan(x.size, 2, storage(x.dtype) or "", storage(t.dtype), _COST, differentiate)
         total, _, _ = run(
             "binary", plan, threads, x=address(x), t=address(t), g=address(g) if differentiate else 0, w=address(w),
             u=address(positive), loss=address(rows), scale=1.0 / x.size if reduction == "mean" else 1.0,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastxent._parallel import run
+from fastxent._plan import over
 from fastxent._validate import (
     Array,
     Problem,
@@ -178,7 +179,7 @@ def cross_entropy_value_and_grad(
     if out is not None:
         check_out(out, p.x)
     g = writable_place(out, p.x, p.axis, (p.y, p.t, p.w, p.u))
-    loss = _loss_of("value_and_grad", p, reduction, g, scale=_over(1.0, p.divisor) if reduction == "mean" else 1.0)
+    loss = _loss_of("value_and_grad", p, reduction, g, scale=over(1.0, p.divisor) if reduction == "mean" else 1.0)
     if out is None:
         return loss, g
     if g is not out:
@@ -378,10 +379,4 @@ def _run(name: str, p: Problem, plan: Any, labels: Array | None = None, **more: 
 def _reduced(total: float, p: Problem, reduction: str, rows: Array | None) -> Any:
     if rows is not None and reduction == "none":
         return rows if rows.ndim else rows[()]
-    return p.acc.type(total if reduction == "sum" else _over(total, p.divisor))
-
-
-def _over(a: float, b: float) -> float:
-    """a / b as floating-point arithmetic has it: x / 0 is inf or nan, not an error."""
-    with np.errstate(all="ignore"):
-        return float(np.float64(a) / np.float64(b))
+    return p.acc.type(total if reduction == "sum" else over(total, p.divisor))

@@ -9,14 +9,15 @@ import numpy as np
 from fastxent._parallel import check_threads, run
 from fastxent._plan import make_plan
 from fastxent._validate import (
-    STORAGE,
     Array,
+    accumulator,
     address,
     check_integer,
     check_out,
     check_reduction,
     floating,
     like,
+    storage,
     walkable,
     writable_place,
 )
@@ -209,7 +210,7 @@ def entropy(p: object, axis: int = -1) -> Any:
     """
     x = floating(p, "p")
     (axis,) = _axes(axis, x.ndim)
-    return -_xlogx(x.astype(np.float64)).sum(axis=axis).astype(_acc(x))[()]
+    return -_xlogx(x.astype(np.float64)).sum(axis=axis).astype(accumulator(x.dtype))[()]
 
 
 def kl_div(input: object, target: object, *, reduction: str = "mean", log_target: bool = False) -> Any:
@@ -257,7 +258,7 @@ def kl_div(input: object, target: object, *, reduction: str = "mean", log_target
     x, t = floating(input, "input"), floating(target, "target")
     if x.shape != t.shape:
         raise ValueError(f"target has shape {t.shape}; it must be that of input, {x.shape}")
-    acc = np.result_type(_acc(x), _acc(t))
+    acc = accumulator(x.dtype, t.dtype)
     x, t = x.astype(np.float64), t.astype(np.float64)
     d = np.exp(t) * (t - x) if log_target else _xlogx(t) - t * x
     if reduction == "none":
@@ -267,10 +268,6 @@ def kl_div(input: object, target: object, *, reduction: str = "mean", log_target
 
 
 # ----------------------------------------------------------------------------------------------------
-
-
-def _acc(x: Array) -> np.dtype[Any]:
-    return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
 
 
 def _xlogx(p: Array) -> Array:
@@ -329,7 +326,7 @@ def _run(name: str, x: Array, axis: int, n_threads: int | None, g: Array | None 
     if x.size == 0:
         return
     strides = (x.strides, (x if g is None else g).strides, x.strides)
-    plan = make_plan(x.shape, strides, axis, STORAGE[x.dtype.name])
+    plan = make_plan(x.shape, strides, axis, storage(x.dtype) or "")
     run(name, plan, n_threads, x=address(x), g=address(g), lse=address(lse))
 
 
@@ -338,7 +335,7 @@ def _logsumexp(x: Array, axes: tuple[int, ...], n_threads: int | None) -> Array:
     flat, one = _one_axis(x, axes)
     flat = flat if walkable(flat, one) else like(flat, one, copy=True)
     rows = flat.shape[:one] + flat.shape[one + 1 :]
-    lse = np.full(rows, -np.inf, _acc(x))  # the sum over nothing is 0
+    lse = np.full(rows, -np.inf, accumulator(x.dtype))  # the sum over nothing is 0
     _run("logsumexp", flat, one, threads, lse=lse)
     unsure = np.isnan(lse)
     if unsure.any():  # a row with +inf has sum nan and logarithm inf, unless it holds a nan too
@@ -348,7 +345,7 @@ def _logsumexp(x: Array, axes: tuple[int, ...], n_threads: int | None) -> Array:
 
 
 def _weighted_logsumexp(x: Array, b: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    acc = np.result_type(_acc(x), _acc(b))
+    acc = accumulator(x.dtype, b.dtype)
     x, b = np.broadcast_arrays(x.astype(np.float64), b.astype(np.float64))
     x = np.where(b == 0, -np.inf, x)
     m = np.max(x, axis=axes, keepdims=True, initial=-np.inf)

@@ -27,7 +27,7 @@ from torch._prims_common import is_non_overlapping_and_dense_or_false as is_non_
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastxent import _memory, _parallel
-from fastxent._plan import FEW_CLASSES, Plan, flat_plan, make_plan
+from fastxent._plan import FEW_CLASSES, Plan, flat_plan, make_plan, over
 
 _STORAGE = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64}
@@ -344,13 +344,8 @@ def _run(name: str, call: _Call, g: Tensor, options: _Options, **more: Any) -> T
     if loss is not None:
         return loss
     if options.reduction == _MEAN:
-        total = _over(total, call.divisor)
+        total = over(total, call.divisor)
     return torch.tensor(total, dtype=call.acc)
-
-
-def _over(a: float, b: float) -> float:
-    """a / b as floating-point arithmetic has it."""
-    return a / b if b else a * math.inf if a else math.nan
 
 
 def _value(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: _Options) -> Tensor:
@@ -369,7 +364,7 @@ def _value_and_grad(
 ) -> tuple[Tensor, Tensor]:
     """Loss, and ``factor`` times its gradient, in ``out`` if given; that may be ``input``."""
     call = _prepare(input, target, weight, sample_weight, options.ignore_index)
-    scale = _over(factor, call.divisor) if options.reduction == _MEAN else factor
+    scale = over(factor, call.divisor) if options.reduction == _MEAN else factor
     result = _gradient_like(input) if out is None else out
     lies_well = call.x.shape[call.axis] <= FEW_CLASSES or (result.stride(call.axis) == 1) == (call.x.stride(call.axis) == 1)
     g = result if lies_well else torch.empty_like(call.x)

@@ -177,8 +177,8 @@ def make_truth(case: Case, reduction: str) -> Truth:
     """Loss and gradient in longdouble (64 bits of significand where the machine has them, else float64).
 
     Scales. The loss of a row is u Q (m - x_y + log s), m its maximum, s = sum exp(x - m) >= 1. A relative
-    error of s is an absolute one of log s, so the unit is that of max(loss, u Q). The gradient u (Q p - q)
-    has that of the larger of its two terms.
+    error of s is an absolute one of log s, so the unit is that of max(loss, u Q). The gradient u (Q p - q) has
+    that of the larger of its two terms, and p = exp(logp) that of p max(1, |logp|), as logp is rounded too.
     """
     defaults = dict(weight=None, sample_weight=None, ignore_index=-100, label_smoothing=0.0)
     options = defaults | {k: widest(v) for k, v in case.options.items()}
@@ -187,7 +187,8 @@ def make_truth(case: Case, reduction: str) -> Truth:
         losses, grad, mass = ref._losses(r), ref._gradients(r), r.u * r.q.sum(-1)
         divisor = r.divisor if reduction == "mean" else 1
         loss_scale = ref._reduce(np.maximum(np.abs(losses), mass), r.divisor, reduction)
-        grad_scale = np.maximum(np.abs(grad + r.u[..., None] * r.q), r.u[..., None] * r.q) / divisor
+        p_scale = np.exp(logp := ref.log_softmax(r.x, -1)) * np.maximum(1, np.abs(logp))
+        grad_scale = np.maximum(mass[..., None] * p_scale, r.u[..., None] * r.q) / divisor
         grad = np.where(r.keep[..., None], grad / divisor, 0)
         return Truth(ref._reduce(losses, r.divisor, reduction), grad, loss_scale, grad_scale)
 
@@ -251,7 +252,7 @@ class Budget:
     0. element by element, in ulps at `scale`: small elements count as much as large ones. `scale` is the size
        of the largest term of the element's formula (by default the size of the truth), because a difference
        cannot be known better than its terms;
-    1. the whole array at once, in ulps at its largest element: the plain absolute error.
+    1. the whole array at once, in ulps at its largest `scale`: the plain absolute error.
 
     Several results (reductions, shapes) share one budget, because of a single number PyTorch's error says
     nothing: it may be 0 by luck. Where the truth is nan or infinite, or too large for the dtype, ours must be
@@ -273,7 +274,8 @@ class Budget:
         wide, truth, scale, other = wide[finite], truth[finite], scale[finite], other[finite]
         assert np.isfinite(wide).all(), f"{label}: not finite where the truth is"
         assert np.isfinite(other).all(), f"{label}: PyTorch is not finite and sets no budget"
-        for norm, size in enumerate((np.maximum(scale, np.abs(truth)), np.abs(truth).max())):
+        scale = np.maximum(scale, np.abs(truth))
+        for norm, size in enumerate((scale, scale.max())):
             mine, torchs = ((np.abs(x - truth) / ulp(size, ours.dtype)).max() for x in (wide, other))
             self.torch[norm] = max(self.torch[norm], torchs)
             if mine > self.ours[norm]:

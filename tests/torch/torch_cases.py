@@ -45,6 +45,7 @@ EXTRAS = [
 ]
 
 Z_LOSS, SOFTCAP = 0.01, 5.0  # a cap that bends logits of the size of ours
+POISON = {True: float("nan"), False: 10**6}  # what stands around a view: is it floating?
 
 
 class Case(NamedTuple):
@@ -84,6 +85,7 @@ def make_case(dtype: torch.dtype, shape: tuple[int, ...], option: str = "index",
         options["weight"] = tensor(rng.uniform(0.5, 2, classes), dtype)
     if "ignore" in words:
         target[torch.tensor(rng.random(rows) < 0.25)] = -100
+        target.view(-1)[0] = classes - 1  # not all of them
     if "smoothing" in words:
         options["label_smoothing"] = 0.1
     if "sample_weight" in words:
@@ -108,8 +110,8 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def framed(x: Tensor) -> Tensor:
-    """A view of a larger tensor of nan, with gaps between its rows: who reads past it is found out."""
-    frame = x.new_full([n + 3 for n in x.shape], float("nan"))
+    """A view of a larger tensor of poison, with gaps between its rows: who reads past it is found out."""
+    frame = x.new_full([n + 3 for n in x.shape], POISON[x.is_floating_point()])
     view = frame[tuple(slice(1, n + 1) for n in x.shape)]
     view.copy_(x)
     return view
@@ -117,7 +119,7 @@ def framed(x: Tensor) -> Tensor:
 
 def every_second(x: Tensor) -> Tensor:
     """No axis is contiguous."""
-    frame = x.new_full([2 * n for n in x.shape], float("nan"))
+    frame = x.new_full([2 * n for n in x.shape], POISON[x.is_floating_point()])
     view = frame[tuple(slice(None, None, 2) for _ in x.shape)]
     view.copy_(x)
     return view
@@ -260,7 +262,7 @@ def run_torch(case: Case, reduction: str) -> tuple[np.ndarray, np.ndarray]:
     excuse any of ours.
     """
     loss, grad = loss_and_grad(torch_loss, at_least_float32(case), reduction)
-    return array(loss), array(grad.to(case.x.dtype))
+    return array(loss.to(case.x.dtype)), array(grad.to(case.x.dtype))
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,139 @@
+"""The vector type: exp, log, tanh to the last bits, half precision to the last bit, and what the compiler made of them."""
+
+import ctypes
+import re
+
+import numpy as np
+import pytest
+from numba import cfunc, types
+
+from fastxent import _compile, _kernels, _simd
+from fastxent._plan import Variant
+from fastxent._simd import exp_up, itemsize, load, log, log1p, narrow, store, tanh, widen
+
+FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def apply_exp_up(task):
+    for i in range(0, task.n, 16):
+        store(task.y + i * itemsize(task.y), exp_up(load(task.x + i * itemsize(task.x))))
+
+
+def apply_log(task):
+    for i in range(0, task.n, 16):
+        store(task.y + i * itemsize(task.y), log(load(task.x + i * itemsize(task.x))))
+
+
+def apply_log1p(task):
+    for i in range(0, task.n, 16):
+        store(task.y + i * itemsize(task.y), log1p(load(task.x + i * itemsize(task.x))))
+
+
+def apply_tanh(task):
+    for i in range(0, task.n, 16):
+        store(task.y + i * itemsize(task.y), tanh(load(task.x + i * itemsize(task.x))))
+
+
+def copy(task):
+    for i in range(0, task.n, 16):
+        store(task.y + i * itemsize(task.y), narrow(task.y, widen(load(task.x + i * itemsize(task.x)))))
+
+
+def run(function, x, y, storage_x, storage_y, kind):
+    """Apply a function of 16 lanes to x (a multiple of 16 elements), into y."""
+    fields = (("x", 0, (storage_x, kind)), ("y", 1, (storage_y, kind)), ("n", 2, "int"))
+    compiled = cfunc(types.void(_simd.Task(fields, (), "test")))(function)
+    block = np.array([x.ctypes.data, y.ctypes.data, x.size], np.int64)
+    FUNCTION(compiled.address)(block.ctypes.data)
+    return y
+
+
+def in_ulps(ours, truth, dtype):
+    """Largest error, in ulps of the dtype at the truth; the truth is of higher precision."""
+    spacing = np.spacing(np.abs(truth).astype(dtype)).astype(truth.dtype)
+    return float(np.max(np.abs(ours.astype(truth.dtype) - truth) / spacing))
+
+
+# Where long double is no wider than double there is no truth to compare a float64 function with.
+wider = pytest.mark.skipif(np.finfo(np.longdouble).nmant <= 52, reason="long double is double on this platform")
+PRECISIONS = [
+    pytest.param("f32", np.float32, np.float64, id="f32"),
+    pytest.param("f64", np.float64, np.longdouble, id="f64", marks=wider),
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "wide"), PRECISIONS)
+def test_exp_up_is_exact_to_an_ulp(kind, dtype, wide):
+    lowest = {"f32": -87.0, "f64": -708.0}[kind]  # what follows is rounded to denormal numbers by the caller
+    x = np.linspace(lowest, 0.0, 1 << 16).astype(dtype)
+    up = wide(2) ** {"f32": 24, "f64": 52}[kind]
+    assert in_ulps(run(apply_exp_up, x, np.empty_like(x), kind, kind, kind), np.exp(x.astype(wide)) * up, dtype) < 1.1
+
+
+@pytest.mark.parametrize(("kind", "up"), [("f32", 2.0**24), ("f64", 2.0**52)])
+def test_exp_up_at_the_ends(kind, up):
+    dtype = {"f32": np.float32, "f64": np.float64}[kind]
+    x = np.zeros(16, dtype)
+    x[:6] = [0.0, -np.inf, np.nan, -1e30, -1e-30, -800.0]
+    y = run(apply_exp_up, x, np.empty_like(x), kind, kind, kind)
+    np.testing.assert_array_equal(y[:6], [up, 0.0, np.nan, 0.0, up, 0.0])
+
+
+@wider
+def test_log_is_exact_to_two_ulps():
+    x = np.concatenate([np.geomspace(1e-300, 1e300, 1 << 14), 1 + np.linspace(-0.3, 0.4, 1 << 14)])
+    assert in_ulps(run(apply_log, x, np.empty_like(x), "f64", "f64", "f64"), np.log(x.astype(np.longdouble)), np.float64) < 2.5
+
+
+def test_log_at_the_ends():
+    x = np.ones(16)
+    x[:5] = [0.0, np.inf, np.nan, -1.0, 1.0]
+    y = run(apply_log, x, np.empty_like(x), "f64", "f64", "f64")
+    np.testing.assert_array_equal(y[:5], [-np.inf, np.inf, np.nan, np.nan, 0.0])
+
+
+@wider
+def test_log1p_keeps_small_numbers():
+    x = np.geomspace(1e-300, 1.0, 1 << 12)
+    assert (
+        in_ulps(run(apply_log1p, x, np.empty_like(x), "f64", "f64", "f64"), np.log1p(x.astype(np.longdouble)), np.float64) < 4
+    )
+
+
+@pytest.mark.parametrize(("kind", "dtype", "wide"), PRECISIONS)
+def test_tanh(kind, dtype, wide):
+    x = np.concatenate([np.geomspace(1e-30, 40, 1 << 12), -np.geomspace(1e-30, 40, 1 << 12)]).astype(dtype)
+    assert in_ulps(run(apply_tanh, x, np.empty_like(x), kind, kind, kind), np.tanh(x.astype(wide)), dtype) < 4
+
+
+def test_float16_every_value_there_and_back():
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    wide = run(copy, bits, np.empty(bits.size, np.float32), "f16", "f32", "f32")
+    np.testing.assert_array_equal(wide, bits.view(np.float16).astype(np.float32))
+    back = run(copy, wide, np.empty_like(bits), "f32", "f16", "f32")
+    np.testing.assert_array_equal(back.view(np.float16), bits.view(np.float16))
+
+
+def test_bfloat16_rounds_to_nearest_even_as_ml_dtypes_does():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
+    ties = (bits & 0xFFFF0000) | 0x8000
+    x = np.concatenate([bits, ties]).view(np.float32)
+    ours = run(copy, x, np.empty(x.size, np.uint16), "f32", "bf16", "f32").view(ml_dtypes.bfloat16)
+    with np.errstate(invalid="ignore"):  # the cast of a signalling nan
+        theirs = x.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(ours.astype(np.float32), theirs.astype(np.float32))
+
+
+@pytest.mark.parametrize("across", [True, False], ids=["classes in lanes", "rows in lanes"])
+def test_hot_loops_are_packed_and_call_nothing(across):
+    """The compiled kernel holds packed arithmetic and calls no function: no scalar exp, no helper that was not inlined."""
+    variant = Variant("f32", labelled=True, across=across, neighbours=True)
+    signature = types.void(_compile.task_type("value_and_grad", variant))
+    assembly = cfunc(signature)(_kernels.value_and_grad_task)._library.get_asm_str()
+    packed = r"\bv(mul|add|max|fmadd\w+)ps\b|\b(mul|add|max)ps\b|\bfml\w*\b"
+    assert len(re.findall(packed, assembly)) > 20
+    body = assembly[assembly.index("value_and_grad_task") :].split("\n\n")[0]
+    calls = {target for target in re.findall(r"\bcall\w*\s+(\S+)", body) if "exp" in target or "fastxent" in target}
+    assert not calls
