@@ -33,9 +33,9 @@ OPTIONS = {
 }
 SMOOTHING, IGNORED_SHARE, Z_LOSS = 0.1, 0.3, 1e-4
 
-# Relative error that is right all the same, of a loss, and of a gradient measured by its size and by the mean size in its row.
-# Not a test of accuracy (that is what tests/ is for): peers that keep log-probabilities in half precision must pass. A forgotten
-# target, factor or row is wrong by far more.
+# Relative error that is right all the same, of a loss, and of a gradient measured by its size and by the mean size in its
+# row. Not a test of accuracy (that is what tests/ is for): peers that keep log-probabilities in half precision must pass. A
+# forgotten target, factor or row is wrong by far more.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 3e-2, "bfloat16": 0.15}
 
 

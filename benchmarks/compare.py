@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,12 @@ from benchmarks import whole
 from benchmarks.bars import beside, judge
 from benchmarks.cases import CASES, HEADLINE, LOSS, SHORT, Case, case_of
 from benchmarks.measure import NORMAL, QUICK, THOROUGH, Effort, Group, Progress, ratio, run_group, spread, threads
-from benchmarks.report import COMPILED, EAGER, amount, bound, digits, duration, head, mark, measured, quartiles
+from benchmarks.report import BAR_COLUMNS, COMPILED, EAGER, amount, bar_cells, digits, duration, head, quartiles
 
 Job = tuple[str, Callable[[Progress], Group]]
 
+BUSY = 1.0  # load average from which on others disturb
+WIDTH = 200  # of the output, where it is no terminal
 COLUMNS = ("", "time", "quartiles", "GB/s", "time / floor", "eager / time", "compile / time")
 
 
@@ -42,23 +46,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception:  # shown as missing, with the reason
             break
     n_threads = args.threads or fx.get_num_threads()
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     document: dict[str, Any] = {
         "format": 1,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "arguments": list(sys.argv[1:] if argv is None else argv),
         "threads": n_threads,
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "config": config(),
         "groups": [],
         "interrupted": False,
     }
     for name, text in head(document):
         console.print(f"{name:<9} {text}", highlight=False, markup=False)
+    if (document["load"] or 0) > BUSY:
+        console.print("other programs are running: do not trust these times")
     start = time.perf_counter()
     with threads(n_threads):
         run(jobs(args, n_threads), document, console)
     if args.all:
+        console.print("\nbars", style="bold")
         console.print(bars_table(document["groups"], console.is_terminal))
     document["seconds"] = round(time.perf_counter() - start, 1)
     console.print(f"{document['seconds']:.0f} s" + (", interrupted" if document["interrupted"] else ""))
@@ -69,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.split("\n\n")[1])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--all", action="store_true", help="the whole table, and the bars; takes a quarter of an hour or more")
     what.add_argument("--shape", nargs="+", type=extents, metavar="N,C", help="these shapes only; N,C,d1,... is channels first")
@@ -139,20 +146,29 @@ def _whole_jobs(n_threads: int, effort: Effort) -> list[Job]:
     ]
 
 
+def _show(label: str, text: str) -> None:
+    """What a job does now, in one line on a terminal. No spinner: its thread would take a core from what is timed."""
+    if sys.stderr.isatty():
+        line = f"{label}{text}"[: shutil.get_terminal_size().columns - 1]
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
 def run(work: Sequence[Job], document: dict[str, Any], console: Console) -> None:
     """Run and show one group after the other."""
-    live = Console(stderr=True)
     try:
         for k, (title, job) in enumerate(work):
-            label = f"[{k + 1}/{len(work)}] {title}"
-            with live.status(label) as status:
-                done = job(lambda text, label=label, status=status: status.update(f"{label}: {text}"))  # type: ignore[misc]
+            done = job(partial(_show, f"[{k + 1}/{len(work)}] {title}: "))
+            _show("", "")
             document["groups"].append(done)
+            n = max((len(entry["samples"]) for entry in done["entries"]), default=0)
+            console.print(f"\n{done['title']}", style="bold", highlight=False, markup=False)
+            console.print(f"{done['reason']} ({n} samples)", highlight=False, markup=False)
             console.print(group_table(done, console.is_terminal))
             for name, reason in done["missing"].items():
                 console.print(f"  missing: {name}: {reason}", highlight=False, markup=False)
     except KeyboardInterrupt:
         document["interrupted"] = True
+        _show("", "")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -160,15 +176,9 @@ def run(work: Sequence[Job], document: dict[str, Any], console: Console) -> None
 # ----------------------------------------------------------------------------------------------------
 
 
-def _table(title: str, caption: str, rich: bool) -> Table:
+def _table(rich: bool) -> Table:
     """With rules on a terminal, in plain columns elsewhere."""
-    return Table(
-        title=f"\n{title}\n[dim]{caption}[/dim]" if rich else f"\n{title}: {caption}",
-        title_justify="left",
-        title_style="bold" if rich else "",
-        header_style="bold" if rich else "",
-        box=box.SIMPLE_HEAD if rich else None,
-    )
+    return Table(box=box.SIMPLE_HEAD if rich else None, header_style="bold" if rich else "")
 
 
 def group_table(group: Group, rich: bool) -> Table:
@@ -187,8 +197,7 @@ def group_table(group: Group, rich: bool) -> Table:
             quartiles(ratio(mine, samples[entry["floor"]])) if samples.get(entry["floor"]) else "",
             *(quartiles(ratio(samples[peer], mine)) if peer in samples else "" for peer in (EAGER, COMPILED)),
         ])  # fmt: skip
-    caption = f"{group['reason']} ({max((len(s) for s in samples.values()), default=0)} samples)"
-    table = _table(group["title"], caption, rich)
+    table = _table(rich)
     used = [i for i in range(len(COLUMNS)) if i == 0 or any(row[i] for row in rows)]
     for i in used:
         table.add_column(COLUMNS[i], justify="right" if i else "left", no_wrap=True)
@@ -199,17 +208,11 @@ def group_table(group: Group, rich: bool) -> Table:
 
 
 def bars_table(groups: Sequence[Group], rich: bool) -> Table:
-    verdicts = judge(groups)
-    passed = sum(v.must is not False and v.finding is not None for v in verdicts)
-    table = _table("bars", f"{passed} of {len(verdicts)} reach what they must", rich)
-    for title in ("case", "what", "measured", "must", "", "aim", ""):
+    table = _table(rich)
+    for title in BAR_COLUMNS:
         table.add_column(title, no_wrap=not rich)
-    for v in verdicts:
-        found = measured(v.finding, v.bar.unit) if v.finding else f"not measured: {v.reason}"
-        style = "red" if rich and v.must is False else ""
-        table.add_row(
-            v.bar.row, v.bar.what, found, bound(v, v.bar.must), mark(v.must), bound(v, v.bar.aim), mark(v.aim), style=style
-        )
+    for v in judge(groups):
+        table.add_row(*bar_cells(v), style="red" if rich and v.must is False else "")
     return table
 
 

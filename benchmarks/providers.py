@@ -1,7 +1,7 @@
 """Who answers the cases: fastxent in its ways, its peers, and the streaming floor.
 
-A provider turns a case and its inputs into a `Call`. What ``Call.run`` does is timed; it returns what a user would hold in the end,
-and its arrays are freed inside the timed region, as they are in a training loop.
+A provider turns a case and its inputs into a `Call`. What ``Call.run`` does is timed; it returns what a user would hold in
+the end, and its arrays are freed inside the timed region, as they are in a training loop.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import fastxent as fx
 from benchmarks.cases import GRAD, LOSS, OPTIONS, Z_LOSS, Array, Case, Inputs, numpy_dtype
+from fastxent._parallel import available_cpus
 
 
 class Call(NamedTuple):
@@ -34,7 +36,7 @@ class Provider:
     kind: str  # "ours", "peer" or "floor"
     make: Callable[[Case, Inputs, int], Call]  # the last is the number of threads
     missing: Callable[[int], str | None]  # why it cannot be used here, with so many threads
-    floor: str = ""  # which floor its memory traffic is held against; "": of the mode's
+    floor: str = ""  # the provider that its memory traffic is held against; "": floor out=, or floor read for a loss
     modes: tuple[str, ...] = (LOSS, GRAD)
     options: tuple[str, ...] = tuple(OPTIONS)
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
@@ -44,17 +46,11 @@ class Provider:
         layout = self.any_layout or (len(case.extents) == 2 and case.axis == -1)
         return layout and case.mode in self.modes and case.option in self.options and case.dtype in self.dtypes
 
-    def floor_of(self, case: Case) -> str:
-        """The name of its floor."""
-        return self.floor or ("floor read" if case.mode == LOSS else "floor out=")
-
 
 def _reason(needed: str) -> Callable[[int], str | None]:
     """Why a module cannot be imported; None if it can."""
 
     def missing(n_threads: int) -> str | None:
-        from importlib import import_module
-
         try:
             import_module(needed)
         except Exception as error:  # whatever it is that keeps it from working is to be shown
@@ -84,9 +80,7 @@ def _numpy_out(case: Case, inputs: Inputs, n_threads: int) -> Call:
 
 def _numpy_in_place(case: Case, inputs: Inputs, n_threads: int) -> Call:
     x, y, options = inputs.logits.copy(), inputs.target, inputs.options
-    return Call(
-        lambda: fx.cross_entropy_value_and_grad(x, y, out=x, **options), _as_is, lambda: np.copyto(x, inputs.logits)
-    )
+    return Call(lambda: fx.cross_entropy_value_and_grad(x, y, out=x, **options), _as_is, lambda: np.copyto(x, inputs.logits))
 
 
 def _numpy_loss(case: Case, inputs: Inputs, n_threads: int) -> Call:
@@ -129,8 +123,7 @@ def _scipy(case: Case, inputs: Inputs, n_threads: int) -> Call:
 
 
 def _jax(case: Case, inputs: Inputs, n_threads: int) -> Call:
-    import jax
-    import jax.numpy as jnp
+    jax, jnp = import_module("jax"), import_module("jax.numpy")
 
     def mean_loss(x: Any, y: Any) -> Any:
         return -jnp.take_along_axis(jax.nn.log_softmax(x), y[:, None], axis=1).mean()
@@ -142,7 +135,7 @@ def _jax(case: Case, inputs: Inputs, n_threads: int) -> Call:
 
 
 def _jax_missing(n_threads: int) -> str | None:
-    if n_threads != fx._parallel.available_cpus():
+    if n_threads != available_cpus():
         return "its number of threads cannot be set in a running process"
     return _reason("jax")(n_threads)
 
@@ -190,7 +183,9 @@ def _torch_call(case: Case, inputs: Inputs, cross_entropy: Callable[..., Any], i
         with torch.no_grad():
             logits.copy_(x)
 
-    as_arrays: Callable[[Any], tuple[float, Array | None]] = lambda result: (float(result[0]), _array(result[1]))  # noqa: E731
+    def as_arrays(result: tuple[Any, Any]) -> tuple[float, Array]:
+        return float(result[0].detach()), _array(result[1])
+
     return Call(loss_and_gradient, as_arrays, restore) if in_place else Call(loss_and_gradient, as_arrays)
 
 
@@ -250,12 +245,12 @@ def _nothing(result: Any) -> tuple[float, None]:
     return 0.0, None
 
 
-def _floor(name: str) -> Callable[[Case, Inputs, int], Call]:
+def _floor(which: str) -> Callable[[Case, Inputs, int], Call]:
     def make(case: Case, inputs: Inputs, n_threads: int) -> Call:
         from benchmarks.floor import IN_PLACE, Floor
 
-        floor = Floor(case, name, n_threads)
-        return Call(floor.run, _nothing, floor.restore if name == IN_PLACE else lambda: None)
+        floor = Floor(case, which, n_threads)
+        return Call(floor.run, _nothing, floor.restore if which == IN_PLACE else lambda: None)
 
     return make
 
@@ -266,21 +261,22 @@ def _floor(name: str) -> Callable[[Case, Inputs, int], Call]:
 
 BY_NUMPY = tuple(option for option in OPTIONS if option != "z-loss")
 FULL = ("float32", "float64")
-_ours, _torch = _reason("fastxent"), _reason("torch")
+_ours, _ours_torch, _torch = _reason("fastxent"), _reason("fastxent.torch"), _reason("torch")
+_sklearn_there, _scipy_there = _reason("sklearn._loss.loss"), _reason("scipy.special")
 
 PROVIDERS = (
     Provider("fastxent loss", "ours", _numpy_loss, _ours, modes=(LOSS,), options=BY_NUMPY),
     Provider("fastxent out=", "ours", _numpy_out, _ours, modes=(GRAD,), options=BY_NUMPY),
     Provider("fastxent in place", "ours", _numpy_in_place, _ours, "floor in place", modes=(GRAD,), options=BY_NUMPY),
-    Provider("fastxent torch", "ours", _torch_ours(False), _reason("fastxent.torch")),
-    Provider("fastxent torch in place", "ours", _torch_ours(True), _reason("fastxent.torch"), "floor in place", modes=(GRAD,)),
+    Provider("fastxent torch", "ours", _torch_ours(False), _ours_torch),
+    Provider("fastxent torch in place", "ours", _torch_ours(True), _ours_torch, "floor in place", modes=(GRAD,)),
     Provider("PyTorch eager", "peer", _eager, _torch),
     Provider("torch.compile", "peer", _compiled, _compiled_missing),
-    Provider("scikit-learn", "peer", _sklearn, _reason("sklearn._loss.loss"), options=("plain",), dtypes=FULL, any_layout=False),
-    Provider("SciPy", "peer", _scipy, _reason("scipy.special"), options=("plain",), dtypes=FULL, any_layout=False),
+    Provider("scikit-learn", "peer", _sklearn, _sklearn_there, options=("plain",), dtypes=FULL, any_layout=False),
+    Provider("SciPy", "peer", _scipy, _scipy_there, options=("plain",), dtypes=FULL, any_layout=False),
     Provider("JAX", "peer", _jax, _jax_missing, options=("plain",), dtypes=("float32",), any_layout=False),
-    Provider("floor out=", "floor", _floor("floor_out"), _ours, modes=(GRAD,)),
-    Provider("floor in place", "floor", _floor("floor_in_place"), _ours, modes=(GRAD,)),
-    Provider("floor read", "floor", _floor("floor_read"), _ours, modes=(LOSS,)),
+    Provider("floor out=", "floor", _floor("out="), _ours, modes=(GRAD,)),
+    Provider("floor in place", "floor", _floor("in place"), _ours, modes=(GRAD,)),
+    Provider("floor read", "floor", _floor("read"), _ours, modes=(LOSS,)),
 )
 BY_NAME = {provider.name: provider for provider in PROVIDERS}

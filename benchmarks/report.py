@@ -1,7 +1,7 @@
-"""Results as text: ``python -m benchmarks.report FILE`` prints the README's tables, with ``--into README.md`` it writes them there.
+"""Results as text: ``python -m benchmarks.report FILE`` prints the README's tables, ``--into README.md`` writes them there.
 
-FILE is what ``python -m benchmarks.compare --json FILE`` wrote. The text between the two markers is replaced, so that no number in
-the README is typed by hand.
+FILE is what ``python -m benchmarks.compare --json FILE`` wrote. The text between the two markers is replaced, so that no
+number in the README is typed by hand.
 """
 
 from __future__ import annotations
@@ -52,27 +52,47 @@ def quartiles(s: Spread) -> str:
 
 def measured(finding: Finding, unit: str) -> str:
     text = f"{quartiles(finding.spread)} {unit}"
-    return f"{text}, {finding.against}" if finding.against else text
+    if finding.against:
+        text += f", {finding.against}"
+    return f"{text} ({', '.join(finding.absent)} missing)" if finding.absent else text
 
 
 def bound(verdict: Verdict, value: float | None) -> str:
     return "" if value is None else f"{'>=' if verdict.bar.at_least else '<='} {value:g}"
 
 
-def mark(passed: bool | None) -> str:
-    return "" if passed is None else "pass" if passed else "MISS"
+def mark(passed: bool | None, bound: float | None) -> str:
+    return "" if bound is None else "open" if passed is None else "pass" if passed else "MISS"
+
+
+BAR_COLUMNS = ("case", "what", "measured", "must", "", "aim", "")
+
+
+def bar_cells(v: Verdict) -> list[str]:
+    """A line of the table of bars."""
+    found = measured(v.finding, v.bar.unit) if v.finding else f"not measured: {v.reason}"
+    return [
+        v.bar.row,
+        v.bar.what,
+        found,
+        bound(v, v.bar.must),
+        mark(v.must, v.bar.must),
+        bound(v, v.bar.aim),
+        mark(v.aim, v.bar.aim),
+    ]
 
 
 def head(document: Document) -> list[tuple[str, str]]:
     """Machine, versions, conditions."""
     config = document["config"]
+    load = "unknown" if document["load"] is None else f"{document['load']:.1f}"
     versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
     return [
         ("machine", f"{config['cpu']['model']}, {config['cpu']['cores available']} cores"),
         ("vectors", f"{config['vectors']['widest register, bits']} bits"),
         ("threads", f"{document['threads']}, {config['threads']['pool']}"),
         ("versions", versions),
-        ("started", f"{document['started']}, load average {document['load']:.1f}"),
+        ("started", f"{document['started']}, load average {load}"),
     ]
 
 
@@ -127,12 +147,7 @@ def _against(ours: Mapping[str, Any] | None, peers: Sequence[Mapping[str, Any]])
 
 
 def _bars(verdicts: Sequence[Verdict]) -> list[str]:
-    rows = [
-        [v.bar.row, v.bar.what, measured(v.finding, v.bar.unit), bound(v, v.bar.must), mark(v.must), bound(v, v.bar.aim), mark(v.aim)]
-        for v in verdicts
-        if v.finding is not None
-    ]
-    return _table(["case", "what", "measured", "must", "", "aim", ""], rows)
+    return _table(BAR_COLUMNS, [bar_cells(verdict) for verdict in verdicts])
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -11,16 +11,16 @@ from typing import Any
 from numba import cfunc, types
 from numba.core.caching import FunctionCache
 
-from fastxent import _kernels, _simd, _task
+from fastxent import _kernels, _plan, _simd, _task
 from fastxent._plan import Variant
 
 lock = threading.RLock()
 
 # Part of every signature, and so of every key in the disk cache: Numba looks at the file of the task only, and would serve
 # yesterday's kernel after a change in a helper.
-BUILD_ID = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in (_simd, _kernels, _task))).hexdigest()[
-    :16
-]
+BUILD_ID = hashlib.sha256(
+    b"".join(Path(str(module.__file__)).read_bytes() for module in (_simd, _kernels, _task, _plan))
+).hexdigest()[:16]
 
 
 def task_type(name: str, variant: Variant) -> _simd.Task:
@@ -44,6 +44,9 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "dense": variant.smooth or variant.target is not None,
         "entropic": name == "stats",
         "capped": variant.capped,
+        "tiled": variant.tiled,
+        "whole_rows": variant.whole_rows,
+        "adjacent": variant.adjacent,
         "split": variant.split,
         "differentiate": variant.differentiate,
     }

@@ -44,8 +44,12 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
             raise ValueError(f"dtypes holds {dtype!r}; allowed are {', '.join(STORAGE)}")
     jobs = [("check_targets", Variant("f32"))]
     for dtype in dtypes:
-        rows = Variant(STORAGE[dtype], labelled=True)
-        layouts = (rows, rows._replace(neighbours=True), rows._replace(across=True, neighbours=True))
+        rows = Variant(STORAGE[dtype], labelled=True, adjacent=True)
+        layouts = (
+            rows._replace(tiled=True, whole_rows=True),
+            rows._replace(neighbours=True),
+            rows._replace(across=True, neighbours=True, adjacent=False),
+        )
         jobs += [(name, variant) for variant in layouts for name in ("value", "value_and_grad")]
     for done, (name, variant) in enumerate(jobs):
         if progress is not None:

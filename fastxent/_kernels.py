@@ -17,8 +17,8 @@ A sample weight u multiplies a row's l and gradient; ``scale`` multiplies the gr
 Online softmax (Milakov, Gimelshein 2018): a row is read once, in blocks; when a block raises the maximum from m to m',
     s' = f s        D' = D + Q (m - m')        E' = f (E + s (m - m'))        f = exp(m - m')
 with E = sum_c exp(x_c - m) (x_c - m), from which the entropy comes: log s - E / s.
-Sums inside a block have the precision of the logits (float32 for half), sums of blocks and of rows are float64, and the order
-of all of them follows from the shape alone: same bits at any number of threads.
+The terms of at most four vectors are added in the precision of the logits (float32 for half), all further sums are float64, and
+the order of all of them follows from the shape alone: same bits at any number of threads.
 
 One maths, two directions. 16 lanes hold either 16 neighbouring classes of one row (``task.across``: many classes, neighbours
 in memory) or one class of 16 rows (few classes, or rows that are neighbours in memory, as in (N, C, H, W)). "Vector j of a
@@ -32,6 +32,7 @@ from collections import namedtuple
 
 from numba import njit
 
+from fastxent._plan import FEW_CLASSES as TILE
 from fastxent._simd import (
     INLINE,
     LANES,
@@ -49,7 +50,9 @@ from fastxent._simd import (
     iota,
     itemsize,
     lane,
+    load,
     load_masked,
+    load_transposed,
     log,
     log1p,
     max_across,
@@ -58,8 +61,12 @@ from fastxent._simd import (
     narrow,
     put,
     scatter,
+    scratch,
+    shift_by,
     splat,
+    store,
     store_masked,
+    store_transposed,
     sum_across,
     tanh,
     up,
@@ -70,6 +77,7 @@ from fastxent._task import FINISHED, NEXT
 
 INF = float("inf")
 BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
+GROUP = 4  # vectors added up before they are added to float64 totals: one rounding more each, a quarter of the widening
 NONE = 1 << 62  # past every class number
 
 # ----------------------------------------------------------------------------------------------------
@@ -82,6 +90,7 @@ Unit = namedtuple(
     "x_lanes g_lanes t_lanes "  # byte offsets of its rows from the first, lane by lane
     "row row_lanes "  # number of its first row; distance of its rows from it
     "y "  # class indices
+    "tile "  # its logits, class by class, where they had to be gathered
     "rows "  # mask: lanes that are rows (across: all)
     "kept "  # mask: rows that are not ignored
     "start stop "  # its vectors: all, or one segment of a long row
@@ -130,10 +139,45 @@ def locate(task, number):
     else:
         full = task.n_vectors if every_lane(kept) else 0
         reads, writes = kept, rows
+    tile = scratch(task.x, TILE)
+    x_lanes = lanes * get(axes, 8)
+    if task.tiled:
+        fill(task, tile, task.x + x, x_lanes, reads)
     return Unit(
-        x, g, t, lanes * get(axes, 8), lanes * get(axes, 16), lanes * get(axes, 24),
-        row, row_lanes, y, rows, kept, start, stop, full, reads, writes,
+        x, g, t, x_lanes, lanes * get(axes, 16), lanes * get(axes, 24),
+        row, row_lanes, y, tile, rows, kept, start, stop, full, reads, writes,
     )  # fmt: skip
+
+
+@njit(**INLINE)
+def fill(task, tile, p, lanes, mask):
+    """The logits of 16 rows of few classes, class by class: rows are read whole and transposed, or gathered."""
+    vector = LANES * itemsize(tile)
+    if task.whole_rows:
+        for c in range(0, task.n_classes, LANES):
+            columns = min(LANES, task.n_classes - c)
+            load_transposed(p + c * itemsize(p), lanes, mask, columns, tile + c * vector)
+        if task.capped:
+            for j in range(task.n_vectors):
+                store(tile + j * vector, capped(task, load(tile + j * vector)))
+    else:
+        for j in range(task.n_vectors):
+            store(tile + j * vector, capped(task, gather(p + j * task.x_step, lanes, mask)))
+
+
+@njit(**INLINE)
+def flush(task, unit):
+    """What ``write_out`` has put into the tile goes to g."""
+    if task.tiled:
+        tile, p = unit.tile, task.g + unit.g
+        vector = LANES * itemsize(tile)
+        if task.whole_rows:
+            for c in range(0, task.n_classes, LANES):
+                columns = min(LANES, task.n_classes - c)
+                store_transposed(p + c * itemsize(p), unit.g_lanes, unit.rows, columns, tile + c * vector)
+        else:
+            for j in range(task.n_vectors):
+                scatter(p + j * task.g_step, unit.g_lanes, load(tile + j * vector), unit.rows)
 
 
 @njit(**INLINE)
@@ -141,6 +185,8 @@ def row_values(task, p, row, row_lanes, mask):
     """The values of some rows of an array (rows,), lane by lane."""
     if task.across:
         return splat(p, get(p, row * itemsize(p)))
+    if task.adjacent:
+        return load_masked(p + row * itemsize(p), mask)
     return gather(p + row * itemsize(p), row_lanes * itemsize(p), mask)
 
 
@@ -149,6 +195,8 @@ def put_rows(task, p, unit, values):
     """Write the values of the unit's rows to an array (rows,)."""
     if task.across:
         put(p, unit.row * itemsize(p), lane(values, 0))
+    elif task.adjacent:
+        store_masked(p + unit.row * itemsize(p), values, unit.rows)
     else:
         scatter(p + unit.row * itemsize(p), unit.row_lanes * itemsize(p), values, unit.rows)
 
@@ -194,13 +242,18 @@ def through_cap(task, x, g):
 @njit(**INLINE)
 def logits(task, unit, j, mask):
     """x, vector j."""
+    if task.tiled:
+        return load(unit.tile + j * LANES * itemsize(unit.tile))
     return capped(task, read(task, task.x + (unit.x + j * task.x_step), unit.x_lanes, mask))
 
 
 @njit(**INLINE)
 def write_out(task, unit, j, values, mask):
-    """g, vector j."""
-    write(task, task.g + (unit.g + j * task.g_step), unit.g_lanes, values, mask)
+    """g, vector j; what goes into a tile is for ``flush`` to write."""
+    if task.tiled:
+        store(unit.tile + j * LANES * itemsize(unit.tile), values)
+    else:
+        write(task, task.g + (unit.g + j * task.g_step), unit.g_lanes, values, mask)
 
 
 @njit(**INLINE)
@@ -228,15 +281,9 @@ State = namedtuple("State", "m s q_sum q_dot e_dot")
 
 
 @njit(**INLINE)
-def finite(m):
-    """What to subtract for a maximum m: 0 if all is -inf so far, for -inf - -inf is nan."""
-    return where(m == -INF, splat(m, 0.0), m)
-
-
-@njit(**INLINE)
 def sum_classes(task, x):
     """The sum over a vector's classes: over the lanes, if they are classes."""
-    return widen(sum_across(x)) if task.across else widen(x)
+    return sum_across(x) if task.across else x
 
 
 @njit(**INLINE)
@@ -250,11 +297,12 @@ def block_max(task, unit, start, stop):
 
 
 @njit(**INLINE)
-def add_vector(task, unit, j, mask, shift, sums):
+def add_vector(task, unit, j, mask, m, shift, sums):
     """The sums s, Q, D, E with vector j added."""
     s, q_sum, q_dot, e_dot = sums
-    d = logits(task, unit, j, mask) - shift
-    e = where(mask, exp_up(d), 0.0)
+    x = logits(task, unit, j, mask)
+    e = where(mask, exp_up(x, shift), 0.0)
+    d = x - m
     s = s + e
     if task.dense:
         q = target_weights(task, unit, j, mask)
@@ -266,29 +314,51 @@ def add_vector(task, unit, j, mask, shift, sums):
 
 
 @njit(**INLINE)
+def add_sums(task, totals, sums):
+    """The float64 totals with the sums of some vectors added."""
+    s, q_sum, q_dot, e_dot = totals
+    ds, dq_sum, dq_dot, de_dot = sums
+    s = s + widen(ds)
+    if task.dense:
+        q_sum, q_dot = q_sum + widen(dq_sum), q_dot + widen(dq_dot)
+    if task.entropic:
+        e_dot = e_dot + widen(de_dot)
+    return s, q_sum, q_dot, e_dot
+
+
+@njit(**INLINE)
 def block_state(task, unit, start, stop):
     """The statistics of vectors start ... stop - 1: twice through a block that the first-level cache holds."""
     m = block_max(task, unit, start, stop)
-    shift = finite(m)
-    zero = splat(task.x, 0.0)
-    sums = (zero, zero, zero, zero)
-    for j in range(start, min(stop, unit.full)):
-        sums = add_vector(task, unit, j, all_lanes(), shift, sums)
+    shift = shift_by(m)
+    finite = where(m == -INF, splat(m, 0.0), m)
+    zero, wide = splat(m, 0.0), splat(task.w, 0.0)
+    nothing, totals = (zero, zero, zero, zero), (wide, wide, wide, wide)
+    whole = min(stop, unit.full)
+    for j in range(start, whole, GROUP):
+        sums = nothing
+        for i in range(j, min(whole, j + GROUP)):
+            sums = add_vector(task, unit, i, all_lanes(), finite, shift, sums)
+        totals = add_sums(task, totals, sums)
     for j in range(max(start, unit.full), stop):
-        sums = add_vector(task, unit, j, unit.reads, shift, sums)
-    s, q_sum, q_dot, e_dot = sums
-    return State(m, sum_classes(task, s), sum_classes(task, q_sum), sum_classes(task, q_dot), sum_classes(task, e_dot))
+        totals = add_sums(task, totals, add_vector(task, unit, j, unit.reads, finite, shift, nothing))
+    s, q_sum, q_dot, e_dot = totals
+    if task.dense:
+        q_sum, q_dot = sum_classes(task, q_sum), sum_classes(task, q_dot)
+    if task.entropic:
+        e_dot = sum_classes(task, e_dot)
+    return State(m, sum_classes(task, s), q_sum, q_dot, e_dot)
 
 
 @njit(**INLINE)
 def merge(a, b):
     """The statistics of two parts of a row, from those of each."""
     m = maximum(a.m, b.m)
-    shift = widen(finite(m))
-    f_a = exp_up(widen(a.m) - shift) / up(shift)
-    f_b = exp_up(widen(b.m) - shift) / up(shift)
-    down_a = widen(finite(a.m)) - shift
-    down_b = widen(finite(b.m)) - shift
+    shift = shift_by(widen(m))
+    f_a = exp_up(widen(a.m), shift) / up(shift.base)
+    f_b = exp_up(widen(b.m), shift) / up(shift.base)
+    down_a = where(a.m == -INF, splat(f_a, 0.0), widen(a.m) - widen(m))
+    down_b = where(b.m == -INF, splat(f_b, 0.0), widen(b.m) - widen(m))
     return State(
         m,
         f_a * a.s + f_b * b.s,
@@ -435,15 +505,23 @@ def factors(task, unit, state, y):
         else:
             q_sum = y.w_y
     q_sum = q_sum + (widen(state.m) + log_s(state)) * (2.0 * task.z)
-    shift = finite(state.m)
+    shift = shift_by(state.m)
     inverse_s = splat(b, 1.0) / state.s
     a = where(unit.kept, b * q_sum * inverse_s, 0.0)
     g_y = q_y
     if task.labelled:
-        p_y = widen(exp_up(y.x_y - shift)) / state.s
+        p_y = widen(exp_up(y.x_y, shift)) * inverse_s
         g_y = b * (q_sum * p_y - q_y)
     x = task.x
     return Factors(shift, narrow(x, a), narrow(x, b), narrow(x, inverse_s), through_cap(task, y.x_y, narrow(x, g_y)))
+
+
+@njit(**INLINE)
+def with_label(task, unit, j, g, f):
+    """In a tile, g_y takes its place in the register: it would else be read back before it has reached the cache."""
+    if task.tiled and task.labelled:
+        return where(unit.y == j, f.g_y, g)
+    return g
 
 
 @njit(**INLINE)
@@ -460,7 +538,7 @@ def put_label(task, unit, values):
 @njit(**INLINE)
 def gradient_vector(task, unit, j, mask, f):
     x = logits(task, unit, j, mask)
-    g = exp_up(x - f.shift) * f.a
+    g = exp_up(x, f.shift) * f.a
     if task.dense:
         g = g - target_weights(task, unit, j, mask) * f.b
     return through_cap(task, x, g)
@@ -470,11 +548,14 @@ def gradient_vector(task, unit, j, mask, f):
 def write_gradient(task, unit, f):
     """Second trip: g."""
     for j in range(unit.start, min(unit.stop, unit.full)):
-        write_out(task, unit, j, gradient_vector(task, unit, j, all_lanes(), f), all_lanes())
+        g = with_label(task, unit, j, gradient_vector(task, unit, j, all_lanes(), f), f)
+        write_out(task, unit, j, g, all_lanes())
     for j in range(max(unit.start, unit.full), unit.stop):
-        write_out(task, unit, j, gradient_vector(task, unit, j, unit.reads, f), unit.writes)
-    if task.labelled:
+        g = with_label(task, unit, j, gradient_vector(task, unit, j, unit.reads, f), f)
+        write_out(task, unit, j, g, unit.writes)
+    if task.labelled and not task.tiled:
         put_label(task, unit, f.g_y)
+    flush(task, unit)
 
 
 @njit(**INLINE)
@@ -484,6 +565,7 @@ def write_zeros(task, unit):
     for j in range(unit.start, unit.stop):
         mask = all_lanes() if task.across and j < unit.full else unit.writes
         write_out(task, unit, j, zero, mask)
+    flush(task, unit)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -543,7 +625,7 @@ def value_and_grad(task, number):
 
 @njit(**INLINE)
 def hessian_vector(task, unit, j, mask, f):
-    e = exp_up(logits(task, unit, j, mask) - f.shift)
+    e = exp_up(logits(task, unit, j, mask), f.shift)
     return e * f.a * (splat(e, 1.0) - e * f.inverse_s)
 
 
@@ -617,7 +699,7 @@ def stats(task, number):
 
     kept = unit.kept
     log_sum = log_s(state)
-    p_y = widen(exp_up(x_y - finite(state.m))) / state.s
+    p_y = widen(exp_up(x_y, shift_by(state.m))) / state.s
     put_rows(task, task.lse, unit, narrow(task.lse, where(kept, widen(state.m) + log_sum, 0.0)))
     put_rows(task, task.entropy, unit, narrow(task.lse, where(kept, log_sum - state.e_dot / state.s, 0.0)))
     put_rows(task, task.target_prob, unit, narrow(task.lse, where(kept, p_y, 0.0)))
@@ -631,22 +713,25 @@ def softmax(task, number):
     """p_c = exp(x_c - m) / s."""
     unit = locate(task, number)
     state = row_state(task, unit, number)
-    shift, inverse_s = finite(state.m), narrow(task.x, splat(task.w, 1.0) / state.s)
+    shift, inverse_s = shift_by(state.m), narrow(task.x, splat(task.w, 1.0) / state.s)
     for j in range(unit.start, unit.stop):
         mask = all_lanes() if j < unit.full else unit.writes
-        write_out(task, unit, j, exp_up(logits(task, unit, j, mask) - shift) * inverse_s, mask)
+        write_out(task, unit, j, exp_up(logits(task, unit, j, mask), shift) * inverse_s, mask)
+    flush(task, unit)
     return 0.0, 0.0, 0.0
 
 
 @njit(**INLINE)
 def log_softmax(task, number):
-    """log p_c = x_c - lse, rounded once: the difference is taken in float64."""
+    """log p_c = (x_c - m) - log s, in float64. Not x_c - lse: beside a large m, lse has no digits left for log s."""
     unit = locate(task, number)
     state = row_state(task, unit, number)
-    lse = widen(state.m) + log_s(state)
+    m, log_sum = widen(state.m), log_s(state)
     for j in range(unit.start, unit.stop):
         mask = all_lanes() if j < unit.full else unit.writes
-        write_out(task, unit, j, narrow(task.x, widen(logits(task, unit, j, mask)) - lse), mask)
+        log_p = (widen(logits(task, unit, j, mask)) - m) - log_sum
+        write_out(task, unit, j, narrow(task.x, log_p), mask)
+    flush(task, unit)
     return 0.0, 0.0, 0.0
 
 
@@ -679,7 +764,7 @@ def binary(task, number):
         positive = t * load_masked(task.u + 8 * first, mask)
     negative = splat(t, 1.0) - t
     zero = splat(x, 0.0)
-    e = widen(exp_up(zero - absolute(x))) / up(x)
+    e = widen(exp_up(zero - absolute(x), shift_by(zero))) / up(x)
     log1p_e, smaller = log1p(e), e / (e + 1.0)
     larger = splat(t, 1.0) / (e + 1.0)
     x = widen(x)

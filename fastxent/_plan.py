@@ -12,7 +12,7 @@ LANES = 16
 ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
 
 # A row of this many classes or fewer is worked on with its 15 neighbours, a class a vector; a longer one by itself.
-FEW_CLASSES = 48
+FEW_CLASSES = 48  # a multiple of 16
 # Elements handed to a thread at a time: long enough to hide the counter, short enough to share out evenly.
 CHUNK = 16384
 # Fewer rows than this, and each longer than two segments: the row is split, or threads would have nothing to do.
@@ -29,6 +29,9 @@ class Variant(NamedTuple):
     smooth: bool = False  # label smoothing, with class indices
     across: bool = False  # lanes are classes of one row; else rows
     neighbours: bool = False  # what the lanes hold lies side by side in memory
+    tiled: bool = False  # rows in lanes, put together once in a tile, class by class
+    whole_rows: bool = False  # what goes into the tile are rows with their classes side by side
+    adjacent: bool = False  # rows in lanes, numbered one by one
     capped: bool = False  # softcap
     split: bool = False  # a unit is a segment of a row
     differentiate: bool = False  # the binary task: with gradient
@@ -113,7 +116,7 @@ def make_plan(
         n_rows *= a.extent
 
     across = n_classes > FEW_CLASSES and steps == sizes
-    split = False
+    split = tiled = whole_rows = adjacent = False
     segment = n_segments = 1
     if across:
         neighbours = True
@@ -132,6 +135,9 @@ def make_plan(
         axes.remove(innermost)
         axes.insert(0, innermost)
         neighbours = (innermost.x, innermost.g, innermost.t) == sizes
+        tiled = not neighbours and n_classes <= FEW_CLASSES
+        whole_rows = tiled and steps[:2] == sizes[:2]
+        adjacent = innermost.row == 1
         n_vectors = n_classes
         units_per_line = -(-innermost.extent // LANES)
         n_units = units_per_line * (n_rows // innermost.extent)
@@ -142,7 +148,7 @@ def make_plan(
     planned = (
         n_rows, n_classes, n_vectors, n_units, units_per_line, chunk, n_chunks, segment, n_segments, len(axes), *steps,
     )  # fmt: skip
-    variant = Variant(logits, target, labelled, smooth, across, neighbours, capped, split)
+    variant = Variant(logits, target, labelled, smooth, across, neighbours, tiled, whole_rows, adjacent, capped, split)
     table = tuple(value for a in axes for value in a)
     return Plan(variant, planned, table, n_units, n_chunks, n_rows * n_classes)
 

@@ -20,6 +20,7 @@ No fast-math flag is set anywhere: -inf is what a masked logit is, and a flag th
 
 import math
 import operator
+from collections import namedtuple
 
 from llvmlite import ir
 from numba import njit, types
@@ -254,13 +255,14 @@ def maximum(typingctx, acc, x):
 
 @intrinsic
 def at_least(typingctx, x, low):
-    """``max(x, low)`` that keeps a nan in ``x``."""
+    """``max(x, low)`` that keeps a nan in ``x``; low may be a number."""
+    scalar = not isinstance(low, Vec)
 
     def codegen(context, builder, sig, args):
-        bound = _splat(builder, args[1], x.kind)
+        bound = _splat(builder, args[1], x.kind) if scalar else args[1]
         return builder.select(builder.fcmp_ordered(">", bound, args[0]), bound, args[0])
 
-    return x(x, NUMBA_SCALAR[x.kind]), codegen
+    return x(x, NUMBA_SCALAR[x.kind] if scalar else x), codegen
 
 
 @intrinsic
@@ -546,6 +548,73 @@ def scatter(typingctx, p, offsets, x, mask):
     return types.void(p, offsets, x, mask), codegen
 
 
+def _transpose(builder, rows):
+    """16 vectors, lane j of vector i -> lane i of vector j: exchange blocks of 1, 2, 4, 8 lanes between pairs of vectors."""
+    rows = list(rows)
+    for block in (1, 2, 4, 8):
+        keep = [lane if not lane & block else LANES + lane - block for lane in range(LANES)]
+        swap = [lane + block if not lane & block else LANES + lane for lane in range(LANES)]
+        for i in range(LANES):
+            if not i & block:
+                a, b = rows[i], rows[i + block]
+                rows[i] = builder.shuffle_vector(a, b, ir.Constant(_vector(I32), keep))
+                rows[i + block] = builder.shuffle_vector(a, b, ir.Constant(_vector(I32), swap))
+    return rows
+
+
+def _row_addresses(builder, base, offsets, mask, columns, vector):
+    """For each of 16 rows its address and the mask of its elements: the first ``columns``, or none."""
+    spread = _splat(builder, columns, "i64")
+    wanted = builder.icmp_signed("<", ir.Constant(_vector(I64), list(range(LANES))), spread)
+    for row in range(LANES):
+        address = builder.gep(base, [builder.extract_element(offsets, I32(row))])
+        live = builder.select(builder.extract_element(mask, I32(row)), wanted, _zeros(wanted.type))
+        yield _typed(builder, address, vector), live
+
+
+@intrinsic
+def load_transposed(typingctx, p, offsets, mask, columns, tile):
+    """16 rows at ``p + offsets`` -> 16 vectors at ``tile``, the j-th element j < columns of each row; 0 where not ``mask``."""
+
+    def codegen(context, builder, sig, args):
+        base, offsets, mask, columns, tile = args
+        vector = _vector(STORED[p.storage])
+        rows = [
+            _decode(
+                builder,
+                _llvm(builder, f"llvm.masked.load.{_masked_name(p)}.p0", vector, [address, I32(1), live, _zeros(vector)]),
+                p,
+            )
+            for address, live in _row_addresses(builder, base, offsets, mask, columns, vector)
+        ]
+        for j, column in enumerate(_transpose(builder, rows)):
+            at = builder.gep(tile, [I64(j * LANES * ITEMSIZE[p.kind])])
+            builder.store(column, _typed(builder, at, column.type), align=1)
+        return context.get_dummy_value()
+
+    return types.void(p, offsets, mask, types.int64, tile), codegen
+
+
+@intrinsic
+def store_transposed(typingctx, p, offsets, mask, columns, tile):
+    """The other way round; nothing is touched outside the rows in ``mask`` and their first ``columns`` elements."""
+
+    def codegen(context, builder, sig, args):
+        base, offsets, mask, columns, tile = args
+        wide = _vector(SCALAR[p.kind])
+        vectors = [
+            builder.load(_typed(builder, builder.gep(tile, [I64(j * LANES * ITEMSIZE[p.kind])]), wide), align=1)
+            for j in range(LANES)
+        ]
+        places = _row_addresses(builder, base, offsets, mask, columns, _vector(STORED[p.storage]))
+        for row, (address, live) in zip(_transpose(builder, vectors), places, strict=True):
+            name = f"llvm.masked.store.{_masked_name(p)}.p0"
+            _llvm(builder, name, ir.VoidType(), [_encode(builder, row, p), address, I32(1), live])
+        return context.get_dummy_value()
+
+    return types.void(p, offsets, mask, types.int64, tile), codegen
+
+
 @intrinsic
 def get(typingctx, p, offset):
     """The element ``offset`` bytes behind ``p``, as a number."""
@@ -581,6 +650,19 @@ def fetch_add(typingctx, task, slot):
 
 
 @intrinsic
+def scratch(typingctx, like, vectors):
+    """Room for ``vectors`` (a literal) vectors of ``like``'s kind on the stack of the running kernel."""
+    if not isinstance(vectors, types.IntegerLiteral):
+        return None
+
+    def codegen(context, builder, sig, args):
+        room = ir.ArrayType(_vector(SCALAR[like.kind]), vectors.literal_value)
+        return builder.bitcast(cgutils.alloca_once(builder, room), BYTES)
+
+    return Ptr(like.kind, like.kind)(like, vectors), codegen
+
+
+@intrinsic
 def itemsize(typingctx, p):
     """Bytes of one stored element."""
     return types.int64(p), lambda context, builder, sig, args: I64(ITEMSIZE[p.storage])
@@ -601,14 +683,18 @@ def prefetch(typingctx, p, offset):
 # ----------------------------------------------------------------------------------------------------
 # exp and log
 # ----------------------------------------------------------------------------------------------------
-# exp(d) = 2^k e^r with k = round(d / ln 2) and |r| <= ln(2)/2.
-#   k   comes from adding 1.5 * 2^(mantissa bits): the sum's low bits are k, rounded by the adder; no conversion.
-#   r   = d - k ln 2, ln 2 in two parts of which the first has so few bits that its product with k is exact (Cody, Waite).
+# exp(x - m) for x <= m, with exp(0) exactly 1 and no error from the difference x - m, which is the largest one elsewhere
+# (half an ulp of x - m = -12.3 is 4e-7, and so is then the relative error of the exponential).
+#   k   = round((x - m) / ln 2), from adding 1.5 * 2^(mantissa bits): the sum's low bits are k, rounded by the adder.
+#   r   = x - m - k ln 2, |r| <= ln(2)/2, exact but for three roundings of r's own size: m is split into base + coarse + fine, and
+#         ln 2 into high + low (Cody, Waite), where coarse and high are multiples of so large a power of two (the grid) that
+#         c = coarse + k high is exact; r = ((x - base) - c) - fine - k low. If m is beyond the reach of the grid, all of it is
+#         base: x - base is exact then for every x that matters.
 #   e^r = 1 + r + r^2 q(r), q interpolated at Chebyshev nodes: 0.2 (f32), 0.002 (f64) of a half-ulp.
-#   2^k is built from k's bits.
-# Softmax needs d <= 0 only, and only ratios of exponentials. So exp_up returns exp(d) 2^UP, UP = 24 or 52: the factor cancels,
-# and a probability too small for a normal number keeps its bits until the last multiplication rounds it to a denormal one.
-# Below d = -(bias + UP) ln 2 the exponent field is 0 and the result exactly 0, also for d = -inf.
+#   2^k   is built from k's bits.
+# Softmax needs ratios of exponentials only. So exp_up returns exp(x - m) 2^UP, UP = 24 or 52: the factor cancels, and a
+# probability too small for a normal number keeps its bits until the last multiplication rounds it to a denormal one.
+# Below x - m = -(bias + UP) ln 2 the exponent field is 0 and the result exactly 0, also for x = -inf.
 
 _Q32 = (0.5, 0.16666575, 0.041666552, 0.008363472, 0.0013926551)
 _Q64 = (
@@ -616,7 +702,8 @@ _Q64 = (
     0.00019841269875819578, 2.4801587326261104e-05, 2.755725413931689e-06, 2.7557272742699346e-07,
     2.5105739219586713e-08, 2.0915059884917686e-09,
 )  # fmt: skip
-_FORMAT = {  # mantissa bits, exponent bias, UP, ln 2 high part, ln 2 low part, q
+_GRID = {"f32": 2.0**-9, "f64": 2.0**-32}
+_FORMAT = {  # mantissa bits, exponent bias, UP, ln 2 high part (a multiple of the grid), ln 2 low part, q
     "f32": (23, 127, 24, 0.693359375, -2.1219444005469057e-4, _Q32),
     "f64": (52, 1023, 52, 6.93147180369123816490e-01, 1.90821492927058770002e-10, _Q64),
 }
@@ -658,25 +745,49 @@ def _power_of_two(typingctx, shifted):
     return shifted(shifted), codegen
 
 
-def exp_up(d):
-    """``exp(d) * 2**UP`` for ``d <= 0``, -inf and nan; error below 1 ulp."""
+Shift = namedtuple("Shift", "base coarse fine lowest")  # a maximum m in parts; the x below which exp_up is 0
+
+
+def shift_by(m):
+    """What ``exp_up`` needs to know of ``m``; -inf counts as 0, for -inf - -inf would be nan."""
+    raise TypeError("shift_by is for kernels")
+
+
+@overload(shift_by, jit_options=INLINE)
+def _shift_by(m):
+    mantissa, bias, up, *_ = _FORMAT[m.kind]
+    to_grid = 1.5 * 2.0**mantissa * _GRID[m.kind]  # adding and subtracting it rounds to the grid
+    reach = to_grid / 3.0
+    lowest = -(bias + up) * math.log(2.0)
+
+    def shift_by(m):
+        m = where(m == -math.inf, splat(m, 0.0), m)
+        far = absolute(m) >= reach
+        near = where(far, splat(m, 0.0), m)
+        coarse = (near + to_grid) - to_grid
+        return Shift(where(far, m, 0.0), coarse, near - coarse, coarse + lowest)
+
+    return shift_by
+
+
+def exp_up(x, shift):
+    """``exp(x - m) * 2**UP`` for ``x <= m``, -inf and nan; error below 1.5 ulp; ``shift = shift_by(m)``."""
     raise TypeError("exp_up is for kernels")
 
 
 @overload(exp_up, jit_options=INLINE)
-def _exp_up(d):
-    mantissa, bias, up, ln2_high, ln2_low, q = _FORMAT[d.kind]
+def _exp_up(x, shift):
+    mantissa, _, _, ln2_high, ln2_low, q = _FORMAT[x.kind]
     magic = 1.5 * 2.0**mantissa
-    lowest = -(bias + up) * math.log(2.0)
     log2e = 1.0 / math.log(2.0)
     q_of = _polynomial(q)
 
-    def exp_up(d):
-        d = at_least(d, lowest)
-        shifted = fma(d, log2e, splat(d, magic))
+    def exp_up(x, shift):
+        x = at_least(x - shift.base, shift.lowest)
+        shifted = fma(x - shift.coarse, log2e, splat(x, magic))
         k = shifted - magic
-        r = fma(k, -ln2_high, d)
-        r = fma(k, -ln2_low, r)
+        r = x - fma(k, ln2_high, shift.coarse)
+        r = fma(k, -ln2_low, r - shift.fine)
         e_r = fma(r * r, q_of(r), r) + 1.0
         return e_r * _power_of_two(shifted)
 

@@ -71,7 +71,7 @@ def log_softmax(x: object, axis: Axis = None, *, out: Array | None = None, n_thr
 
     .. math:: \log p_c = x_c - \log \sum_k e^{x_k}
 
-    Never the logarithm of a probability that has become 0; and rounded once, for the difference is taken in float64.
+    Never the logarithm of a probability that has become 0; and the differences are taken in float64.
 
     Parameters
     ----------
@@ -210,7 +210,7 @@ def entropy(p: object, axis: int = -1) -> Any:
     """
     x = floating(p, "p")
     (axis,) = _axes(axis, x.ndim)
-    return -_xlogx(x.astype(np.float64)).sum(axis=axis).astype(accumulator(x.dtype))[()]
+    return -_xlogx(_widened(x)).sum(axis=axis).astype(accumulator(x.dtype))[()]
 
 
 def kl_div(input: object, target: object, *, reduction: str = "mean", log_target: bool = False) -> Any:
@@ -259,8 +259,9 @@ def kl_div(input: object, target: object, *, reduction: str = "mean", log_target
     if x.shape != t.shape:
         raise ValueError(f"target has shape {t.shape}; it must be that of input, {x.shape}")
     acc = accumulator(x.dtype, t.dtype)
-    x, t = x.astype(np.float64), t.astype(np.float64)
-    d = np.exp(t) * (t - x) if log_target else _xlogx(t) - t * x
+    x, t = _widened(x), _widened(t)
+    with np.errstate(invalid="ignore"):  # 0 * -inf: nan, as in PyTorch
+        d = np.exp(t) * (t - x) if log_target else _xlogx(t) - t * x
     if reduction == "none":
         return d.astype(acc)[()]
     count = {"sum": 1, "mean": d.size, "batchmean": d.shape[0] if d.ndim else 1}[reduction]
@@ -268,6 +269,11 @@ def kl_div(input: object, target: object, *, reduction: str = "mean", log_target
 
 
 # ----------------------------------------------------------------------------------------------------
+
+
+def _widened(x: Array) -> Array:
+    """In a precision that hides the roundings of a formula of NumPy's operations."""
+    return x.astype(np.longdouble if x.dtype == np.float64 else np.float64)
 
 
 def _xlogx(p: Array) -> Array:
@@ -339,7 +345,8 @@ def _logsumexp(x: Array, axes: tuple[int, ...], n_threads: int | None) -> Array:
     _run("logsumexp", flat, one, threads, lse=lse)
     unsure = np.isnan(lse)
     if unsure.any():  # a row with +inf has sum nan and logarithm inf, unless it holds a nan too
-        top = np.max(flat, axis=one).astype(lse.dtype)
+        with np.errstate(invalid="ignore"):
+            top = np.max(flat, axis=one).astype(lse.dtype)
         lse = np.where(unsure & (top == np.inf), top, lse)
     return lse
 

@@ -9,14 +9,15 @@ from numba import cfunc, types
 
 from fastxent import _compile, _kernels, _simd
 from fastxent._plan import Variant
-from fastxent._simd import exp_up, itemsize, load, log, log1p, narrow, store, tanh, widen
+from fastxent._simd import exp_up, itemsize, load, log, log1p, narrow, shift_by, store, tanh, widen
 
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def apply_exp_up(task):
     for i in range(0, task.n, 16):
-        store(task.y + i * itemsize(task.y), exp_up(load(task.x + i * itemsize(task.x))))
+        at = i * itemsize(task.y)
+        store(task.y + at, exp_up(load(task.x + at), shift_by(load(task.m + at))))
 
 
 def apply_log(task):
@@ -39,11 +40,12 @@ def copy(task):
         store(task.y + i * itemsize(task.y), narrow(task.y, widen(load(task.x + i * itemsize(task.x)))))
 
 
-def run(function, x, y, storage_x, storage_y, kind):
+def run(function, x, y, storage_x, storage_y, kind, m=None):
     """Apply a function of 16 lanes to x (a multiple of 16 elements), into y."""
-    fields = (("x", 0, (storage_x, kind)), ("y", 1, (storage_y, kind)), ("n", 2, "int"))
+    pointers = (("x", 0, (storage_x, kind)), ("y", 1, (storage_y, kind)), ("m", 2, (storage_x, kind)))
+    fields = (*pointers, ("n", 3, "int"))
     compiled = cfunc(types.void(_simd.Task(fields, (), "test")))(function)
-    block = np.array([x.ctypes.data, y.ctypes.data, x.size], np.int64)
+    block = np.array([x.ctypes.data, y.ctypes.data, 0 if m is None else m.ctypes.data, x.size], np.int64)
     FUNCTION(compiled.address)(block.ctypes.data)
     return y
 
@@ -62,21 +64,27 @@ PRECISIONS = [
 ]
 
 
+@pytest.mark.parametrize("m", [0.0, 1e-3, 3.7, -41.3, 8191.5, 12345.678, -3e6], ids=str)
 @pytest.mark.parametrize(("kind", "dtype", "wide"), PRECISIONS)
-def test_exp_up_is_exact_to_an_ulp(kind, dtype, wide):
+def test_exp_up_has_no_error_from_the_difference(kind, dtype, wide, m):
+    """The truth is exp(x - m) of the exact difference, which the dtype cannot hold."""
     lowest = {"f32": -87.0, "f64": -708.0}[kind]  # what follows is rounded to denormal numbers by the caller
-    x = np.linspace(lowest, 0.0, 1 << 16).astype(dtype)
+    m = np.full(1 << 15, m, dtype)
+    x = np.minimum((m + np.linspace(lowest, 0.0, m.size) + 1e-7 * np.random.default_rng(0).random(m.size)).astype(dtype), m)
+    x = np.maximum(x, np.nextafter(m + dtype(lowest), m))
     up = wide(2) ** {"f32": 24, "f64": 52}[kind]
-    assert in_ulps(run(apply_exp_up, x, np.empty_like(x), kind, kind, kind), np.exp(x.astype(wide)) * up, dtype) < 1.1
+    truth = np.exp(x.astype(wide) - m.astype(wide)) * up
+    assert in_ulps(run(apply_exp_up, x, np.empty_like(x), kind, kind, kind, m), truth, dtype) < 1.6
 
 
-@pytest.mark.parametrize(("kind", "up"), [("f32", 2.0**24), ("f64", 2.0**52)])
-def test_exp_up_at_the_ends(kind, up):
-    dtype = {"f32": np.float32, "f64": np.float64}[kind]
-    x = np.zeros(16, dtype)
-    x[:6] = [0.0, -np.inf, np.nan, -1e30, -1e-30, -800.0]
-    y = run(apply_exp_up, x, np.empty_like(x), kind, kind, kind)
-    np.testing.assert_array_equal(y[:6], [up, 0.0, np.nan, 0.0, up, 0.0])
+@pytest.mark.parametrize(("kind", "dtype", "up"), [("f32", np.float32, 2.0**24), ("f64", np.float64, 2.0**52)])
+@pytest.mark.parametrize("m", [0.0, 5.3, -1e4, 3e38])
+def test_exp_up_at_the_ends(kind, dtype, up, m):
+    m = np.full(16, m, dtype)
+    x = np.array([m[0], -np.inf, np.nan, -3.3e38, m[0] - 800] * 3 + [m[0]], dtype)
+    y = run(apply_exp_up, x, np.empty_like(x), kind, kind, kind, m)
+    at_800 = up if m[0] - dtype(800) == m[0] else 0.0
+    np.testing.assert_array_equal(y[:5], [up, 0.0, np.nan, 0.0, at_800])
 
 
 @wider

@@ -22,11 +22,14 @@ from torch_cases import (
     loss_and_grad,
     make_case,
     make_truth,
+    one_torch_thread,
     run_torch,
     torch_loss,
 )
 
 from fastxent.torch import cross_entropy
+
+one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 
 SHAPES = {
     (7,): "one row, no batch axis",

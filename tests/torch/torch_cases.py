@@ -191,20 +191,20 @@ def make_truth(case: Case, reduction: str) -> Truth:
     rows = dict(weight=None, sample_weight=None, ignore_index=-100, label_smoothing=0.0) | o
     r = ref._rows(x, t, -1, *rows.values())
     lse, p, u = ref.logsumexp(r.x, -1), ref.softmax(r.x, -1), r.u[..., None]
+    keep, mass, divisor = r.keep[..., None], r.q.sum(-1), r.divisor if reduction == "mean" else 1
     penalty = np.where(r.keep, r.u * z * lse**2, 0) if z else np.zeros(r.u.shape)
-    push = 2 * z * lse[..., None] * p if z else np.zeros_like(p)
+    push = 2 * z * lse[..., None] if z else np.zeros_like(u)
     losses = ref._losses(r) + penalty
-    grad = np.where(r.keep[..., None], (ref._gradients(r) + u * push) * slope, 0)
-    divisor = r.divisor if reduction == "mean" else 1
-    terms = np.maximum(np.maximum(r.q.sum(-1, keepdims=True) * p, r.q), np.abs(push)) * u * slope
-    loss_scale = ref._reduce(np.maximum(np.maximum(np.abs(losses), penalty), r.u * r.q.sum(-1) * size), r.divisor, reduction)
-    grad = np.where(r.keep[..., None], grad / divisor, 0)
+    grad = np.where(keep, (ref._gradients(r) + u * push * p) * slope, 0) / divisor
+    loss_scale = np.maximum(np.maximum(np.abs(losses), penalty), r.u * mass * size)
+    p_scale = p * np.maximum(size[..., None], np.abs(ref.log_softmax(r.x, -1)))
+    grad_scale = u * slope * np.maximum(np.maximum(mass[..., None], np.abs(push)) * p_scale, r.q) / divisor
     last_back = (-1, case.class_axis)
     return Truth(
         ref._reduce(losses, r.divisor, reduction),
-        np.moveaxis(grad, *last_back),
-        loss_scale,
-        np.moveaxis(terms * size[..., None] / divisor, *last_back),
+        np.moveaxis(np.where(keep, grad, 0), *last_back),
+        ref._reduce(loss_scale, r.divisor, reduction),
+        np.moveaxis(grad_scale, *last_back),
     )
 
 
@@ -263,6 +263,14 @@ def run_torch(case: Case, reduction: str) -> tuple[np.ndarray, np.ndarray]:
     """
     loss, grad = loss_and_grad(torch_loss, at_least_float32(case), reduction)
     return array(loss.to(case.x.dtype)), array(grad.to(case.x.dtype))
+
+
+def one_torch_thread() -> Iterator[None]:
+    """A fixture for each module: for arrays as small as ours threads cost PyTorch 10 x what they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # ----------------------------------------------------------------------------------------------------
