@@ -48,6 +48,7 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "whole_rows": variant.whole_rows,
         "adjacent": variant.adjacent,
         "split": variant.split,
+        "double": acc == "f64",
         "differentiate": variant.differentiate,
     }
     return _simd.Task(fields, tuple(constants.items()), BUILD_ID)

@@ -17,8 +17,8 @@ A sample weight u multiplies a row's l and gradient; ``scale`` multiplies the gr
 Online softmax (Milakov, Gimelshein 2018): a row is read once, in blocks; when a block raises the maximum from m to m',
     s' = f s        D' = D + Q (m - m')        E' = f (E + s (m - m'))        f = exp(m - m')
 with E = sum_c exp(x_c - m) (x_c - m), from which the entropy comes: log s - E / s.
-The terms of at most four vectors are added in the precision of the logits (float32 for half), all further sums are float64, and
-the order of all of them follows from the shape alone: same bits at any number of threads.
+The terms of at most four vectors are added in float32, all further sums are float64 (of float64 logits, compensated), and their
+order follows from the shape alone: same bits at any number of threads.
 
 One maths, two directions. 16 lanes hold either 16 neighbouring classes of one row (``task.across``: many classes, neighbours
 in memory) or one class of 16 rows (few classes, or rows that are neighbours in memory, as in (N, C, H, W)). "Vector j of a
@@ -77,7 +77,7 @@ from fastxent._task import FINISHED, NEXT
 
 INF = float("inf")
 BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
-GROUP = 4  # vectors added up before they are added to float64 totals: one rounding more each, a quarter of the widening
+GROUP = 4  # float32 vectors added up before they are added to float64 totals: a quarter of the widening
 NONE = 1 << 62  # past every class number
 
 # ----------------------------------------------------------------------------------------------------
@@ -281,12 +281,6 @@ State = namedtuple("State", "m s q_sum q_dot e_dot")
 
 
 @njit(**INLINE)
-def sum_classes(task, x):
-    """The sum over a vector's classes: over the lanes, if they are classes."""
-    return sum_across(x) if task.across else x
-
-
-@njit(**INLINE)
 def block_max(task, unit, start, stop):
     m = splat(task.x, -INF)
     for j in range(start, min(stop, unit.full)):
@@ -314,16 +308,42 @@ def add_vector(task, unit, j, mask, m, shift, sums):
 
 
 @njit(**INLINE)
+def add(total, lost, x):
+    """total + x, and what its rounding has lost added to ``lost`` (Knuth's two-sum)."""
+    new = total + x
+    there = new - total
+    return new, lost + ((total - (new - there)) + (x - there))
+
+
+@njit(**INLINE)
+def widen_add(task, total, x):
+    """A sum and what it has lost, with a vector's terms added; float32 terms lose nothing that counts."""
+    value, lost = total
+    if task.double:
+        return add(value, lost, widen(x))
+    return value + widen(x), lost
+
+
+@njit(**INLINE)
 def add_sums(task, totals, sums):
     """The float64 totals with the sums of some vectors added."""
     s, q_sum, q_dot, e_dot = totals
     ds, dq_sum, dq_dot, de_dot = sums
-    s = s + widen(ds)
+    s = widen_add(task, s, ds)
     if task.dense:
-        q_sum, q_dot = q_sum + widen(dq_sum), q_dot + widen(dq_dot)
+        q_sum, q_dot = widen_add(task, q_sum, dq_sum), widen_add(task, q_dot, dq_dot)
     if task.entropic:
-        e_dot = e_dot + widen(de_dot)
+        e_dot = widen_add(task, e_dot, de_dot)
     return s, q_sum, q_dot, e_dot
+
+
+@njit(**INLINE)
+def total_over_classes(task, total):
+    """The sum over the vectors' classes: over the lanes too, if they are classes."""
+    value, lost = total
+    if task.double:  # of an inf or nan nothing was lost, and inf - inf is nan
+        value = where(lost == lost, value + lost, value)
+    return sum_across(value) if task.across else value
 
 
 @njit(**INLINE)
@@ -332,22 +352,25 @@ def block_state(task, unit, start, stop):
     m = block_max(task, unit, start, stop)
     shift = shift_by(m)
     finite = where(m == -INF, splat(m, 0.0), m)
-    zero, wide = splat(m, 0.0), splat(task.w, 0.0)
+    zero, wide = splat(m, 0.0), (splat(task.w, 0.0), splat(task.w, 0.0))
     nothing, totals = (zero, zero, zero, zero), (wide, wide, wide, wide)
-    whole = min(stop, unit.full)
-    for j in range(start, whole, GROUP):
+    n_whole = min(stop, unit.full)
+    group = 1 if task.double else GROUP
+    for j in range(start, n_whole, group):
         sums = nothing
-        for i in range(j, min(whole, j + GROUP)):
+        for i in range(j, min(n_whole, j + group)):
             sums = add_vector(task, unit, i, all_lanes(), finite, shift, sums)
         totals = add_sums(task, totals, sums)
     for j in range(max(start, unit.full), stop):
         totals = add_sums(task, totals, add_vector(task, unit, j, unit.reads, finite, shift, nothing))
     s, q_sum, q_dot, e_dot = totals
-    if task.dense:
-        q_sum, q_dot = sum_classes(task, q_sum), sum_classes(task, q_dot)
-    if task.entropic:
-        e_dot = sum_classes(task, e_dot)
-    return State(m, sum_classes(task, s), q_sum, q_dot, e_dot)
+    return State(
+        m,
+        total_over_classes(task, s),
+        total_over_classes(task, q_sum) if task.dense else q_sum[0],
+        total_over_classes(task, q_dot) if task.dense else q_dot[0],
+        total_over_classes(task, e_dot) if task.entropic else e_dot[0],
+    )
 
 
 @njit(**INLINE)
@@ -511,7 +534,7 @@ def factors(task, unit, state, y):
     g_y = q_y
     if task.labelled:
         p_y = widen(exp_up(y.x_y, shift)) * inverse_s
-        g_y = b * (q_sum * p_y - q_y)
+        g_y = where(unit.kept, b * (q_sum * p_y - q_y), 0.0)
     x = task.x
     return Factors(shift, narrow(x, a), narrow(x, b), narrow(x, inverse_s), through_cap(task, y.x_y, narrow(x, g_y)))
 
@@ -785,31 +808,40 @@ def binary(task, number):
 
 
 @njit(**INLINE)
+def whole(total, lost):
+    """The sum; of an inf or nan nothing was lost, and inf - inf is nan."""
+    return total + lost if lost == lost else total
+
+
+@njit(**INLINE)
 def walk(task, visit):
-    """Take chunks of units until none is left; sum each chunk in order; the last to finish sums the chunks in order."""
+    """Take chunks of units until none is left; sum each chunk in order; the last to finish sums the chunks in order.
+
+    The first two of a unit's numbers are sums of floats and lose nothing to rounding on the way; the third is a count.
+    """
     n_chunks = task.n_chunks
     partial = task.partial  # (n_chunks, 3) out
     chunk = fetch_add(task, NEXT)
     while chunk < n_chunks:
-        a, b, c = 0.0, 0.0, 0.0
+        a, a_lost, b, b_lost, c = 0.0, 0.0, 0.0, 0.0, 0.0
         for number in range(chunk * task.chunk, min(task.n_units, (chunk + 1) * task.chunk)):
             da, db, dc = visit(task, number)
-            a += da
-            b += db
+            a, a_lost = add(a, a_lost, da)
+            b, b_lost = add(b, b_lost, db)
             c += dc
         at = 24 * chunk
-        put(partial, at, a)
-        put(partial, at + 8, b)
+        put(partial, at, whole(a, a_lost))
+        put(partial, at + 8, whole(b, b_lost))
         put(partial, at + 16, c)
         if fetch_add(task, FINISHED) == n_chunks - 1:
-            a, b, c = 0.0, 0.0, 0.0
+            a, a_lost, b, b_lost, c = 0.0, 0.0, 0.0, 0.0, 0.0
             for k in range(n_chunks):
-                a += get(partial, 24 * k)
-                b += get(partial, 24 * k + 8)
+                a, a_lost = add(a, a_lost, get(partial, 24 * k))
+                b, b_lost = add(b, b_lost, get(partial, 24 * k + 8))
                 c += get(partial, 24 * k + 16)
             total = task.total  # (3,) out
-            put(total, 0, a)
-            put(total, 8, b)
+            put(total, 0, whole(a, a_lost))
+            put(total, 8, whole(b, b_lost))
             put(total, 16, c)
         chunk = fetch_add(task, NEXT)
 

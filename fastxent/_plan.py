@@ -87,8 +87,8 @@ def row_axes(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis:
 
 
 def over(a: float, b: float) -> float:
-    """a / b as floating-point arithmetic has it: x / 0 is inf or nan, not an error."""
-    return a / b if b else a * math.inf if a else math.nan
+    """a / b, and nan for b = 0: a mean over nothing, or over rows that all weigh nothing, and its gradient."""
+    return a / b if b else math.nan
 
 
 @lru_cache(maxsize=4096)

@@ -686,8 +686,8 @@ def prefetch(typingctx, p, offset):
 # exp(x - m) for x <= m, with exp(0) exactly 1 and no error from the difference x - m, which is the largest one elsewhere
 # (half an ulp of x - m = -12.3 is 4e-7, and so is then the relative error of the exponential).
 #   k   = round((x - m) / ln 2), from adding 1.5 * 2^(mantissa bits): the sum's low bits are k, rounded by the adder.
-#   r   = x - m - k ln 2, |r| <= ln(2)/2, exact but for three roundings of r's own size: m is split into base + coarse + fine, and
-#         ln 2 into high + low (Cody, Waite), where coarse and high are multiples of so large a power of two (the grid) that
+#   r   = x - m - k ln 2, |r| <= ln(2)/2, exact but for three roundings of r's own size: m is split into base + coarse + fine,
+#         and ln 2 into high + low (Cody, Waite), where coarse and high are multiples of so large a power of two (the grid) that
 #         c = coarse + k high is exact; r = ((x - base) - c) - fine - k low. If m is beyond the reach of the grid, all of it is
 #         base: x - base is exact then for every x that matters.
 #   e^r = 1 + r + r^2 q(r), q interpolated at Chebyshev nodes: 0.2 (f32), 0.002 (f64) of a half-ulp.
@@ -834,7 +834,8 @@ def _up(like):
 
 
 # log(x) = k ln 2 + log(m), x = m 2^k with m in [sqrt(1/2), sqrt(2)).
-#   log(m) = 2 atanh(f) = 2 f + 2 f z L(z), f = (m - 1) / (m + 1), z = f^2; exact where x is near 1: m - 1 is.
+#   log(m) = 2 atanh(s) = 2 s + 2 s z L(z), with f = m - 1, which is exact, s = f / (2 + f) and z = s^2. The rounding of s would
+#   be that of the result; but 2 s = f - s f = f - f^2/2 + s f^2/2, where it stands in the small terms only.
 
 _LOG = _polynomial((
     0.3333333333333333, 0.2000000000000047, 0.14285714285382226, 0.1111111120027388,
@@ -862,11 +863,14 @@ def _split_exponent(typingctx, x):
 
 @njit(**INLINE)
 def log(x):
-    """Natural logarithm of float64 lanes (normal numbers, 0, inf, nan); below 1 ulp."""
+    """Natural logarithm of float64 lanes (normal numbers, 0, inf, nan); about 1 ulp."""
     k, m = _split_exponent(x)
-    f = (m - 1.0) / (m + 1.0)
-    z = f * f
-    y = fma(k, _LN2_LOW, f * z * 2.0 * _LOG(z)) + f * 2.0 + k * _LN2_HIGH
+    f = m - 1.0
+    s = f / (f + 2.0)
+    z = s * s
+    half = f * f * 0.5
+    tail = s * (half + z * 2.0 * _LOG(z)) + k * _LN2_LOW
+    y = k * _LN2_HIGH - ((half - tail) - f)
     y = where(x == 0.0, splat(x, -math.inf), y)
     y = where(x == math.inf, x, y)
     return where(x >= 0.0, y, math.nan)

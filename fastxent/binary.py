@@ -135,7 +135,7 @@ def _binary(
         check_out(out, x)
     threads = None if n_threads is None else check_threads(n_threads, "n_threads")
     w, positive = (_spread(a, name, x) for a, name in ((weight, "weight"), (pos_weight, "pos_weight")))
-    x, t = np.ascontiguousarray(x), np.ascontiguousarray(t)
+    x, t = (np.ascontiguousarray(a).reshape(x.shape) for a in (x, t))  # 0-d stays 0-d
     acc = accumulator(x.dtype, t.dtype)
     rows = np.empty(x.shape, acc) if reduction == "none" else None
     g = np.empty_like(x) if differentiate else x
@@ -162,6 +162,6 @@ def _spread(values: object, name: str, x: Array) -> Array | None:
         return None
     a = floating(values, name)
     try:
-        return np.ascontiguousarray(np.broadcast_to(a, x.shape), dtype=np.float64)
+        return np.array(np.broadcast_to(a, x.shape), dtype=np.float64, order="C")
     except ValueError:
         raise ValueError(f"{name} has shape {a.shape}; it cannot be broadcast to that of logits, {x.shape}") from None

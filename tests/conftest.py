@@ -158,10 +158,25 @@ def make_special_case(row: tuple[list[float], int], target: str, options: dict[s
     return Case(np.float32([row[0]] + [[0.5, -1, 2]] * (rows - 1)), np.stack([t] * rows), options)
 
 
-def widest(a: Any) -> Any:
-    """`a` in longdouble if it is floating: as an argument of the reference, it makes a truth past float64."""
-    is_float = isinstance(a, float) or (isinstance(a, np.ndarray) and a.dtype.kind not in "iub")
-    return np.asarray(a).astype(np.longdouble)[()] if is_float else a
+def widest(a: Any, wide: Any = None) -> Any:
+    """`a`, if it is floating, in `wide`: by default in longdouble if it is float64, else in float64.
+
+    An argument so widened makes of the reference a truth much finer than the dtype it judges. longdouble has 64
+    bits of significand where the machine has any; it is slow, so float32 and less are judged in float64.
+    """
+    array = np.asarray(a)
+    if isinstance(a, int) or array.dtype.kind in "iub":
+        return a
+    wide = wide or (np.longdouble if array.dtype.kind == "f" and array.dtype.itemsize >= 8 else np.float64)
+    return array.astype(wide)[()]
+
+
+def widest_case(case: Case) -> Case:
+    """All floating arguments in the precision that the finest array among them asks for."""
+    floats = [a for a in (case.logits, case.target, *case.options.values()) if isinstance(a, np.ndarray)]
+    wide = np.longdouble if any(a.dtype == FLOAT64 for a in floats) else np.float64
+    options = {k: widest(v, wide) for k, v in case.options.items()}
+    return Case(widest(case.logits, wide), widest(case.target, wide), options)
 
 
 class Truth(NamedTuple):
@@ -174,15 +189,15 @@ class Truth(NamedTuple):
 
 
 def make_truth(case: Case, reduction: str) -> Truth:
-    """Loss and gradient in longdouble (64 bits of significand where the machine has them, else float64).
+    """Loss and gradient by the reference, from widened arguments.
 
     Scales. The loss of a row is u Q (m - x_y + log s), m its maximum, s = sum exp(x - m) >= 1. A relative
     error of s is an absolute one of log s, so the unit is that of max(loss, u Q). The gradient u (Q p - q) has
     that of the larger of its two terms, and p = exp(logp) that of p max(1, |logp|), as logp is rounded too.
     """
     defaults = dict(weight=None, sample_weight=None, ignore_index=-100, label_smoothing=0.0)
-    options = defaults | {k: widest(v) for k, v in case.options.items()}
-    r = ref._rows(widest(case.logits), widest(case.target), -1, *options.values())
+    logits, target, options = widest_case(case)
+    r = ref._rows(logits, target, -1, *(defaults | options).values())
     with np.errstate(all="ignore"):
         losses, grad, mass = ref._losses(r), ref._gradients(r), r.u * r.q.sum(-1)
         divisor = r.divisor if reduction == "mean" else 1
@@ -240,8 +255,7 @@ def _torch_divisor(u: torch.Tensor, target: torch.Tensor, ndim: int, options: di
 def ulp(size: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The gap between neighbours of `dtype` at numbers of this `size`; subnormal numbers share one gap."""
     info = ml_dtypes.finfo(dtype)
-    exponent = np.frexp(np.asarray(size, np.longdouble))[1] - 1
-    return np.ldexp(np.longdouble(1), np.maximum(exponent, info.minexp) - info.nmant)
+    return np.ldexp(1.0, np.maximum(np.frexp(size)[1] - 1, info.minexp) - info.nmant)
 
 
 class Budget:
@@ -267,7 +281,7 @@ class Budget:
         assert ours.shape == truth.shape == other.shape, label
         scale = np.broadcast_to(np.abs(truth) if scale is None else scale, truth.shape)
         truth = np.where(np.abs(truth) > ml_dtypes.finfo(ours.dtype).max, np.copysign(np.inf, truth), truth)
-        wide, finite = ours.astype(np.longdouble), np.isfinite(truth)
+        wide, finite = ours.astype(truth.dtype), np.isfinite(truth)
         np.testing.assert_array_equal(wide[~finite], truth[~finite], err_msg=str(label))
         if not finite.any():
             return
