@@ -12,7 +12,7 @@ A class index y is t = onehot(y). Without smoothing only q_y = w_y is left:
     l          = w_y (log s + (m - x_y))
     dl/dx_c    = w_y (p_c - [c = y])
 z-loss adds z lse^2 to l and 2 z lse p_c to the gradient (Q becomes Q + 2 z lse there). Softcap puts cap tanh(x / cap) for x.
-A sample weight u multiplies a row's l and gradient; ``scale`` multiplies the gradient (mean: 1 / divisor, else 1).
+A sample weight u multiplies a row's l and gradient; the gradient of a mean is divided by its divisor (``scaled``).
 
 Online softmax (Milakov, Gimelshein 2018): a row is read once, in blocks; when a block raises the maximum from m to m',
     s' = f s        D' = D + Q (m - m')        E' = f (E + s (m - m'))        f = exp(m - m')
@@ -512,13 +512,20 @@ def deliver_loss(task, unit, loss):
 
 
 # g_c = a e_c - b q_c and, at y, g_y = b (Q p_y - q_y) computed from registers in float64: p_y - 1 cancels, and must not be
-# made from rounded parts. e = exp(x - m), a = b Q / s, b = scale u. h_c = a e_c (1 - p_c), p_c = e_c / s.
+# made from rounded parts. e = exp(x - m), a = b Q / s, b = scaled(u). h_c = a e_c (1 - p_c), p_c = e_c / s.
 Factors = namedtuple("Factors", "shift a b inverse_s g_y")
 
 
 @njit(**INLINE)
+def scaled(task, x):
+    """x factor / divisor; float64 logits notice that 1 / divisor would be rounded."""
+    return x * task.factor / task.divisor if task.double else x * (task.factor / task.divisor)
+
+
+@njit(**INLINE)
 def factors(task, unit, state, y):
-    b = where(unit.kept, sample_weights(task, unit) * task.scale, 0.0)
+    u = sample_weights(task, unit)
+    b = where(unit.kept, scaled(task, u), 0.0)
     q_sum, q_y = state.q_sum, splat(b, 0.0)
     if task.labelled:
         q_y = y.w_y
@@ -529,12 +536,12 @@ def factors(task, unit, state, y):
             q_sum = y.w_y
     q_sum = q_sum + (widen(state.m) + log_s(state)) * (2.0 * task.z)
     shift = shift_by(state.m)
-    inverse_s = splat(b, 1.0) / state.s
-    a = where(unit.kept, b * q_sum * inverse_s, 0.0)
+    inverse_s = where(unit.kept, splat(b, 1.0) / state.s, 0.0)  # s of an ignored row in the lanes is 0
+    a = where(unit.kept, scaled(task, u * q_sum * inverse_s), 0.0)
     g_y = q_y
     if task.labelled:
         p_y = widen(exp_up(y.x_y, shift)) * inverse_s
-        g_y = where(unit.kept, b * (q_sum * p_y - q_y), 0.0)
+        g_y = where(unit.kept, scaled(task, u * (q_sum * p_y - q_y)), 0.0)
     x = task.x
     return Factors(shift, narrow(x, a), narrow(x, b), narrow(x, inverse_s), through_cap(task, y.x_y, narrow(x, g_y)))
 
@@ -797,7 +804,7 @@ def binary(task, number):
         store_masked(task.loss + first * itemsize(task.loss), narrow(task.loss, loss), mask)
     if task.differentiate:
         up_hill, down_hill = where(x > 0.0, larger, smaller), where(x > 0.0, smaller, larger)
-        g = weight * task.scale * (negative * up_hill - positive * down_hill)
+        g = scaled(task, weight * (negative * up_hill - positive * down_hill))
         store_masked(task.g + first * itemsize(task.g), narrow(task.g, g), mask)
     return lane(sum_across(loss), 0), 0.0, 0.0
 

@@ -58,7 +58,8 @@ def run(
     name: str, plan: Plan, n_threads: int | None = None, *,
     x: int = 0, g: int = 0, h: int = 0, t: int = 0, y: int = 0, w: int = 0, u: int = 0,
     loss: int = 0, lse: int = 0, entropy: int = 0, target_prob: int = 0, prediction: int = 0, target_rank: int = 0,
-    ignore: int = 0, keep: float = 1.0, spread: float = 0.0, scale: float = 1.0, z: float = 0.0, cap: float = 0.0,
+    ignore: int = 0, keep: float = 1.0, spread: float = 0.0, factor: float = 1.0, divisor: float = 1.0,
+    z: float = 0.0, cap: float = 0.0,
 ) -> tuple[float, float, float]:  # fmt: skip
     """Run task ``name`` over ``plan``; addresses as in ``_task.CALLED``. Returns the sums over all units."""
     total = _task.BLOCK.size
@@ -70,7 +71,7 @@ def run(
     values = (
         *plan.planned, ctypes.addressof(plan.table), at_partial, at_segments, at_total, x, g, h, t, y, w, u,
         loss, lse, entropy, target_prob, prediction, target_rank,
-        w != 0, u != 0, loss != 0, ignore, keep, spread, scale, z, cap,
+        w != 0, u != 0, loss != 0, ignore, keep, spread, factor, divisor, z, cap,
     )  # fmt: skip
     for task in ("save_segment", name) if plan.variant.split else (name,):
         _task.BLOCK.pack_into(block, 0, 0, 0, *values)

@@ -52,7 +52,8 @@ CALLED = (
     ("ignore", "int"),  # class index of the rows to skip
     ("keep", "float"),  # 1 - eps
     ("spread", "float"),  # eps / C
-    ("scale", "float"),  # factor of the gradient
+    ("factor", "float"),  # the gradient is multiplied by factor / divisor
+    ("divisor", "float"),
     ("z", "float"),  # factor of lse^2 in the loss
     ("cap", "float"),  # softcap
 )

@@ -81,9 +81,10 @@ def problem(
     ignore_index: int,
     label_smoothing: float,
     n_threads: int | None,
+    name: str = "logits",
 ) -> Problem:
     """Check the arguments that the cross-entropy functions share."""
-    x, axis = check_logits(logits, axis)
+    x, axis = check_logits(logits, axis, name)
     rows = x.shape[:axis] + x.shape[axis + 1 :]
     n_classes = x.shape[axis]
     smoothing = check_fraction(label_smoothing, "label_smoothing")
@@ -91,7 +92,7 @@ def problem(
     w = check_vector(weight, "weight", (n_classes,), "one weight per class")
     u = check_vector(sample_weight, "sample_weight", rows, "one weight per row")
     threads = None if n_threads is None else check_threads(n_threads, "n_threads")
-    y, t = check_target(target, x, axis)
+    y, t = check_target(target, x, axis, ignore)
     if y is not None:
         divisor = check_classes(y, n_classes, w, u, ignore, threads)
     else:
@@ -112,14 +113,14 @@ def floating(a: object, name: str) -> Array:
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
-def check_logits(logits: object, axis: int) -> tuple[Array, int]:
+def check_logits(logits: object, axis: int, name: str) -> tuple[Array, int]:
     """Logits that the kernels can walk over as they lie, and their class axis."""
-    x = floating(logits, "logits")
+    x = floating(logits, name)
     if x.ndim == 0:
-        raise ValueError("logits is a number; it needs a class axis")
+        raise ValueError(f"{name} is a number; it needs a class axis")
     axis = check_integer(axis, "axis")
     if not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis = {axis} is outside [{-x.ndim}, {x.ndim}) for logits of shape {x.shape}")
+        raise ValueError(f"axis = {axis} is outside [{-x.ndim}, {x.ndim}) for {name} of shape {x.shape}")
     axis %= x.ndim
     return (x if walkable(x, axis) else like(x, axis, copy=True)), axis
 
@@ -146,7 +147,7 @@ def like(x: Array, axis: int, copy: bool = False) -> Array:
     return new
 
 
-def check_target(target: object, x: Array, axis: int) -> tuple[Array | None, Array | None]:
+def check_target(target: object, x: Array, axis: int, ignore: int) -> tuple[Array | None, Array | None]:
     """``(y, None)`` for class indices, ``(None, t)`` for class probabilities."""
     a = np.asarray(target)
     rows = x.shape[:axis] + x.shape[axis + 1 :]
@@ -167,8 +168,8 @@ def check_target(target: object, x: Array, axis: int) -> tuple[Array | None, Arr
         )
     if a.dtype.kind not in "iu":
         raise TypeError(f"target has dtype {a.dtype}; class indices must be integers")
-    if a.dtype == np.uint64 and a.size and a.max() > np.iinfo(np.int64).max:
-        raise _out_of_range(a, a > np.iinfo(np.int64).max, x.shape[axis])
+    if a.dtype.kind == "u" and a.itemsize == 8 and a.size and a.max() > np.iinfo(np.int64).max:
+        raise _out_of_range(a, (a >= x.shape[axis]) & (a != np.uint64(max(ignore, 0))), x.shape[axis])
     return np.ascontiguousarray(a, dtype=np.int64).reshape(rows), None
 
 
@@ -213,7 +214,7 @@ def check_vector(values: object, name: str, shape: tuple[int, ...], what: str) -
 
 
 def check_fraction(value: float, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} = {value} is outside [0, 1]")

@@ -144,7 +144,7 @@ def _binary(
         plan = flat_plan(x.size, 2, storage(x.dtype) or "", storage(t.dtype), _COST, differentiate)
         total, _, _ = run(
             "binary", plan, threads, x=address(x), t=address(t), g=address(g) if differentiate else 0, w=address(w),
-            u=address(positive), loss=address(rows), scale=1.0 / x.size if reduction == "mean" else 1.0,
+            u=address(positive), loss=address(rows), divisor=x.size if reduction == "mean" else 1.0,
         )  # fmt: skip
     if out is not None:
         np.copyto(out, g.reshape(out.shape))

@@ -179,7 +179,7 @@ def cross_entropy_value_and_grad(
     if out is not None:
         check_out(out, p.x)
     g = writable_place(out, p.x, p.axis, (p.y, p.t, p.w, p.u))
-    loss = _loss_of("value_and_grad", p, reduction, g, scale=over(1.0, p.divisor) if reduction == "mean" else 1.0)
+    loss = _loss_of("value_and_grad", p, reduction, g, divisor=(p.divisor or np.nan) if reduction == "mean" else 1.0)
     if out is None:
         return loss, g
     if g is not out:
@@ -343,7 +343,7 @@ def nll_loss(
     0.35667494
     """
     check_reduction(reduction)
-    p = problem(log_probs, target, axis, weight, None, ignore_index, 0.0, None)
+    p = problem(log_probs, target, axis, weight, None, ignore_index, 0.0, None, "log_probs")
     if p.y is None:
         raise TypeError("target holds class probabilities; nll_loss takes class indices")
     kept = p.y != p.ignore

@@ -160,7 +160,10 @@ def logsumexp(
     shape = x.shape
     if b is not None:
         factors = floating(b, "b")
-        shape = np.broadcast_shapes(shape, factors.shape)
+        try:
+            shape = np.broadcast_shapes(shape, factors.shape)
+        except ValueError:
+            raise ValueError(f"b has shape {factors.shape}; it cannot be broadcast with that of a, {shape}") from None
         lse, sign = _weighted_logsumexp(x, factors, axes)
     else:
         lse = _logsumexp(x, axes, n_threads)

@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -226,7 +227,7 @@ def _takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: 
 
 
 def _on_cpu(*tensors: Tensor) -> bool:
-    return all(t.device.type == "cpu" and t.layout == torch.strided for t in tensors)
+    return all([t.is_cpu and t.layout == torch.strided for t in tensors])
 
 
 def _must_be_formula(input: Tensor, *others: Tensor | None) -> bool:
@@ -278,9 +279,9 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
     axis = 0 if input.dim() == 1 else 1
     rows = input.shape[:axis] + input.shape[axis + 1 :]
     n_classes = input.shape[axis]
-    x = input.resolve_neg().detach()
+    x = input.detach().resolve_neg() if input.is_neg() else input
     if not _walkable(x, axis):
-        x = x.contiguous() if axis == x.dim() - 1 else x.movedim(axis, -1).contiguous().movedim(-1, axis)
+        x = x.detach().movedim(axis, -1).contiguous().movedim(-1, axis)
     w = None if weight is None else weight.detach().to(torch.float64).contiguous()
     u = None if sample_weight is None else sample_weight.detach().to(torch.float64).contiguous()
     n_threads = _parallel.setting() or torch.get_num_threads()
@@ -297,7 +298,7 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
         if n_classes > FEW_CLASSES and (t.stride(axis) == 1) != (x.stride(axis) == 1):
             t = torch.empty_like(x, dtype=t.dtype).copy_(t)
         return _Call(x, axis, rows, None, t, w, u, float(math.prod(rows) if u is None else u.sum()), n_threads, acc)
-    y = target.detach().to(torch.int64).contiguous()
+    y = target if target.dtype == torch.int64 and target.is_contiguous() else target.to(torch.int64).contiguous()
     plan = flat_plan(y.numel(), n_classes, "f32")
     divisor, _, bad = _parallel.run(
         "check_targets", plan, n_threads, y=y.data_ptr(), w=_address(w), u=_address(u), ignore=ignore_index
@@ -317,35 +318,42 @@ def _walkable(x: Tensor, axis: int) -> bool:
     return x.shape[axis] <= FEW_CLASSES or any(s == 1 and n > 1 for n, s in zip(x.shape, x.stride(), strict=True))
 
 
-def _plan(call: _Call, g: Tensor, options: _Options) -> Plan:
-    t = call.x if call.t is None else call.t
-    strides = tuple(tuple(s * a.element_size() for s in a.stride()) for a in (call.x, g, t))
-    return make_plan(
-        tuple(call.x.shape),
-        strides,
-        call.axis,
-        _STORAGE[call.x.dtype],
-        None if call.t is None else _STORAGE[call.t.dtype],
-        labelled=call.y is not None,
-        smooth=call.y is not None and options.label_smoothing > 0,
-        capped=options.softcap != 0.0,
-    )
+@lru_cache(maxsize=4096)
+def _plan(
+    shape: torch.Size,
+    strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    axis: int,
+    dtype: torch.dtype,
+    probabilities: torch.dtype | None,
+    labelled: bool,
+    smooth: bool,
+    capped: bool,
+) -> Plan:
+    """``make_plan`` for tensors: their strides count elements."""
+    sizes = (dtype.itemsize, dtype.itemsize, (probabilities or dtype).itemsize)
+    x, g, t = (tuple(s * size for s in stride) for stride, size in zip(strides, sizes, strict=True))
+    target = None if probabilities is None else _STORAGE[probabilities]
+    return make_plan(tuple(shape), (x, g, t), axis, _STORAGE[dtype], target, labelled, smooth, capped)
 
 
 def _run(name: str, call: _Call, g: Tensor, options: _Options, **more: Any) -> Tensor:
     """Run a task; its loss, reduced."""
     loss = torch.zeros(call.rows, dtype=call.acc) if options.reduction == _NONE else None
+    x, t = call.x, call.t
+    strides = (x.stride(), g.stride(), (x if t is None else t).stride())
+    labelled, smooth = call.y is not None, call.y is not None and options.label_smoothing > 0
+    plan = _plan(x.shape, strides, call.axis, x.dtype, None if t is None else t.dtype, labelled, smooth, options.softcap != 0)
     total, _, _ = _parallel.run(
-        name, _plan(call, g, options), call.n_threads, x=call.x.data_ptr(), g=g.data_ptr(), t=_address(call.t),
+        name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=_address(t),
         y=_address(call.y), w=_address(call.w), u=_address(call.u), loss=_address(loss), ignore=options.ignore_index,
-        keep=1.0 - options.label_smoothing, spread=options.label_smoothing / call.x.shape[call.axis],
+        keep=1.0 - options.label_smoothing, spread=options.label_smoothing / x.shape[call.axis],
         z=options.z_loss, cap=options.softcap, **more,
     )  # fmt: skip
     if loss is not None:
         return loss
     if options.reduction == _MEAN:
         total = over(total, call.divisor)
-    return torch.tensor(total, dtype=call.acc)
+    return torch.scalar_tensor(total, dtype=call.acc)
 
 
 def _value(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: _Options) -> Tensor:
@@ -364,11 +372,11 @@ def _value_and_grad(
 ) -> tuple[Tensor, Tensor]:
     """Loss, and ``factor`` times its gradient, in ``out`` if given; that may be ``input``."""
     call = _prepare(input, target, weight, sample_weight, options.ignore_index)
-    scale = over(factor, call.divisor) if options.reduction == _MEAN else factor
+    divisor = (call.divisor or math.nan) if options.reduction == _MEAN else 1.0
     result = _gradient_like(input) if out is None else out
     lies_well = call.x.shape[call.axis] <= FEW_CLASSES or (result.stride(call.axis) == 1) == (call.x.stride(call.axis) == 1)
     g = result if lies_well else torch.empty_like(call.x)
-    loss = _run("value_and_grad", call, g, options, scale=scale)
+    loss = _run("value_and_grad", call, g, options, factor=factor, divisor=divisor)
     if g is not result:
         result.copy_(g)
     return loss, result

@@ -72,9 +72,9 @@ def test_grid(dtype, option):
 
 
 LONG_SHAPES = {
-    (5, 32767): "one class short of two segments: rows are not split",
-    (5, 32768): "two segments of 1024 vectors: rows are split over threads",
-    (2, 33333): "segments of unequal length, the last vector masked",
+    (5, 32751): "a vector short of two segments: rows are not split",
+    (20, 32768): "two segments of 1024 vectors: rows are split over threads",
+    (10, 33333): "segments of unequal length, the last vector masked",
     (3, 128257): "a vocabulary, so odd that no row starts aligned",
     (1, 300001): "one row, far past the cache",
 }

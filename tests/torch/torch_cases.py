@@ -5,6 +5,9 @@ A module, not a conftest: the tests of the NumPy functions import theirs by that
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -232,8 +235,8 @@ def torch_loss(
     rows = rows * u
     if reduction == "none":
         return rows
-    by_class = torch.ones_like(rows) if soft or weight is None else weight[target.clamp(0)]
-    return rows.sum() / (u * by_class)[keep].sum() if reduction == "mean" else rows.sum()
+    by_class = torch.ones_like(rows) if soft or weight is None else weight.take(target.clamp(0))
+    return rows.sum() / torch.where(keep, u * by_class, 0).sum() if reduction == "mean" else rows.sum()
 
 
 def at_least_float32(case: Case) -> Case:
@@ -296,3 +299,11 @@ def counted() -> Iterator[list[str]]:
     finally:
         for module in users:
             module.run = run  # type: ignore[attr-defined]
+
+
+def run_script(code: str, *arguments: str, timeout: float = 300, **environment: str) -> str:
+    """What `code` prints, run by a Python of its own; an assertion that shows its errors if it fails or crashes."""
+    command = [sys.executable, "-W", "error", "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ | environment)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr[-3000:]}"
+    return done.stdout.strip()
