@@ -258,18 +258,24 @@ def write_out(task, unit, j, values, mask):
 
 @njit(**INLINE)
 def target_weights(task, unit, j, mask):
-    """q, vector j: w ((1 - eps) t + eps / C). What a class index adds at y is not in it: see ``Label``."""
+    """q / ``share``, vector j: w ((1 - eps) t + eps / C), or w. What a class index adds at y is not in it: see ``Label``."""
     if task.soft:
         t = read(task, task.t + (unit.t + j * task.t_step), unit.t_lanes, mask)
         q = fma(t, task.keep, splat(t, task.spread))
     else:
-        q = splat(task.x, task.spread)
+        q = splat(task.x, 1.0)
     if task.weighted != 0:
         if task.across:
             q = q * narrow(q, load_masked(task.w + 8 * LANES * j, mask))
         else:
             q = q * get(task.w, 8 * j)
     return where(mask, q, 0.0)
+
+
+@njit(**INLINE)
+def share(task):
+    """What is common to all q of a smoothed class index, eps / C: multiplied, and rounded, once."""
+    return 1.0 if task.soft else task.spread
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -492,7 +498,7 @@ def row_loss(task, unit, state, y):
     log_sum = log_s(state)
     lse = widen(state.m) + log_sum
     if task.dense:
-        q_sum, q_dot = state.q_sum, state.q_dot
+        q_sum, q_dot = state.q_sum * share(task), state.q_dot * share(task)
         if task.labelled:
             q_sum = q_sum + y.w_y * task.keep
             q_dot = q_dot + (y.w_y * task.keep) * (widen(y.x_y) - widen(state.m))
@@ -511,8 +517,8 @@ def deliver_loss(task, unit, loss):
     return sum_rows(task, loss), 0.0, 0.0
 
 
-# g_c = a e_c - b q_c and, at y, g_y = b (Q p_y - q_y) computed from registers in float64: p_y - 1 cancels, and must not be
-# made from rounded parts. e = exp(x - m), a = b Q / s, b = scaled(u). h_c = a e_c (1 - p_c), p_c = e_c / s.
+# g_c = a e_c - b (q_c / share) and, at y, g_y = scaled(u (Q p_y - q_y)) computed from registers in float64: p_y - 1 cancels,
+# and must not be made from rounded parts. e = exp(x - m), a = b Q / s, b = scaled(u) share. h_c = a e_c (1 - p_c), p_c = e_c / s.
 Factors = namedtuple("Factors", "shift a b inverse_s g_y")
 
 
@@ -526,7 +532,7 @@ def scaled(task, x):
 def factors(task, unit, state, y):
     u = sample_weights(task, unit)
     b = where(unit.kept, scaled(task, u), 0.0)
-    q_sum, q_y = state.q_sum, splat(b, 0.0)
+    q_sum, q_y = state.q_sum * share(task), splat(b, 0.0)
     if task.labelled:
         q_y = y.w_y
         if task.dense:
@@ -543,6 +549,7 @@ def factors(task, unit, state, y):
         p_y = widen(exp_up(y.x_y, shift)) * inverse_s
         g_y = where(unit.kept, scaled(task, u * (q_sum * p_y - q_y)), 0.0)
     x = task.x
+    b = b * share(task)
     return Factors(shift, narrow(x, a), narrow(x, b), narrow(x, inverse_s), through_cap(task, y.x_y, narrow(x, g_y)))
 
 

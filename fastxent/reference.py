@@ -61,7 +61,7 @@ class _Rows(NamedTuple):
     used: Array  # (..., C) is the class in the formula? Without smoothing, a class index brings in y alone
     keep: Array  # (...) False where the row is ignored
     u: Array  # (...) weight of the row, 0 where ignored
-    divisor: Array  # () what "mean" divides by; nan for 0: the mean of nothing
+    divisor: float  # what "mean" divides by; nan for 0: the mean of nothing
 
 
 def _wide(a: npt.ArrayLike) -> Array:

@@ -153,9 +153,10 @@ def make_case(dtype: np.dtype, shape: tuple[int, ...], option: str = "index") ->
 
 def make_special_case(row: tuple[list[float], int], target: str, options: dict[str, Any], rows: int) -> Case:
     """A special row in front of rows - 1 ordinary ones, which must not notice it."""
-    distribution = [0.2, 0.3, 0.5] if target == "probabilities" else np.eye(3)[row[1]]
-    t = np.array(row[1]) if target == "index" else np.array(distribution, np.float32)
-    return Case(np.float32([row[0]] + [[0.5, -1, 2]] * (rows - 1)), np.stack([t] * rows), options)
+    logits, y, _ = make_case(FLOAT32, (rows, 3))
+    logits[0], y[0] = row
+    t = make_case(FLOAT32, (rows, 3), "probabilities").target if target == "probabilities" else np.eye(3, dtype="f4")[y]
+    return Case(logits, y if target == "index" else t, options)
 
 
 def widest(a: Any, wide: Any = None) -> Any:
@@ -266,7 +267,7 @@ class Budget:
     0. element by element, in ulps at `scale`: small elements count as much as large ones. `scale` is the size
        of the largest term of the element's formula (by default the size of the truth), because a difference
        cannot be known better than its terms;
-    1. the whole array at once, in ulps at its largest `scale`: the plain absolute error.
+    1. a whole array at once, in ulps at its largest `scale`: the plain absolute error.
 
     Several results (reductions, shapes) share one budget, because of a single number PyTorch's error says
     nothing: it may be 0 by luck. Where the truth is nan or infinite, or too large for the dtype, ours must be
@@ -289,7 +290,7 @@ class Budget:
         assert np.isfinite(wide).all(), f"{label}: not finite where the truth is"
         assert np.isfinite(other).all(), f"{label}: PyTorch is not finite and sets no budget"
         scale = np.maximum(scale, np.abs(truth))
-        for norm, size in enumerate((scale, scale.max())):
+        for norm, size in enumerate((scale, scale.max()) if ours.ndim else (scale,)):
             mine, torchs = ((np.abs(x - truth) / ulp(size, ours.dtype)).max() for x in (wide, other))
             self.torch[norm] = max(self.torch[norm], torchs)
             if mine > self.ours[norm]:

@@ -122,9 +122,10 @@ def test_one_class(dtype):
 LOG2 = float(np.log(2))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, dict(label_smoothing=0.1), dict(weight=torch.tensor([1.0, 2.0, 3.0])), dict(z_loss=0.1), dict(softcap=1.0)], ids=str
-)
+ALONE = [{}, dict(label_smoothing=0.1), dict(weight=torch.tensor([1.0, 2.0, 3.0])), dict(z_loss=0.1), dict(softcap=1.0)]
+
+
+@pytest.mark.parametrize("options", ALONE, ids=str)
 def test_all_rows_ignored(options):
     """The mean is nan and its gradient 0, whatever the rows hold."""
     x = [[1.0, 2, 3], [NAN, INF, -INF]]
@@ -208,7 +209,10 @@ def test_infinite_logits_under_a_cap():
 # ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", ["index", "weight", "smoothing", "sample_weight", "z_loss", "softcap", "weight smoothing z_loss"])
+LEAKY = ["index", "weight", "smoothing", "sample_weight", "z_loss", "softcap", "weight smoothing z_loss"]
+
+
+@pytest.mark.parametrize("option", LEAKY)
 @pytest.mark.parametrize("shape", [(12, 7), (12, 100), (6, 7, 5)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_ignored_rows_leak_nothing(dtype, shape, option):

@@ -339,9 +339,8 @@ def test_views_that_stand_for_negatives():
     torch.testing.assert_close(fxt.cross_entropy(X, t), F.cross_entropy(X, t.resolve_neg()), rtol=1e-13, atol=0)
     w = torch.complex(X[0], -X[0].abs()).conj().imag
     torch.testing.assert_close(fxt.cross_entropy(X, Y, w), F.cross_entropy(X, Y, w.resolve_neg()), rtol=1e-13, atol=0)
-    torch.testing.assert_close(
-        fxt.cross_entropy(X, Y, sample_weight=w[:4], reduction="none"), F.cross_entropy(X, Y, reduction="none") * w[:4], rtol=1e-13, atol=0
-    )
+    rows = fxt.cross_entropy(X, Y, sample_weight=w[:4], reduction="none")
+    torch.testing.assert_close(rows, F.cross_entropy(X, Y, reduction="none") * w[:4], rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "weight on meta", "target on meta"])
@@ -353,7 +352,7 @@ def test_refused_as_before(kind):
         w = torch.ones(5, dtype=torch.float64, device="meta")
     else:
         y = Y.to("meta")
-    with pytest.raises(Exception) as before:  # noqa: PT011: which one it must be, PyTorch says
+    with pytest.raises(Exception) as before:  # which one it must be, PyTorch says
         F.cross_entropy(x, y, w)
     for function in (fxt.cross_entropy, F.cross_entropy):
         with fxt.installed(), pytest.raises(before.type):

@@ -16,7 +16,8 @@ one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 SHAPES = [(4,), (3, 5), (3, 50), (2, 3, 2)]
-CHECKED = ["index", "weight ignore", "smoothing", "probabilities", EXTRAS[-1], "weight ignore smoothing sample_weight z_loss softcap"]
+FULL = "weight ignore smoothing sample_weight z_loss softcap"
+CHECKED = ["index", "weight ignore", "smoothing", "probabilities", FULL, EXTRAS[-1]]
 double = torch.float64
 
 
@@ -58,7 +59,8 @@ def test_gradcheck(reduction, option):
 def test_gradgradcheck(reduction, option):
     for shape in [(4,), (3, 5), (2, 3, 2)]:
         case, ours, _ = pair(option, shape, reduction)
-        assert gradgradcheck(ours, case.x.requires_grad_(), check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
+        x = case.x.requires_grad_()
+        assert gradgradcheck(ours, x, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -114,6 +116,7 @@ def test_no_tangent_no_formula():
 # torch.func
 # ----------------------------------------------------------------------------------------------------
 
+SCALES = torch.linspace(0.5, 2, 3, dtype=double)
 TRANSFORMS = {
     "grad": lambda f: grad(lambda x: f(x).sum()),
     "grad_and_value": lambda f: grad_and_value(lambda x: f(x).sum()),
@@ -126,18 +129,14 @@ TRANSFORMS = {
     "vjp": lambda f: lambda x: (v := vjp(f, x))[1](torch.linspace(1, 2, v[0].numel(), dtype=double).reshape(v[0].shape)),
     "jvp": lambda f: lambda x: jvp(f, (x,), (torch.cos(x),)),
     "linearize": lambda f: lambda x: linearize(f, x)[1](torch.cos(x)),
-    "vmap over scales": lambda f: lambda x: vmap(lambda k: f(x * k))(torch.linspace(0.5, 2, 3, dtype=double)),
-    "vmap of grad over scales": lambda f: (
-        lambda x: vmap(grad(lambda v, k: f(v * k).sum()), in_dims=(None, 0))(x, torch.linspace(0.5, 2, 3, dtype=double))
-    ),
-    "vmap of vmap": lambda f: (
-        lambda x: vmap(vmap(lambda k, s: f(x * k + s), (None, 0)), (0, None))(torch.ones(2, dtype=double), torch.ones(3, dtype=double))
-    ),
+    "vmap over scales": lambda f: lambda x: vmap(lambda k: f(x * k))(SCALES),
+    "vmap of grad over scales": lambda f: lambda x: vmap(grad(lambda v, k: f(v * k).sum()), in_dims=(None, 0))(x, SCALES),
+    "vmap of vmap": lambda f: lambda x: vmap(vmap(lambda k, s: f(x * k + s), (None, 0)), (0, None))(SCALES[:2], SCALES),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # torch.func.linearize, of its own graph
-@pytest.mark.parametrize("option", ["index", "probabilities", "weight ignore smoothing sample_weight z_loss softcap"])
+@pytest.mark.parametrize("option", ["index", "probabilities", FULL])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_transforms(reduction, transform, option):
@@ -191,8 +190,11 @@ def test_vmap_of_single_rows(reduction, option):
     case = make_case(double, (6, 4), option)
     run = [vmap(lambda a, b, f=f: f(a, b, reduction=reduction, **case.options)) for f in (cross_entropy, F.cross_entropy)]
     torch.testing.assert_close(*(f(case.x, case.target) for f in run), rtol=1e-10, atol=1e-11, equal_nan=True)
-    slopes = [vmap(grad(lambda a, b, f=f: f(a, b, reduction=reduction, **case.options).sum())) for f in (cross_entropy, F.cross_entropy)]
-    close(*(f(case.x, case.target) for f in slopes))
+
+    def slope(f):
+        return vmap(grad(lambda a, b: f(a, b, reduction=reduction, **case.options).sum()))(case.x, case.target)
+
+    close(slope(cross_entropy), slope(F.cross_entropy))
 
 
 def test_vmap_with_per_sample_weights_and_reductions():
@@ -233,7 +235,8 @@ def test_autograd_functional_and_batched_gradients(reduction):
     case, ours, theirs = pair("weight", (3, 5), reduction)
     for vectorize in (False, True):
         close(*(torch.autograd.functional.jacobian(f, case.x, vectorize=vectorize) for f in (ours, theirs)))
-        close(*(torch.autograd.functional.hessian(lambda x, f=f: f(x).sum(), case.x, vectorize=vectorize) for f in (ours, theirs)))
+        sums = [lambda x, f=f: f(x).sum() for f in (ours, theirs)]
+        close(*(torch.autograd.functional.hessian(f, case.x, vectorize=vectorize) for f in sums))
     results = []
     for f in (ours, theirs):
         x = case.x.clone().requires_grad_()

@@ -170,8 +170,8 @@ def array(t: Tensor) -> np.ndarray:
 
 def classes_last(case: Case) -> tuple[np.ndarray, np.ndarray]:
     x, t = widest(array(case.x)), array(case.target)
-    t = np.moveaxis(widest(t), case.class_axis, -1) if case.soft else t.reshape(case.x.shape[: case.class_axis] + case.x.shape[2:])
-    return np.moveaxis(x, case.class_axis, -1), t
+    x = np.moveaxis(x, case.class_axis, -1)
+    return x, np.moveaxis(widest(t), case.class_axis, -1) if case.soft else t.reshape(x.shape[:-1])
 
 
 @np.errstate(all="ignore")
