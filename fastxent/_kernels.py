@@ -518,7 +518,8 @@ def deliver_loss(task, unit, loss):
 
 
 # g_c = a e_c - b (q_c / share) and, at y, g_y = scaled(u (Q p_y - q_y)) computed from registers in float64: p_y - 1 cancels,
-# and must not be made from rounded parts. e = exp(x - m), a = b Q / s, b = scaled(u) share. h_c = a e_c (1 - p_c), p_c = e_c / s.
+# and must not be made from rounded parts. e = exp(x - m), a = scaled(u) Q / s, b = scaled(u) share.
+# h_c = a e_c (1 - p_c), p_c = e_c / s.
 Factors = namedtuple("Factors", "shift a b inverse_s g_y")
 
 

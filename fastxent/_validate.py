@@ -138,10 +138,13 @@ def walkable(x: Array, axis: int) -> bool:
 
 def like(x: Array, axis: int, copy: bool = False) -> Array:
     """A new array in the order of x's axes if they are tight enough, else with the classes innermost."""
-    new = np.empty_like(x, subok=False)
-    if x.shape[axis] > FEW_CLASSES and (copy or x.strides[axis] == x.itemsize) and new.strides[axis] != x.itemsize:
+    # NumPy orders the axes by their strides: one of a broadcast row, 0, would take the innermost place.
+    closer = any(n > 1 and abs(s) <= x.itemsize for i, (n, s) in enumerate(zip(x.shape, x.strides, strict=True)) if i != axis)
+    if x.shape[axis] > FEW_CLASSES and (copy or (x.strides[axis] == x.itemsize and closer)):
         rows = x.shape[:axis] + x.shape[axis + 1 :]
         new = np.moveaxis(np.empty((*rows, x.shape[axis]), x.dtype), -1, axis)
+    else:
+        new = np.empty_like(x, subok=False)
     if copy:
         new[...] = x
     return new
