@@ -6,6 +6,12 @@ case, plus one unit in the last place. See `Budget`.
 
 from __future__ import annotations
 
+import os
+
+# Test workers share the cores: a thread that waits must not spin on one that another worker could use. libgomp reads this
+# when it is loaded, so it stands before PyTorch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
