@@ -182,6 +182,7 @@ def _cross_entropy(
 ) -> Tensor:
     if options.label_smoothing < 0.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
+    inplace = inplace and 0 not in input.stride()  # of a broadcast tensor several elements share one place
     if not _takes(input, target, weight, sample_weight, options):
         if sample_weight is None and options.z_loss == 0.0 and options.softcap == 0.0:
             return _stock(input, target, weight, options)
@@ -227,7 +228,12 @@ def _takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: 
 
 
 def _on_cpu(*tensors: Tensor) -> bool:
-    return all([t.is_cpu and t.layout == torch.strided for t in tensors])
+    """Are these tensors with memory of their own? Zero tensors have none, wrapper subclasses hide theirs."""
+    if not all([t.is_cpu and t.layout == torch.strided for t in tensors]):
+        return False
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return not any([t._is_zerotensor() or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors])
 
 
 def _must_be_formula(input: Tensor, *others: Tensor | None) -> bool:
@@ -492,8 +498,8 @@ class _Eager(torch.autograd.Function):
         if ours:
             ctx.grad = None
         factor = grad_output.item()
-        if factor == 1.0:
-            return grad, *none
+        if factor == 1.0:  # kept for another backward, it must not become somebody's .grad, which is added to in place
+            return (grad if ours else grad.clone()), *none
         if grad.element_size() == 2 and not ctx.inplace:
             # Half precision: a gradient that has been rounded once, perhaps to 0, cannot be scaled up any more.
             input, target, weight, sample_weight = ctx.saved_tensors

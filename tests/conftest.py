@@ -12,6 +12,7 @@ import os
 # when it is loaded, so it stands before PyTorch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import multiprocessing
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +22,30 @@ import ml_dtypes
 import numpy as np
 import torch
 import torch.nn.functional as F
+from compiling import compile_into_cache
 from hypothesis import settings
 
+from fastxent import _compile
 from fastxent import reference as ref
+
+# Compiling a kernel leaves some 20 MB behind in LLVM, and the tests compile hundreds: a process of its own does it, and is
+# replaced from time to time. What it puts into the disk cache is then loaded here.
+_compiler = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=25)
+_load = _compile.compile_task
+
+
+def _compile_elsewhere(name: str, variant: Any) -> Any:
+    _compiler.apply(compile_into_cache, (name, variant))
+    return _load(name, variant)
+
+
+_compile.compile_task = _compile_elsewhere
+
+
+def pytest_unconfigure() -> None:
+    _compiler.terminate()
+    _compiler.join()
+
 
 # The first call of a kernel compiles it, so one example may take seconds.
 settings.register_profile("fastxent", deadline=None, max_examples=40, derandomize=True)

@@ -21,6 +21,7 @@ from conftest import (
     accumulation,
     layouts_of,
     make_rng,
+    one_torch_thread,
     widest,
 )
 
@@ -50,6 +51,7 @@ def make_binary(dtype: np.dtype, shape: tuple[int, ...], option: str) -> tuple[n
     return x, y, {name: np.asarray(rng.uniform(0.5, 2, shape[-1:])).astype(acc) for name in option.split()}
 
 
+@one_torch_thread()
 def run_torch(x: np.ndarray, y: np.ndarray, options: dict[str, Any], reduction: str) -> tuple[np.ndarray, np.ndarray]:
     """In the dtype of the loss, as in conftest."""
     acc = accumulation(x.dtype)

@@ -1,0 +1,89 @@
+"""The PyTorch adapter in short: what it must never get wrong. The long suite is tests/torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastxent.torch as ft
+
+TARGET = torch.tensor([0, 1, -100, 3, 4, 2])
+OPTIONS = [{}, {"label_smoothing": 0.1}, {"weight": torch.linspace(0.5, 2, 5, dtype=torch.float64)}]
+
+
+def make_logits(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "".join(o) or "plain")
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_value_and_gradient_are_pytorchs(reduction, options):
+    x = make_logits(6, 5)
+    ours, theirs = (f(x, TARGET, reduction=reduction, **options) for f in (ft.cross_entropy, F.cross_entropy))
+    upstream = torch.linspace(-1, 2, theirs.numel(), dtype=torch.float64).reshape(theirs.shape)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, x, upstream)[0] for loss in (ours, theirs)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of PyTorch's own gradcheck
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_derivatives_of_all_kinds(reduction):
+    def f(x):
+        return ft.cross_entropy(x, TARGET, label_smoothing=0.1, reduction=reduction)
+
+    x = make_logits(6, 5)
+    assert gradcheck(f, x, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(f, x)
+
+
+def test_a_kept_graph_gives_the_same_gradient_again():
+    x = make_logits(6, 5)
+    loss = ft.cross_entropy(x, TARGET)
+    loss.backward(retain_graph=True)
+    once = x.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(x.grad, 2 * once)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_in_place_the_gradient_takes_the_logits_memory():
+    leaf = make_logits(40, 300, dtype=torch.float32)
+    y = torch.arange(40)
+    logits = leaf * 1.0
+    loss = ft.cross_entropy(logits, y, inplace=True)
+    loss.backward()
+    expected = torch.autograd.grad(F.cross_entropy(leaf, y), leaf)[0]
+    torch.testing.assert_close(leaf.grad, expected)
+    torch.testing.assert_close(logits.detach(), expected)
+    needed = leaf.exp()  # its backward needs its result, which is overwritten
+    with pytest.raises(RuntimeError, match="inplace"):
+        ft.cross_entropy(needed, y, inplace=True).backward()
+
+
+def test_install_reaches_everyone_and_leaves_no_trace():
+    from torch.nn.functional import cross_entropy as imported_before
+
+    x = make_logits(6, 5)
+    for call in (imported_before, torch.nn.CrossEntropyLoss()):
+        with ft.installed():
+            assert type(call(x, TARGET).grad_fn).__name__ == "_EagerBackward"
+        assert type(call(x, TARGET).grad_fn).__name__ == "NllLossBackward0"
+
+
+def test_traced_by_dynamo():
+    x = make_logits(6, 5)
+    compiled = torch.compile(lambda x: ft.cross_entropy(x, TARGET), fullgraph=True, backend="aot_eager")
+    expected = F.cross_entropy(x, TARGET)
+    torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(*(torch.autograd.grad(f, x)[0] for f in (compiled(x), expected)))
+
+
+def test_errors_are_pytorchs():
+    x = make_logits(6, 5)
+    for arguments in ((x, TARGET[:5]), (x, TARGET.float()), (x, torch.full((6,), 5)), (x, TARGET, torch.ones(3))):
+        with pytest.raises(Exception) as theirs:
+            F.cross_entropy(*arguments)
+        with pytest.raises(theirs.type) as ours:
+            ft.cross_entropy(*arguments)
+        assert str(ours.value) == str(theirs.value)
