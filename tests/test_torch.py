@@ -71,6 +71,7 @@ def test_install_reaches_everyone_and_leaves_no_trace():
         assert type(call(x, TARGET).grad_fn).__name__ == "NllLossBackward0"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # Dynamo makes an instance of autograd.Function
 def test_traced_by_dynamo():
     x = make_logits(6, 5)
     compiled = torch.compile(lambda x: ft.cross_entropy(x, TARGET), fullgraph=True, backend="aot_eager")
