@@ -422,15 +422,15 @@ def _decode(builder, raw, ptr):
 
 
 def _encode(builder, x, ptr):
-    """Numbers -> stored bits, rounded once to nearest even."""
+    """Numbers -> stored bits, rounded to nearest even; to half precision by way of float32, as PyTorch does."""
     shape = _vector if isinstance(x.type, ir.VectorType) else (lambda t: t)
     if ptr.storage == ptr.kind:
         return x
-    if ptr.storage == "f16":
-        return builder.bitcast(builder.fptrunc(x, shape(ir.HalfType())), shape(I16))
-    if ptr.storage == "bf16":
+    if ptr.storage in ("f16", "bf16"):
         f32 = builder.fptrunc(x, shape(SCALAR["f32"])) if ptr.kind == "f64" else x
-        return _bf16_from_f32(builder, f32)
+        if ptr.storage == "bf16":
+            return _bf16_from_f32(builder, f32)
+        return builder.bitcast(builder.fptrunc(f32, shape(ir.HalfType())), shape(I16))
     return (builder.fptrunc if ptr.kind == "f64" else builder.fpext)(x, shape(STORED[ptr.storage]))
 
 

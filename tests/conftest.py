@@ -35,7 +35,8 @@ _load = _compile.compile_task
 
 
 def _compile_elsewhere(name: str, variant: Any) -> Any:
-    _compiler.apply(compile_into_cache, (name, variant))
+    # A compiler that dies leaves its task unanswered: hence the limit, far above the seconds that a kernel takes.
+    _compiler.apply_async(compile_into_cache, (name, variant)).get(timeout=300)
     return _load(name, variant)
 
 
