@@ -62,6 +62,7 @@ from fastxent._simd import (
     put,
     scatter,
     scratch,
+    sech_squared,
     shift_by,
     splat,
     store,
@@ -77,7 +78,7 @@ from fastxent._task import FINISHED, NEXT
 
 INF = float("inf")
 BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
-GROUP = 4  # float32 vectors added up before they are added to float64 totals: a quarter of the widening
+GROUP = 4  # vectors in flight; of float32 ones, the terms added up before they go to the float64 totals: a quarter of the widening
 NONE = 1 << 62  # past every class number
 
 # ----------------------------------------------------------------------------------------------------
@@ -157,12 +158,9 @@ def fill(task, tile, p, lanes, mask):
         for c in range(0, task.n_classes, LANES):
             columns = min(LANES, task.n_classes - c)
             load_transposed(p + c * itemsize(p), lanes, mask, columns, tile + c * vector)
-        if task.capped:
-            for j in range(task.n_vectors):
-                store(tile + j * vector, capped(task, load(tile + j * vector)))
     else:
         for j in range(task.n_vectors):
-            store(tile + j * vector, capped(task, gather(p + j * task.x_step, lanes, mask)))
+            store(tile + j * vector, gather(p + j * task.x_step, lanes, mask))
 
 
 @njit(**INLINE)
@@ -225,6 +223,14 @@ def write(task, p, lanes, values, mask):
 
 
 @njit(**INLINE)
+def raw_logits(task, unit, j, mask):
+    """x, vector j, as it is stored."""
+    if task.tiled:
+        return load(unit.tile + j * LANES * itemsize(unit.tile))
+    return read(task, task.x + (unit.x + j * task.x_step), unit.x_lanes, mask)
+
+
+@njit(**INLINE)
 def capped(task, x):
     """The logits that softmax sees: x, or cap tanh(x / cap)."""
     return tanh(x / task.cap) * task.cap if task.capped else x
@@ -232,19 +238,14 @@ def capped(task, x):
 
 @njit(**INLINE)
 def through_cap(task, x, g):
-    """The gradient with respect to x, from that with respect to the capped x: times 1 - tanh^2(x / cap)."""
-    if task.capped:
-        t = x / task.cap
-        return g * ((splat(t, 1.0) - t) * (t + 1.0))
-    return g
+    """The gradient with respect to the stored x, from that with respect to the capped x: times 1 - tanh^2(x / cap)."""
+    return g * sech_squared(x / task.cap) if task.capped else g
 
 
 @njit(**INLINE)
 def logits(task, unit, j, mask):
-    """x, vector j."""
-    if task.tiled:
-        return load(unit.tile + j * LANES * itemsize(unit.tile))
-    return capped(task, read(task, task.x + (unit.x + j * task.x_step), unit.x_lanes, mask))
+    """x, vector j, as softmax sees it."""
+    return capped(task, raw_logits(task, unit, j, mask))
 
 
 @njit(**INLINE)
@@ -288,10 +289,19 @@ State = namedtuple("State", "m s q_sum q_dot e_dot")
 
 @njit(**INLINE)
 def block_max(task, unit, start, stop):
-    m = splat(task.x, -INF)
-    for j in range(start, min(stop, unit.full)):
+    """m; four maxima at a time, or each would wait for the one before."""
+    a = b = c = d = splat(task.x, -INF)
+    n_whole = max(start, min(stop, unit.full))
+    grouped = start + (n_whole - start) // GROUP * GROUP
+    for j in range(start, grouped, GROUP):
+        a = maximum(a, logits(task, unit, j, all_lanes()))
+        b = maximum(b, logits(task, unit, j + 1, all_lanes()))
+        c = maximum(c, logits(task, unit, j + 2, all_lanes()))
+        d = maximum(d, logits(task, unit, j + 3, all_lanes()))
+    m = maximum(maximum(a, b), maximum(c, d))
+    for j in range(grouped, n_whole):
         m = maximum(m, logits(task, unit, j, all_lanes()))
-    for j in range(max(start, unit.full), stop):
+    for j in range(n_whole, stop):
         m = maximum(m, where(unit.reads, logits(task, unit, j, unit.reads), -INF))
     return max_across(m) if task.across else m
 
@@ -360,14 +370,17 @@ def block_state(task, unit, start, stop):
     finite = where(m == -INF, splat(m, 0.0), m)
     zero, wide = splat(m, 0.0), (splat(task.w, 0.0), splat(task.w, 0.0))
     nothing, totals = (zero, zero, zero, zero), (wide, wide, wide, wide)
-    n_whole = min(stop, unit.full)
-    group = 1 if task.double else GROUP
-    for j in range(start, n_whole, group):
-        sums = nothing
-        for i in range(j, min(n_whole, j + group)):
-            sums = add_vector(task, unit, i, all_lanes(), finite, shift, sums)
+    n_whole = max(start, min(stop, unit.full))
+    grouped = start if task.double else start + (n_whole - start) // GROUP * GROUP
+    for j in range(start, grouped, GROUP):
+        sums = add_vector(task, unit, j, all_lanes(), finite, shift, nothing)
+        sums = add_vector(task, unit, j + 1, all_lanes(), finite, shift, sums)
+        sums = add_vector(task, unit, j + 2, all_lanes(), finite, shift, sums)
+        sums = add_vector(task, unit, j + 3, all_lanes(), finite, shift, sums)
         totals = add_sums(task, totals, sums)
-    for j in range(max(start, unit.full), stop):
+    for j in range(grouped, n_whole):
+        totals = add_sums(task, totals, add_vector(task, unit, j, all_lanes(), finite, shift, nothing))
+    for j in range(n_whole, stop):
         totals = add_sums(task, totals, add_vector(task, unit, j, unit.reads, finite, shift, nothing))
     s, q_sum, q_dot, e_dot = totals
     return State(
@@ -423,7 +436,7 @@ def save_segment(task, number):
         put(at, 24, lane(state.q_dot, 0))
         put(at, 32, lane(state.e_dot, 0))
         if task.labelled:
-            put(at, 40, lane(widen(label(task, unit).x_y), 0))
+            put(at, 40, lane(widen(label(task, unit).raw_x_y), 0))
     return 0.0, 0.0, 0.0
 
 
@@ -455,7 +468,7 @@ def log_s(state):
 # Class indices, loss, gradient
 # ----------------------------------------------------------------------------------------------------
 
-Label = namedtuple("Label", "x_y w_y")  # logit (in the logits' precision) and class weight (float64) of class y
+Label = namedtuple("Label", "raw_x_y w_y")  # stored logit (in the logits' precision) and class weight (float64) of class y
 
 
 @njit(**INLINE)
@@ -466,11 +479,11 @@ def label(task, unit):
         return Label(splat(task.x, 0.0), w_y)
     if task.across:
         y = lane(unit.y, 0)
-        x_y = capped(task, splat(task.x, get(task.x + unit.x, y * itemsize(task.x))))
+        x_y = splat(task.x, get(task.x + unit.x, y * itemsize(task.x)))
         if task.weighted != 0:
             w_y = splat(w_y, get(task.w, 8 * y))
     else:
-        x_y = capped(task, gather(task.x + unit.x, unit.x_lanes + unit.y * task.x_step, unit.kept))
+        x_y = gather(task.x + unit.x, unit.x_lanes + unit.y * task.x_step, unit.kept)
         if task.weighted != 0:
             w_y = gather(task.w, unit.y * 8, unit.kept)
     return Label(x_y, w_y)
@@ -497,15 +510,16 @@ def row_loss(task, unit, state, y):
     """l of every row, float64; 0 for an ignored one."""
     log_sum = log_s(state)
     lse = widen(state.m) + log_sum
+    x_y = capped(task, y.raw_x_y)
     if task.dense:
         q_sum, q_dot = state.q_sum * share(task), state.q_dot * share(task)
         if task.labelled:
             q_sum = q_sum + y.w_y * task.keep
-            q_dot = q_dot + (y.w_y * task.keep) * (widen(y.x_y) - widen(state.m))
+            q_dot = q_dot + (y.w_y * task.keep) * (widen(x_y) - widen(state.m))
         loss = q_sum * log_sum - q_dot
     else:
-        loss = y.w_y * (log_sum + (widen(state.m) - widen(y.x_y)))
-    loss = loss + lse * lse * task.z
+        loss = y.w_y * (log_sum + (widen(state.m) - widen(x_y)))
+    loss = loss + lse * (lse * task.z)
     return where(unit.kept, loss * sample_weights(task, unit), 0.0)
 
 
@@ -547,11 +561,11 @@ def factors(task, unit, state, y):
     a = where(unit.kept, scaled(task, u * q_sum * inverse_s), 0.0)
     g_y = q_y
     if task.labelled:
-        p_y = widen(exp_up(y.x_y, shift)) * inverse_s
+        p_y = widen(exp_up(capped(task, y.raw_x_y), shift)) * inverse_s
         g_y = where(unit.kept, scaled(task, u * (q_sum * p_y - q_y)), 0.0)
     x = task.x
     b = b * share(task)
-    return Factors(shift, narrow(x, a), narrow(x, b), narrow(x, inverse_s), through_cap(task, y.x_y, narrow(x, g_y)))
+    return Factors(shift, narrow(x, a), narrow(x, b), narrow(x, inverse_s), through_cap(task, y.raw_x_y, narrow(x, g_y)))
 
 
 @njit(**INLINE)
@@ -575,8 +589,8 @@ def put_label(task, unit, values):
 
 @njit(**INLINE)
 def gradient_vector(task, unit, j, mask, f):
-    x = logits(task, unit, j, mask)
-    g = exp_up(x, f.shift) * f.a
+    x = raw_logits(task, unit, j, mask)
+    g = exp_up(capped(task, x), f.shift) * f.a
     if task.dense:
         g = g - target_weights(task, unit, j, mask) * f.b
     return through_cap(task, x, g)

@@ -119,7 +119,9 @@ def _read_field(context, builder, task, address, attr):
     slot, field = next((slot, kind) for name, slot, kind in task.fields if name == attr)
     wanted = {"int": I64, "float": SCALAR["f64"]}.get(field, BYTES)
     at = builder.gep(address, [I64(8 * slot)])
-    return builder.load(builder.bitcast(at, wanted.as_pointer()))
+    value = builder.load(builder.bitcast(at, wanted.as_pointer()))
+    value.set_metadata("invariant.load", builder.module.add_metadata([]))  # no store of the kernel's may change it: hoist it
+    return value
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -820,6 +822,15 @@ def _tanh(x):
         return where(x < 0.0, size * -1.0, size)
 
     return tanh
+
+
+@njit(**INLINE)
+def sech_squared(x):
+    """``1 - tanh(x)^2``, the slope of tanh, by which it would lose its digits at a large |x|: 4 r (1 - r), r = 1 / (1 + e^(2 |x|))."""
+    d = absolute(x) * -2.0
+    e = exp_up(d, shift_by(splat(d, 0.0))) / up(d)
+    r = e / (e + 1.0)
+    return r * 4.0 * (splat(r, 1.0) - r)
 
 
 def up(like):
