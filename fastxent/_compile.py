@@ -45,9 +45,11 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "entropic": name == "stats",
         "capped": variant.capped,
         "tiled": variant.tiled,
+        "keeps_e": variant.tiled and not variant.capped and name in ("value_and_grad", "softmax"),
         "whole_rows": variant.whole_rows,
         "adjacent": variant.adjacent,
         "split": variant.split,
+        "large": variant.large,
         "double": acc == "f64",
         "differentiate": variant.differentiate,
     }

@@ -32,13 +32,15 @@ from collections import namedtuple
 
 from numba import njit
 
-from fastxent._plan import FEW_CLASSES as TILE
+from fastxent._plan import MOST_TILED as TILE
 from fastxent._simd import (
     INLINE,
     LANES,
     absolute,
+    address,
     all_lanes,
     any_lane,
+    as_float,
     at_least,
     every_lane,
     exp_up,
@@ -59,6 +61,7 @@ from fastxent._simd import (
     maximum,
     min_across,
     narrow,
+    prefetch,
     put,
     scatter,
     scratch,
@@ -68,6 +71,7 @@ from fastxent._simd import (
     store,
     store_masked,
     store_transposed,
+    stream,
     sum_across,
     tanh,
     up,
@@ -78,6 +82,8 @@ from fastxent._task import FINISHED, NEXT
 
 INF = float("inf")
 BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
+LINE = 64  # bytes of a cache line
+AHEAD = 4096  # vectors of the next row that are asked for during the gradient: what half a second-level cache holds
 GROUP = 4  # vectors in flight; of float32 ones, the terms added up before they go to the float64 totals: a quarter of the widening
 NONE = 1 << 62  # past every class number
 
@@ -88,6 +94,7 @@ NONE = 1 << 62  # past every class number
 Unit = namedtuple(
     "Unit",
     "x g t "  # byte offsets of its first row
+    "first "  # across: the class in lane 0 of vector 0
     "x_lanes g_lanes t_lanes "  # byte offsets of its rows from the first, lane by lane
     "row row_lanes "  # number of its first row; distance of its rows from it
     "y "  # class indices
@@ -110,8 +117,10 @@ def locate(task, number):
         start = segment * task.segment
         stop = min(stop, start + task.segment)
     axes = task.axes  # (n_axes, 5) in: extent, strides in x, g, t, rows
-    line = number // task.units_per_line
-    first = number - line * task.units_per_line
+    line, first = 0, number
+    if task.n_axes > 1:
+        line = number // task.units_per_line
+        first = number - line * task.units_per_line
     n = 1
     if not task.across:
         first *= LANES
@@ -145,19 +154,35 @@ def locate(task, number):
     if task.tiled:
         fill(task, tile, task.x + x, x_lanes, reads)
     return Unit(
-        x, g, t, x_lanes, lanes * get(axes, 16), lanes * get(axes, 24),
+        x, g, t, 0, x_lanes, lanes * get(axes, 16), lanes * get(axes, 24),
         row, row_lanes, y, tile, rows, kept, start, stop, full, reads, writes,
     )  # fmt: skip
 
 
 @njit(**INLINE)
+def from_class(task, unit, first):
+    """The part of a row that begins with class ``first``, whose vectors are all whole or masked by the caller."""
+    return Unit(
+        unit.x + first * itemsize(task.x), unit.g + first * itemsize(task.g), unit.t + first * itemsize(task.t), first,
+        unit.x_lanes, unit.g_lanes, unit.t_lanes, unit.row, unit.row_lanes, unit.y, unit.tile, unit.rows, unit.kept,
+        0, 0, 0, unit.reads, unit.writes,
+    )  # fmt: skip
+
+
+@njit(**INLINE)
 def fill(task, tile, p, lanes, mask):
-    """The logits of 16 rows of few classes, class by class: rows are read whole and transposed, or gathered."""
+    """The logits of 16 rows, class by class: neighbours, or rows read whole and transposed, or gathered.
+
+    Of neighbours it is a copy, for their classes often lie a power of two apart, and a cache holds few such lines.
+    """
     vector = LANES * itemsize(tile)
-    if task.whole_rows:
+    if task.neighbours:
+        for j in range(task.n_vectors):
+            store(tile + j * vector, load_masked(p + j * task.x_step, mask))
+    elif task.whole_rows:
         for c in range(0, task.n_classes, LANES):
             columns = min(LANES, task.n_classes - c)
-            load_transposed(p + c * itemsize(p), lanes, mask, columns, tile + c * vector)
+            load_transposed(p + c * itemsize(p), get(task.axes, 8), mask, columns, tile + c * vector)
     else:
         for j in range(task.n_vectors):
             store(tile + j * vector, gather(p + j * task.x_step, lanes, mask))
@@ -166,13 +191,13 @@ def fill(task, tile, p, lanes, mask):
 @njit(**INLINE)
 def flush(task, unit):
     """What ``write_out`` has put into the tile goes to g."""
-    if task.tiled:
+    if task.tiled and not task.neighbours:
         tile, p = unit.tile, task.g + unit.g
         vector = LANES * itemsize(tile)
         if task.whole_rows:
             for c in range(0, task.n_classes, LANES):
                 columns = min(LANES, task.n_classes - c)
-                store_transposed(p + c * itemsize(p), unit.g_lanes, unit.rows, columns, tile + c * vector)
+                store_transposed(p + c * itemsize(p), get(task.axes, 16), unit.rows, columns, tile + c * vector)
         else:
             for j in range(task.n_vectors):
                 scatter(p + j * task.g_step, unit.g_lanes, load(tile + j * vector), unit.rows)
@@ -251,7 +276,7 @@ def logits(task, unit, j, mask):
 @njit(**INLINE)
 def write_out(task, unit, j, values, mask):
     """g, vector j; what goes into a tile is for ``flush`` to write."""
-    if task.tiled:
+    if task.tiled and not task.neighbours:
         store(unit.tile + j * LANES * itemsize(unit.tile), values)
     else:
         write(task, task.g + (unit.g + j * task.g_step), unit.g_lanes, values, mask)
@@ -267,7 +292,7 @@ def target_weights(task, unit, j, mask):
         q = splat(task.x, 1.0)
     if task.weighted != 0:
         if task.across:
-            q = q * narrow(q, load_masked(task.w + 8 * LANES * j, mask))
+            q = q * narrow(q, load_masked(task.w + 8 * (unit.first + LANES * j), mask))
         else:
             q = q * get(task.w, 8 * j)
     return where(mask, q, 0.0)
@@ -314,6 +339,8 @@ def add_vector(task, unit, j, mask, m, shift, sums):
     e = where(mask, exp_up(x, shift), 0.0)
     d = x - m
     s = s + e
+    if task.keeps_e:
+        store(unit.tile + j * LANES * itemsize(unit.tile), e)
     if task.dense:
         q = target_weights(task, unit, j, mask)
         q_sum = q_sum + q
@@ -363,6 +390,28 @@ def total_over_classes(task, total):
 
 
 @njit(**INLINE)
+def look_ahead(task, unit, start, n):
+    """Past the cache: ask for what is read a block, or 16 rows, later, while this block's exponentials are computed."""
+    if task.large:
+        ahead = BLOCK * task.x_step if task.across else LANES * itemsize(task.x)
+        t_ahead = BLOCK * task.t_step if task.across else LANES * itemsize(task.t)
+        for j in range(start, start + n):
+            prefetch(task.x + unit.x, j * task.x_step + ahead)
+            if task.double:  # two cache lines a vector
+                prefetch(task.x + unit.x, j * task.x_step + ahead + LINE)
+            if task.soft:
+                prefetch(task.t + unit.t, j * task.t_step + t_ahead)
+
+
+@njit(**INLINE)
+def look_at_next_row(task, unit, j):
+    """Past the cache: ask for the next row while this one's gradient is computed."""
+    if task.large and task.across:
+        if j < AHEAD:
+            prefetch(task.x + unit.x, j * task.x_step + get(task.axes, 8))
+
+
+@njit(**INLINE)
 def block_state(task, unit, start, stop):
     """The statistics of vectors start ... stop - 1: twice through a block that the first-level cache holds."""
     m = block_max(task, unit, start, stop)
@@ -373,12 +422,14 @@ def block_state(task, unit, start, stop):
     n_whole = max(start, min(stop, unit.full))
     grouped = start if task.double else start + (n_whole - start) // GROUP * GROUP
     for j in range(start, grouped, GROUP):
+        look_ahead(task, unit, j, GROUP)
         sums = add_vector(task, unit, j, all_lanes(), finite, shift, nothing)
         sums = add_vector(task, unit, j + 1, all_lanes(), finite, shift, sums)
         sums = add_vector(task, unit, j + 2, all_lanes(), finite, shift, sums)
         sums = add_vector(task, unit, j + 3, all_lanes(), finite, shift, sums)
         totals = add_sums(task, totals, sums)
     for j in range(grouped, n_whole):
+        look_ahead(task, unit, j, 1)
         totals = add_sums(task, totals, add_vector(task, unit, j, all_lanes(), finite, shift, nothing))
     for j in range(n_whole, stop):
         totals = add_sums(task, totals, add_vector(task, unit, j, unit.reads, finite, shift, nothing))
@@ -413,6 +464,8 @@ def merge(a, b):
 @njit(**INLINE)
 def span_state(task, unit):
     """The statistics of the unit's vectors, in one trip through memory."""
+    if task.tiled:
+        return block_state(task, unit, unit.start, unit.stop)
     state = block_state(task, unit, unit.start, min(unit.stop, unit.start + BLOCK))
     for at in range(unit.start + BLOCK, unit.stop, BLOCK):
         state = merge(state, block_state(task, unit, at, min(unit.stop, at + BLOCK)))
@@ -570,43 +623,54 @@ def factors(task, unit, state, y):
 
 @njit(**INLINE)
 def with_label(task, unit, j, g, f):
-    """In a tile, g_y takes its place in the register: it would else be read back before it has reached the cache."""
-    if task.tiled and task.labelled:
+    """Rows in lanes: g_y takes its place in the register."""
+    if task.labelled and not task.across:
+        if task.tiled:  # few classes: their numbers are compared as floats, 16 at once
+            return where(as_float(g, unit.y) == float(j), f.g_y, g)
         return where(unit.y == j, f.g_y, g)
     return g
 
 
 @njit(**INLINE)
-def put_label(task, unit, values):
-    """g_y, over what the sweep wrote there."""
-    if task.across:
+def put_label(task, unit, f):
+    """Across: g_y, over what the sweep wrote there."""
+    if task.labelled and task.across:
         y = lane(unit.y, 0)
         if not task.split or unit.start * LANES <= y < unit.stop * LANES:
-            put(task.g + unit.g, y * itemsize(task.g), lane(values, 0))
-    else:
-        scatter(task.g + unit.g, unit.g_lanes + unit.y * task.g_step, values, unit.kept)
+            put(task.g + unit.g, y * itemsize(task.g), lane(f.g_y, 0))
+
+
+@njit(**INLINE)
+def exponentials(task, unit, j, mask, shift):
+    """exp(x - m), vector j: out of the tile, if it was kept there."""
+    if task.keeps_e:
+        return load(unit.tile + j * LANES * itemsize(unit.tile))
+    return exp_up(logits(task, unit, j, mask), shift)
 
 
 @njit(**INLINE)
 def gradient_vector(task, unit, j, mask, f):
-    x = raw_logits(task, unit, j, mask)
-    g = exp_up(capped(task, x), f.shift) * f.a
+    g = exponentials(task, unit, j, mask, f.shift) * f.a
     if task.dense:
         g = g - target_weights(task, unit, j, mask) * f.b
-    return through_cap(task, x, g)
+    return through_cap(task, raw_logits(task, unit, j, mask), g) if task.capped else g
 
 
 @njit(**INLINE)
 def write_gradient(task, unit, f):
     """Second trip: g."""
+    if task.large:
+        if streams(task, unit):
+            stream_gradient(task, unit, f)
+            return
     for j in range(unit.start, min(unit.stop, unit.full)):
+        look_at_next_row(task, unit, j)
         g = with_label(task, unit, j, gradient_vector(task, unit, j, all_lanes(), f), f)
         write_out(task, unit, j, g, all_lanes())
     for j in range(max(unit.start, unit.full), unit.stop):
         g = with_label(task, unit, j, gradient_vector(task, unit, j, unit.reads, f), f)
         write_out(task, unit, j, g, unit.writes)
-    if task.labelled and not task.tiled:
-        put_label(task, unit, f.g_y)
+    put_label(task, unit, f)
     flush(task, unit)
 
 
@@ -614,10 +678,58 @@ def write_gradient(task, unit, f):
 def write_zeros(task, unit):
     """g of rows that are all ignored."""
     zero = splat(task.x, 0.0)
+    if task.large:
+        if streams(task, unit):
+            head, body, n_whole, tail = aligned(task, unit)
+            write(task, task.g + unit.g, unit.g_lanes, zero, head)
+            for j in range(n_whole):
+                stream(task.g + (body.g + j * task.g_step), zero)
+            write(task, task.g + (body.g + n_whole * task.g_step), unit.g_lanes, zero, tail)
+            return
     for j in range(unit.start, unit.stop):
         mask = all_lanes() if task.across and j < unit.full else unit.writes
         write_out(task, unit, j, zero, mask)
     flush(task, unit)
+
+
+# A gradient that is past the cache anyhow is written past the cache (``stream``): else each line would be read before it is
+# overwritten. Such stores are of whole vectors at their own alignment. So a row of many classes is taken in three parts, and
+# rows in lanes are streamed where all of their vectors are whole and aligned.
+
+
+@njit(**INLINE)
+def streams(task, unit):
+    """May this unit's g be streamed?"""
+    if task.across:
+        return task.stream != 0
+    astray = (address(task.g + unit.g) | task.g_step) % (LANES * itemsize(task.g))
+    return task.stream != 0 and every_lane(unit.writes) and astray == 0
+
+
+@njit(**INLINE)
+def aligned(task, unit):
+    """First lanes (mask) of a unit; the part that begins where g is aligned, and its whole vectors; last lanes (mask)."""
+    if not task.across:
+        return first_lanes(0), unit, task.n_vectors, first_lanes(0)
+    vector = LANES * itemsize(task.g)
+    before = min(task.n_classes, (-address(task.g + unit.g)) % vector // itemsize(task.g))
+    n_whole = (task.n_classes - before) // LANES
+    tail = task.n_classes - before - n_whole * LANES
+    return first_lanes(before), from_class(task, unit, before), n_whole, first_lanes(tail)
+
+
+@njit(**INLINE)
+def stream_gradient(task, unit, f):
+    head, body, n_whole, tail = aligned(task, unit)
+    mask = all_lanes() if task.across else unit.reads
+    write(task, task.g + unit.g, unit.g_lanes, gradient_vector(task, unit, 0, head, f), head)
+    for j in range(n_whole):
+        look_at_next_row(task, body, j)
+        g = with_label(task, body, j, gradient_vector(task, body, j, mask, f), f)
+        stream(task.g + (body.g + j * task.g_step), g)
+    g = gradient_vector(task, body, n_whole, tail, f)
+    write(task, task.g + (body.g + n_whole * task.g_step), unit.g_lanes, g, tail)
+    put_label(task, unit, f)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -768,7 +880,7 @@ def softmax(task, number):
     shift, inverse_s = shift_by(state.m), narrow(task.x, splat(task.w, 1.0) / state.s)
     for j in range(unit.start, unit.stop):
         mask = all_lanes() if j < unit.full else unit.writes
-        write_out(task, unit, j, exp_up(logits(task, unit, j, mask), shift) * inverse_s, mask)
+        write_out(task, unit, j, exponentials(task, unit, j, mask, shift) * inverse_s, mask)
     flush(task, unit)
     return 0.0, 0.0, 0.0
 

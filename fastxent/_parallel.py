@@ -71,7 +71,7 @@ def run(
     values = (
         *plan.planned, ctypes.addressof(plan.table), at_partial, at_segments, at_total, x, g, h, t, y, w, u,
         loss, lse, entropy, target_prob, prediction, target_rank,
-        w != 0, u != 0, loss != 0, ignore, keep, spread, factor, divisor, z, cap,
+        w != 0, u != 0, loss != 0, g != x and g % plan.itemsize == 0, ignore, keep, spread, factor, divisor, z, cap,
     )  # fmt: skip
     for task in ("save_segment", name) if plan.variant.split else (name,):
         _task.BLOCK.pack_into(block, 0, 0, 0, *values)

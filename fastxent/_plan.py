@@ -11,13 +11,17 @@ from typing import NamedTuple
 LANES = 16
 ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
 
-# A row of this many classes or fewer is worked on with its 15 neighbours, a class a vector; a longer one by itself.
-FEW_CLASSES = 48  # a multiple of 16
+# A row of this many classes or fewer is worked on with its 15 neighbours, a class a vector; a longer one by itself. Up to
+# MOST_TILED classes if the rows need not be gathered: those are read whole, or lie side by side.
+FEW_CLASSES, MOST_TILED = 48, 256  # multiples of 16
 # Elements handed to a thread at a time: long enough to hide the counter, short enough to share out evenly.
 CHUNK = 16384
 # Fewer rows than this, and each longer than two segments: the row is split, or threads would have nothing to do.
 FEW_ROWS, SEGMENT = 64, 1024
 MOST_SEGMENTS = 64
+# Bytes of logits that no cache keeps until they are read again. Of such an array a thread takes enough rows at a time to look
+# ahead to the next one, yet leaves this many pieces to share out.
+LARGE, PIECES = 1 << 24, 128
 
 
 class Variant(NamedTuple):
@@ -34,6 +38,7 @@ class Variant(NamedTuple):
     adjacent: bool = False  # rows in lanes, numbered one by one
     capped: bool = False  # softcap
     split: bool = False  # a unit is a segment of a row
+    large: bool = False  # the logits are past the cache: what comes next is asked for early, the gradient bypasses the cache
     differentiate: bool = False  # the binary task: with gradient
 
     @property
@@ -52,6 +57,11 @@ class Plan:
     n_units: int
     n_chunks: int
     elements: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one logit."""
+        return ITEMSIZE[self.variant.logits]
 
     @cached_property
     def table(self) -> ctypes.Array[ctypes.c_int64]:
@@ -115,7 +125,8 @@ def make_plan(
     for a in axes:
         n_rows *= a.extent
 
-    across = n_classes > FEW_CLASSES and steps == sizes
+    together = MOST_TILED if target is None and n_rows >= LANES else FEW_CLASSES
+    across = n_classes > together and steps == sizes
     split = tiled = whole_rows = adjacent = False
     segment = n_segments = 1
     if across:
@@ -135,7 +146,7 @@ def make_plan(
         axes.remove(innermost)
         axes.insert(0, innermost)
         neighbours = (innermost.x, innermost.g, innermost.t) == sizes
-        tiled = not neighbours and n_classes <= FEW_CLASSES
+        tiled = n_classes <= MOST_TILED
         whole_rows = tiled and steps[:2] == sizes[:2]
         adjacent = innermost.row == 1
         n_vectors = n_classes
@@ -143,12 +154,13 @@ def make_plan(
         n_units = units_per_line * (n_rows // innermost.extent)
         per_unit = n_classes * LANES
 
-    chunk = max(1, CHUNK // per_unit)
+    large = neighbours and not split and n_rows * n_classes * sizes[0] >= LARGE
+    chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
     n_chunks = -(-n_units // chunk)
     planned = (
         n_rows, n_classes, n_vectors, n_units, units_per_line, chunk, n_chunks, segment, n_segments, len(axes), *steps,
     )  # fmt: skip
-    variant = Variant(logits, target, labelled, smooth, across, neighbours, tiled, whole_rows, adjacent, capped, split)
+    variant = Variant(logits, target, labelled, smooth, across, neighbours, tiled, whole_rows, adjacent, capped, split, large)
     table = tuple(value for a in axes for value in a)
     return Plan(variant, planned, table, n_units, n_chunks, n_rows * n_classes)
 

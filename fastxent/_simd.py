@@ -312,6 +312,13 @@ def narrow(typingctx, like, x):
 
 
 @intrinsic
+def as_float(typingctx, like, x):
+    """Integer lanes ``x`` as lanes of ``like``'s kind; ``like`` is a Vec or a Ptr."""
+    vec = Vec(like.kind)
+    return vec(like, x), lambda context, builder, sig, args: builder.sitofp(args[1], _vector(SCALAR[vec.kind]))
+
+
+@intrinsic
 def lane(typingctx, x, index):
     """One lane as a number."""
     return NUMBA_SCALAR[x.kind](x, types.int64), lambda context, builder, sig, args: builder.extract_element(*args)
@@ -564,57 +571,74 @@ def _transpose(builder, rows):
     return rows
 
 
-def _row_addresses(builder, base, offsets, mask, columns, vector):
+def _rows(builder, base, stride, mask, columns, vector):
     """For each of 16 rows its address and the mask of its elements: the first ``columns``, or none."""
     spread = _splat(builder, columns, "i64")
     wanted = builder.icmp_signed("<", ir.Constant(_vector(I64), list(range(LANES))), spread)
     for row in range(LANES):
-        address = builder.gep(base, [builder.extract_element(offsets, I32(row))])
-        live = builder.select(builder.extract_element(mask, I32(row)), wanted, _zeros(wanted.type))
-        yield _typed(builder, address, vector), live
+        at = builder.gep(base, [builder.mul(stride, I64(row))])
+        live = wanted
+        if mask is not None:
+            live = builder.select(builder.extract_element(mask, I32(row)), wanted, _zeros(wanted.type))
+        yield _typed(builder, at, vector), live
+
+
+def _if_all(builder, mask, emit):
+    """``emit(None)`` where all lanes of ``mask`` are true, which is the common case and cheaper, else ``emit(mask)``."""
+    with builder.if_else(builder.icmp_unsigned("==", builder.bitcast(mask, I16), I16(0xFFFF))) as (all_of_them, some):
+        with all_of_them:
+            emit(None)
+        with some:
+            emit(mask)
 
 
 @intrinsic
-def load_transposed(typingctx, p, offsets, mask, columns, tile):
-    """16 rows at ``p + offsets`` -> 16 vectors at ``tile``, the j-th element j < columns of each row; 0 where not ``mask``."""
+def load_transposed(typingctx, p, stride, mask, columns, tile):
+    """16 rows, ``stride`` bytes apart -> 16 vectors at ``tile``, the j-th element j < columns of each row; 0 where not ``mask``."""
 
     def codegen(context, builder, sig, args):
-        base, offsets, mask, columns, tile = args
+        base, stride, mask, columns, tile = args
         vector = _vector(STORED[p.storage])
-        rows = [
-            _decode(
-                builder,
-                _llvm(builder, f"llvm.masked.load.{_masked_name(p)}.p0", vector, [address, I32(1), live, _zeros(vector)]),
-                p,
-            )
-            for address, live in _row_addresses(builder, base, offsets, mask, columns, vector)
-        ]
-        for j, column in enumerate(_transpose(builder, rows)):
-            at = builder.gep(tile, [I64(j * LANES * ITEMSIZE[p.kind])])
-            builder.store(column, _typed(builder, at, column.type), align=1)
+        name = f"llvm.masked.load.{_masked_name(p)}.p0"
+
+        def emit(mask):
+            rows = [
+                _decode(builder, _llvm(builder, name, vector, [at, I32(1), live, _zeros(vector)]), p)
+                for at, live in _rows(builder, base, stride, mask, columns, vector)
+            ]
+            for j, column in enumerate(_transpose(builder, rows)):
+                at = builder.gep(tile, [I64(j * LANES * ITEMSIZE[p.kind])])
+                builder.store(column, _typed(builder, at, column.type), align=1)
+
+        _if_all(builder, mask, emit)
         return context.get_dummy_value()
 
-    return types.void(p, offsets, mask, types.int64, tile), codegen
+    return types.void(p, types.int64, mask, types.int64, tile), codegen
 
 
 @intrinsic
-def store_transposed(typingctx, p, offsets, mask, columns, tile):
+def store_transposed(typingctx, p, stride, mask, columns, tile):
     """The other way round; nothing is touched outside the rows in ``mask`` and their first ``columns`` elements."""
 
     def codegen(context, builder, sig, args):
-        base, offsets, mask, columns, tile = args
+        base, stride, mask, columns, tile = args
         wide = _vector(SCALAR[p.kind])
+        name = f"llvm.masked.store.{_masked_name(p)}.p0"
         vectors = [
             builder.load(_typed(builder, builder.gep(tile, [I64(j * LANES * ITEMSIZE[p.kind])]), wide), align=1)
             for j in range(LANES)
         ]
-        places = _row_addresses(builder, base, offsets, mask, columns, _vector(STORED[p.storage]))
-        for row, (address, live) in zip(_transpose(builder, vectors), places, strict=True):
-            name = f"llvm.masked.store.{_masked_name(p)}.p0"
-            _llvm(builder, name, ir.VoidType(), [_encode(builder, row, p), address, I32(1), live])
+        rows = _transpose(builder, vectors)
+
+        def emit(mask):
+            places = _rows(builder, base, stride, mask, columns, _vector(STORED[p.storage]))
+            for row, (at, live) in zip(rows, places, strict=True):
+                _llvm(builder, name, ir.VoidType(), [_encode(builder, row, p), at, I32(1), live])
+
+        _if_all(builder, mask, emit)
         return context.get_dummy_value()
 
-    return types.void(p, offsets, mask, types.int64, tile), codegen
+    return types.void(p, types.int64, mask, types.int64, tile), codegen
 
 
 @intrinsic
@@ -668,6 +692,12 @@ def scratch(typingctx, like, vectors):
 def itemsize(typingctx, p):
     """Bytes of one stored element."""
     return types.int64(p), lambda context, builder, sig, args: I64(ITEMSIZE[p.storage])
+
+
+@intrinsic
+def address(typingctx, p):
+    """Where ``p`` points, as a number."""
+    return types.int64(p), lambda context, builder, sig, args: builder.ptrtoint(args[0], I64)
 
 
 @intrinsic

@@ -49,6 +49,7 @@ CALLED = (
     ("weighted", "int"),  # is there a w?
     ("sampled", "int"),  # is there a u?
     ("store_loss", "int"),  # is there a loss array?
+    ("stream", "int"),  # may g be written past the caches?
     ("ignore", "int"),  # class index of the rows to skip
     ("keep", "float"),  # 1 - eps
     ("spread", "float"),  # eps / C
