@@ -45,7 +45,7 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "entropic": name == "stats",
         "capped": variant.capped,
         "tiled": variant.tiled,
-        "keeps_e": variant.tiled and not variant.capped and name in ("value_and_grad", "softmax"),
+        "keeps_e": variant.kept and name in ("value_and_grad", "softmax"),
         "whole_rows": variant.whole_rows,
         "adjacent": variant.adjacent,
         "split": variant.split,

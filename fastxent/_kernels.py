@@ -32,7 +32,7 @@ from collections import namedtuple
 
 from numba import njit
 
-from fastxent._plan import MOST_TILED as TILE
+from fastxent._plan import MOST_KEPT
 from fastxent._simd import (
     INLINE,
     LANES,
@@ -80,7 +80,7 @@ from fastxent._simd import (
 )
 from fastxent._task import FINISHED, NEXT
 
-INF = float("inf")
+INF, NAN = float("inf"), float("nan")
 BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
 LINE = 64  # bytes of a cache line
 AHEAD = 4096  # vectors of the next row that are asked for during the gradient: what half a second-level cache holds
@@ -98,7 +98,7 @@ Unit = namedtuple(
     "x_lanes g_lanes t_lanes "  # byte offsets of its rows from the first, lane by lane
     "row row_lanes "  # number of its first row; distance of its rows from it
     "y "  # class indices
-    "tile "  # its logits, class by class, where they had to be gathered
+    "tile "  # its logits, class by class, where they had to be gathered; then, where they are kept, its exponentials
     "rows "  # mask: lanes that are rows (across: all)
     "kept "  # mask: rows that are not ignored
     "start stop "  # its vectors: all, or one segment of a long row
@@ -149,7 +149,7 @@ def locate(task, number):
     else:
         full = task.n_vectors if every_lane(kept) else 0
         reads, writes = kept, rows
-    tile = scratch(task.x, TILE)
+    tile = scratch(task.x, MOST_KEPT)
     x_lanes = lanes * get(axes, 8)
     if task.tiled:
         fill(task, tile, task.x + x, x_lanes, reads)
@@ -164,8 +164,8 @@ def from_class(task, unit, first):
     """The part of a row that begins with class ``first``, whose vectors are all whole or masked by the caller."""
     return Unit(
         unit.x + first * itemsize(task.x), unit.g + first * itemsize(task.g), unit.t + first * itemsize(task.t), first,
-        unit.x_lanes, unit.g_lanes, unit.t_lanes, unit.row, unit.row_lanes, unit.y, unit.tile, unit.rows, unit.kept,
-        0, 0, 0, unit.reads, unit.writes,
+        unit.x_lanes, unit.g_lanes, unit.t_lanes, unit.row, unit.row_lanes, unit.y,
+        unit.tile + first * itemsize(unit.tile), unit.rows, unit.kept, 0, 0, 0, unit.reads, unit.writes,
     )  # fmt: skip
 
 
@@ -359,6 +359,12 @@ def add(total, lost, x):
 
 
 @njit(**INLINE)
+def whole(total, lost):
+    """The sum; of an inf or nan nothing was lost, and inf - inf is nan."""
+    return total + lost if lost == lost else total
+
+
+@njit(**INLINE)
 def widen_add(task, total, x):
     """A sum and what it has lost, with a vector's terms added; float32 terms lose nothing that counts."""
     value, lost = total
@@ -391,10 +397,13 @@ def total_over_classes(task, total):
 
 @njit(**INLINE)
 def look_ahead(task, unit, start, n):
-    """Past the cache: ask for what is read a block, or 16 rows, later, while this block's exponentials are computed."""
+    """Past the cache: while exponentials are computed, ask for what is read a block, a row, or 16 rows later."""
     if task.large:
-        ahead = BLOCK * task.x_step if task.across else LANES * itemsize(task.x)
-        t_ahead = BLOCK * task.t_step if task.across else LANES * itemsize(task.t)
+        ahead, t_ahead = LANES * itemsize(task.x), LANES * itemsize(task.t)
+        if task.across:
+            ahead, t_ahead = BLOCK * task.x_step, BLOCK * task.t_step
+        if task.across and task.keeps_e:
+            ahead, t_ahead = get(task.axes, 8), get(task.axes, 24)
         for j in range(start, start + n):
             prefetch(task.x + unit.x, j * task.x_step + ahead)
             if task.double:  # two cache lines a vector
@@ -406,7 +415,7 @@ def look_ahead(task, unit, start, n):
 @njit(**INLINE)
 def look_at_next_row(task, unit, j):
     """Past the cache: ask for the next row while this one's gradient is computed."""
-    if task.large and task.across:
+    if task.large and task.across and not task.keeps_e:
         if j < AHEAD:
             prefetch(task.x + unit.x, j * task.x_step + get(task.axes, 8))
 
@@ -464,7 +473,7 @@ def merge(a, b):
 @njit(**INLINE)
 def span_state(task, unit):
     """The statistics of the unit's vectors, in one trip through memory."""
-    if task.tiled:
+    if task.tiled or task.keeps_e:
         return block_state(task, unit, unit.start, unit.stop)
     state = block_state(task, unit, unit.start, min(unit.stop, unit.start + BLOCK))
     for at in range(unit.start + BLOCK, unit.stop, BLOCK):
@@ -593,7 +602,8 @@ Factors = namedtuple("Factors", "shift a b inverse_s g_y")
 @njit(**INLINE)
 def scaled(task, x):
     """x factor / divisor; float64 logits notice that 1 / divisor would be rounded."""
-    return x * task.factor / task.divisor if task.double else x * (task.factor / task.divisor)
+    divisor = get(task.total, 24)
+    return x * task.factor / divisor if task.double else x * (task.factor / divisor)
 
 
 @njit(**INLINE)
@@ -756,6 +766,21 @@ def check_targets(task, number):
         lane(sum_across(where(kept, one, zero)), 0),
         lane(sum_across(where(kept, one, zero) - where(good, one, zero)), 0),
     )
+
+
+@njit(**INLINE)
+def check_first(task):
+    """All class indices, by one thread: are they in range? Else nothing is to be read or written by them."""
+    weight, lost, bad = 0.0, 0.0, 0.0
+    for number in range((task.n_rows + LANES - 1) // LANES):
+        dw, _, db = check_targets(task, number)
+        weight, lost = add(weight, lost, dw)
+        bad += db
+    weight = whole(weight, lost)
+    if task.average != 0:
+        put(task.total, 24, weight if weight != 0.0 else NAN)
+    put(task.total, 16, bad)
+    return bad == 0.0
 
 
 @njit(**INLINE)
@@ -949,17 +974,14 @@ def binary(task, number):
 
 
 @njit(**INLINE)
-def whole(total, lost):
-    """The sum; of an inf or nan nothing was lost, and inf - inf is nan."""
-    return total + lost if lost == lost else total
-
-
-@njit(**INLINE)
 def walk(task, visit):
     """Take chunks of units until none is left; sum each chunk in order; the last to finish sums the chunks in order.
 
     The first two of a unit's numbers are sums of floats and lose nothing to rounding on the way; the third is a count.
     """
+    if task.labelled:
+        if task.check != 0 and not check_first(task):
+            return
     n_chunks = task.n_chunks
     partial = task.partial  # (n_chunks, 3) out
     chunk = fetch_add(task, NEXT)

@@ -59,31 +59,41 @@ def run(
     x: int = 0, g: int = 0, h: int = 0, t: int = 0, y: int = 0, w: int = 0, u: int = 0,
     loss: int = 0, lse: int = 0, entropy: int = 0, target_prob: int = 0, prediction: int = 0, target_rank: int = 0,
     ignore: int = 0, keep: float = 1.0, spread: float = 0.0, factor: float = 1.0, divisor: float = 1.0,
-    z: float = 0.0, cap: float = 0.0,
-) -> tuple[float, float, float]:  # fmt: skip
-    """Run task ``name`` over ``plan``; addresses as in ``_task.CALLED``. Returns the sums over all units."""
+    check: bool = False, average: bool = False, z: float = 0.0, cap: float = 0.0,
+) -> tuple[float, float, float, float]:  # fmt: skip
+    """Run task ``name`` over ``plan``; addresses as in ``_task.CALLED``. Returns the sums over all units, and the divisor.
+
+    ``check``, for `small` work only: the class indices are checked, and with ``average`` the divisor is made, by the task.
+    The third sum is then the number of indices out of range; nothing has been written if there are any.
+    """
     total = _task.BLOCK.size
     segments = 48 * plan.n_units if plan.variant.split else 0
-    block = ctypes.create_string_buffer(total + 24 + 24 * plan.n_chunks + segments)
+    block = ctypes.create_string_buffer(total + _task.TOTAL.size + 24 * plan.n_chunks + segments)
     at_total = ctypes.addressof(block) + total
-    at_partial = at_total + 24
+    at_partial = at_total + _task.TOTAL.size
     at_segments = at_partial + 24 * plan.n_chunks
     values = (
         *plan.planned, ctypes.addressof(plan.table), at_partial, at_segments, at_total, x, g, h, t, y, w, u,
         loss, lse, entropy, target_prob, prediction, target_rank,
-        w != 0, u != 0, loss != 0, g != x and g % plan.itemsize == 0, ignore, keep, spread, factor, divisor, z, cap,
+        w != 0, u != 0, loss != 0, g != x and g % plan.itemsize == 0, ignore, keep, spread, factor, check, average, z, cap,
     )  # fmt: skip
+    _task.TOTAL.pack_into(block, total, 0.0, 0.0, 0.0, divisor)
     for task in ("save_segment", name) if plan.variant.split else (name,):
         _task.BLOCK.pack_into(block, 0, 0, 0, *values)
         _launch(kernel(task, plan.variant), block, plan, n_threads)
     return _task.TOTAL.unpack_from(block, total)
 
 
+def small(elements: int) -> bool:
+    """Is this work for one thread?"""
+    return elements < WORTH_A_THREAD
+
+
 def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_threads: int | None) -> None:
-    useful = min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD)
-    if useful == 1 or _State.forked:
+    if small(plan.elements) or plan.n_chunks == 1 or _State.forked:
         task.call(block)
         return
+    useful = min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD)
     # Calls in flight at once share the cores. += is no atomic operation, hence the lock.
     with _lock:
         _State.in_flight += 1

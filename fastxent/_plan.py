@@ -14,6 +14,9 @@ ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
 # A row of this many classes or fewer is worked on with its 15 neighbours, a class a vector; a longer one by itself. Up to
 # MOST_TILED classes if the rows need not be gathered: those are read whole, or lie side by side.
 FEW_CLASSES, MOST_TILED = 48, 256  # multiples of 16
+# Vectors of a row whose exponentials are kept on the stack until the row's sum is known (128 KB of float32, in the second-level
+# cache); those of a longer row are computed twice.
+MOST_KEPT = 2048
 # Elements handed to a thread at a time: long enough to hide the counter, short enough to share out evenly.
 CHUNK = 16384
 # Fewer rows than this, and each longer than two segments: the row is split, or threads would have nothing to do.
@@ -38,6 +41,7 @@ class Variant(NamedTuple):
     adjacent: bool = False  # rows in lanes, numbered one by one
     capped: bool = False  # softcap
     split: bool = False  # a unit is a segment of a row
+    kept: bool = False  # the exponentials of a unit are kept between the two trips
     large: bool = False  # the logits are past the cache: what comes next is asked for early, the gradient bypasses the cache
     differentiate: bool = False  # the binary task: with gradient
 
@@ -154,13 +158,14 @@ def make_plan(
         n_units = units_per_line * (n_rows // innermost.extent)
         per_unit = n_classes * LANES
 
+    kept = not split and not capped and (tiled or n_vectors <= MOST_KEPT and across)
     large = neighbours and not split and n_rows * n_classes * sizes[0] >= LARGE
     chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
     n_chunks = -(-n_units // chunk)
     planned = (
         n_rows, n_classes, n_vectors, n_units, units_per_line, chunk, n_chunks, segment, n_segments, len(axes), *steps,
     )  # fmt: skip
-    variant = Variant(logits, target, labelled, smooth, across, neighbours, tiled, whole_rows, adjacent, capped, split, large)
+    variant = Variant(logits, target, labelled, smooth, across, neighbours, tiled, whole_rows, adjacent, capped, split, kept, large)
     table = tuple(value for a in axes for value in a)
     return Plan(variant, planned, table, n_units, n_chunks, n_rows * n_classes)
 

@@ -13,10 +13,7 @@ PLANNED = (
     ("n_rows", "int"),
     ("n_classes", "int"),
     ("n_vectors", "int"),  # vectors of a unit: see _kernels
-    (
-        "n_units",
-        "int",
-    ),  # a unit: one row, or up to 16 rows of one line of the innermost row axis, or a segment of a row
+    ("n_units", "int"),  # a unit: one row, or up to 16 rows of one line of the innermost row axis, or a segment of a row
     ("units_per_line", "int"),
     ("chunk", "int"),  # units handed out at a time
     ("n_chunks", "int"),
@@ -32,7 +29,7 @@ CALLED = (
     ("axes", "i64"),  # (n_axes, 5) in: extent, strides in x, g, t, rows; innermost first
     ("partial", "f64"),  # (n_chunks, 3) out: sums over a chunk
     ("segments", "f64"),  # (n_units, 6) in/out: statistics of the segments of split rows
-    ("total", "f64"),  # (3,) out: sums over all units
+    ("total", "f64"),  # (4,) out: sums over all units; in/out: divisor of the gradient
     ("x", "x"),  # (rows, C) in: logits
     ("g", "x"),  # (rows, C) out: gradient, or (log-)probabilities; may be x
     ("h", "x"),  # (rows, C) out: Hessian diagonal, with the strides of g
@@ -54,11 +51,12 @@ CALLED = (
     ("keep", "float"),  # 1 - eps
     ("spread", "float"),  # eps / C
     ("factor", "float"),  # the gradient is multiplied by factor / divisor
-    ("divisor", "float"),
+    ("check", "int"),  # are the class indices unchecked? Then the task, run by one thread, checks them first, and ...
+    ("average", "int"),  # ... divides the gradient by the sum of the weights of the rows that are kept
     ("z", "float"),  # factor of lse^2 in the loss
     ("cap", "float"),  # softcap
 )
 FIELDS = PLANNED + CALLED
 FIRST_SLOT = 16
 BLOCK = struct.Struct("=q56xq56x" + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
-TOTAL = struct.Struct("=3d")
+TOTAL = struct.Struct("=4d")

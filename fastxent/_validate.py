@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastxent._parallel import check_threads, run
+from fastxent._parallel import check_threads, run, small
 from fastxent._plan import FEW_CLASSES, Plan, flat_plan, make_plan
 
 Array = np.ndarray[Any, Any]
@@ -32,7 +32,10 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 class Problem(NamedTuple):
-    """A checked call: every array native, every shape right, every class index in range or ignored."""
+    """A checked call: every array native, every shape right, every class index in range or ignored.
+
+    Of a small problem the class indices are still unchecked: the task that reads them does it, and saves a task of its own.
+    """
 
     x: Array  # logits
     axis: int  # class axis, >= 0
@@ -43,7 +46,7 @@ class Problem(NamedTuple):
     u: Array | None  # (rows,) float64, contiguous: sample weights
     ignore: int
     smoothing: float
-    divisor: float  # of the mean
+    divisor: float | None  # of the mean; None: y is unchecked
     n_threads: int | None
 
     @property
@@ -94,7 +97,7 @@ def problem(
     threads = None if n_threads is None else check_threads(n_threads, "n_threads")
     y, t = check_target(target, x, axis, ignore)
     if y is not None:
-        divisor = check_classes(y, n_classes, w, u, ignore, threads)
+        divisor = None if x.size and small(x.size) else check_classes(y, n_classes, w, u, ignore, threads)
     else:
         if ignore >= 0:
             raise ValueError(f"ignore_index = {ignore} has no meaning for a target of class probabilities")
@@ -190,10 +193,15 @@ def check_classes(y: Array, n_classes: int, w: Array | None, u: Array | None, ig
     if y.size == 0:
         return 0.0
     plan = flat_plan(y.size, n_classes, "f32")
-    total, _, bad = run("check_targets", plan, n_threads, y=address(y), w=address(w), u=address(u), ignore=ignore)
+    total, _, bad, _ = run("check_targets", plan, n_threads, y=address(y), w=address(w), u=address(u), ignore=ignore)
     if bad:
-        raise _out_of_range(y, (y != ignore) & ((y < 0) | (y >= n_classes)), n_classes)
+        raise out_of_range(y, n_classes, ignore)
     return total
+
+
+def out_of_range(y: Array, n_classes: int, ignore: int) -> IndexError:
+    """What is said of class indices some of which are neither classes nor ignored."""
+    return _out_of_range(y, (y != ignore) & ((y < 0) | (y >= n_classes)), n_classes)
 
 
 def _out_of_range(y: Array, bad: Array, n_classes: int) -> IndexError:

@@ -142,7 +142,7 @@ def _binary(
     total = 0.0
     if x.size:
         plan = flat_plan(x.size, 2, storage(x.dtype) or "", storage(t.dtype), _COST, differentiate)
-        total, _, _ = run(
+        total, *_ = run(
             "binary", plan, threads, x=address(x), t=address(t), g=address(g) if differentiate else 0, w=address(w),
             u=address(positive), loss=address(rows), divisor=x.size if reduction == "mean" else 1.0,
         )  # fmt: skip

@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastxent._parallel import run
-from fastxent._plan import over
+from fastxent._plan import Plan
 from fastxent._validate import (
     Array,
     Problem,
     address,
+    check_classes,
     check_out,
     check_reduction,
     like,
+    out_of_range,
     problem,
     writable_place,
 )
@@ -179,7 +181,7 @@ def cross_entropy_value_and_grad(
     if out is not None:
         check_out(out, p.x)
     g = writable_place(out, p.x, p.axis, (p.y, p.t, p.w, p.u))
-    loss = _loss_of("value_and_grad", p, reduction, g, divisor=(p.divisor or np.nan) if reduction == "mean" else 1.0)
+    loss = _loss_of("value_and_grad", p, reduction, g)
     if out is None:
         return loss, g
     if g is not out:
@@ -346,11 +348,12 @@ def nll_loss(
     p = problem(log_probs, target, axis, weight, None, ignore_index, 0.0, None, "log_probs")
     if p.y is None:
         raise TypeError("target holds class probabilities; nll_loss takes class indices")
+    divisor = check_classes(p.y, p.x.shape[p.axis], p.w, None, p.ignore, None) if p.divisor is None else p.divisor
     kept = p.y != p.ignore
     y = np.expand_dims(np.where(kept, p.y, 0), p.axis)
     picked = np.squeeze(np.take_along_axis(p.x, y, p.axis), p.axis) if p.x.size else np.zeros(p.rows)
     loss = np.where(kept, -picked.astype(np.float64) * (1.0 if p.w is None else p.w[np.where(kept, p.y, 0)]), 0.0)
-    return _reduced(loss.sum(), p, reduction, loss.astype(p.acc))
+    return _reduced(loss.sum(), divisor, reduction, loss.astype(p.acc))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -358,25 +361,29 @@ def nll_loss(
 
 def _loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labels: Array | None = None, **more: Any) -> Any:
     """Run a task that makes losses, and reduce them."""
-    rows = np.zeros(p.rows, p.acc) if reduction == "none" else None
-    total = 0.0
+    rows = np.zeros(p.rows if reduction == "none" else 0, p.acc)
+    total, divisor = 0.0, p.divisor
     if p.x.size:
         plan = p.plan(g, may_split=name != "stats")
-        if labels is None:
-            labels = p.y
-        total, _, _ = _run(name, p, plan, labels=labels, g=address(g), loss=address(rows), **more)
-    return _reduced(total, p, reduction, rows)
+        total, divisor = _run(name, p, plan, reduction == "mean", labels, g=address(g), loss=address(rows) if reduction == "none" else 0, **more)
+    return _reduced(total, divisor, reduction, rows)
 
 
-def _run(name: str, p: Problem, plan: Any, labels: Array | None = None, **more: Any) -> tuple[float, float, float]:
-    return run(
-        name, plan, p.n_threads, x=address(p.x), t=address(p.t), y=address(p.y if labels is None else labels),
-        w=address(p.w), u=address(p.u), ignore=p.ignore, keep=1.0 - p.smoothing,
-        spread=p.smoothing / p.x.shape[p.axis], **more,
-    )  # fmt: skip
-
-
-def _reduced(total: float, p: Problem, reduction: str, rows: Array | None) -> Any:
-    if rows is not None and reduction == "none":
+def _reduced(total: float, divisor: float | None, reduction: str, rows: Array) -> Any:
+    if reduction == "none":
         return rows if rows.ndim else rows[()]
-    return p.acc.type(total if reduction == "sum" else over(total, p.divisor))
+    return rows.dtype.type(total / (divisor or np.nan) if reduction == "mean" else total)
+
+
+def _run(
+    name: str, p: Problem, plan: Plan, average: bool = False, labels: Array | None = None, **more: Any
+) -> tuple[float, float]:
+    """The sum of the losses, and the divisor of the gradient."""
+    total, _, bad, divisor = run(
+        name, plan, p.n_threads, x=address(p.x), t=address(p.t), y=address(p.y if labels is None else labels),
+        w=address(p.w), u=address(p.u), ignore=p.ignore, keep=1.0 - p.smoothing, spread=p.smoothing / p.x.shape[p.axis],
+        divisor=(p.divisor or np.nan) if average else 1.0, check=p.divisor is None, average=average, **more,
+    )  # fmt: skip
+    if p.divisor is None and bad:
+        raise out_of_range(p.y, p.x.shape[p.axis], p.ignore)
+    return total, divisor
