@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from ctypes import addressof, c_byte
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -72,7 +73,12 @@ class Problem(NamedTuple):
 
 def address(a: Array | None) -> int:
     """Where an array's first element lies; 0 for None."""
-    return 0 if a is None else a.__array_interface__["data"][0]
+    if a is None:
+        return 0
+    try:
+        return addressof(c_byte.from_buffer(a))  # a third of the time of what follows
+    except (TypeError, ValueError, BufferError):  # strided, read-only, empty, or of a dtype that buffers do not know
+        return a.__array_interface__["data"][0]
 
 
 def problem(

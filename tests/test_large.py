@@ -1,0 +1,83 @@
+"""Arrays past the cache: what is read is asked for early, what is written bypasses the cache. Small arrays stand in for them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import DTYPES, Budget, make_case, make_truth, run_torch
+
+import fastxent as fx
+from fastxent import _plan
+
+SHAPES = {
+    (5, 300): "rows that begin anywhere in a cache line",
+    (18, 512): "rows that begin where a line does",
+    (3, 33000): "a row longer than what is kept of its exponentials",
+}
+OPTIONS = ["index", "weight ignore smoothing sample_weight", "probabilities weight"]
+
+
+@pytest.fixture
+def all_is_large(monkeypatch):
+    monkeypatch.setattr(_plan, "LARGE", 0)
+    _plan.make_plan.cache_clear()
+    yield
+    _plan.make_plan.cache_clear()
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype, offset: int) -> tuple[np.ndarray, np.ndarray]:
+    """An array that begins ``offset`` elements after a cache line does, and all of the memory around it, which holds 7."""
+    size = int(np.prod(shape))
+    memory = np.full(size + 256, 7, dtype)
+    start = -memory.ctypes.data // dtype.itemsize % (64 // dtype.itemsize) + 64 // dtype.itemsize + offset
+    return memory[start : start + size].reshape(shape), memory
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_streamed_gradient(dtype, shape, all_is_large):
+    losses, gradients = Budget(), Budget()
+    for option in OPTIONS if shape[1] < 1000 else OPTIONS[:1]:
+        case = make_case(dtype, shape, option)
+        truth, theirs = make_truth(case, "mean"), run_torch(case, "mean")
+        in_place = case.logits.copy()
+        fx.cross_entropy_value_and_grad(in_place, case.target, out=in_place, **case.options)
+        for offset in (0, 1, 7):
+            out, memory = aligned(shape, dtype, offset)
+            loss, _ = fx.cross_entropy_value_and_grad(*case[:2], out=out, **case.options)
+            losses.add(loss, truth.loss, theirs[0], truth.loss_scale, (option, offset))
+            gradients.add(out, truth.grad, theirs[1], truth.grad_scale, (option, offset))
+            np.testing.assert_array_equal(out, in_place)  # which is not streamed
+            out[...] = 7
+            assert (memory == 7).all(), "written past the gradient"
+    losses.check()
+    gradients.check()
+
+
+@pytest.mark.parametrize("n_classes", [20, 300])
+def test_neighbours_are_rows(n_classes, all_is_large):
+    """(N, C, H, W): whole vectors are streamed where all of them are aligned; 32 x 8 is so, 5 x 7 is not."""
+    rng = np.random.default_rng(0)
+    for (h, w), offset in itertools.product([(32, 8), (5, 7)], (0, 1)):
+        shape = (2, n_classes, h, w)
+        logits = rng.standard_normal(shape).astype(np.float32)
+        target = rng.integers(0, n_classes, (2, h, w))
+        target[0, :2] = -100
+        out, memory = aligned(shape, logits.dtype, offset)
+        loss, _ = fx.cross_entropy_value_and_grad(logits, target, axis=1, out=out)
+        true_loss, true_grad = fx.reference.cross_entropy_value_and_grad(logits.astype(np.float64), target, axis=1)
+        np.testing.assert_allclose(loss, true_loss, rtol=1e-6)
+        np.testing.assert_allclose(out, true_grad, rtol=0, atol=1e-6 / (h * w))
+        out[...] = 7
+        assert (memory == 7).all(), "written past the gradient"
+
+
+def test_ignored_rows_are_zeros(all_is_large):
+    logits = np.full((4, 301), np.nan, np.float32)
+    logits[1] = 0
+    for offset in (0, 3):
+        out, _ = aligned(logits.shape, logits.dtype, offset)
+        fx.cross_entropy_value_and_grad(logits, [-100, 5, -100, -100], out=out)
+        assert not out[[0, 2, 3]].any() and out[1].any()
