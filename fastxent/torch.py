@@ -16,6 +16,7 @@ An adapter: shapes, dtypes and autograd are PyTorch's, the maths is in ``_kernel
 from __future__ import annotations
 
 import math
+import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +28,13 @@ from torch import Tensor, nn
 from torch._prims_common import is_non_overlapping_and_dense_or_false as is_non_overlapping_and_dense
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastxent import _memory, _parallel
+from fastxent import __version__, _memory, _parallel
 from fastxent._plan import FEW_CLASSES, Plan, flat_plan, make_plan, over
 
 _STORAGE = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64}
 _NONE, _MEAN, _SUM = 0, 1, 2  # torch.nn._reduction's numbers
+_PAST_ALL_CLASSES = 2**63 - 1
 
 
 class _Options(NamedTuple):
@@ -127,7 +129,12 @@ def cross_entropy(
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
     number = nn._reduction.get_enum(reduction)
     options = _Options(number, ignore_index, label_smoothing, z_loss, softcap or 0.0)
-    return _cross_entropy(input, target, weight, sample_weight, options, inplace)
+    try:
+        return _cross_entropy(input, target, weight, sample_weight, options, inplace)
+    except (AttributeError, TypeError, struct.error):
+        # Is an argument of a wrong type? PyTorch's parser says which one.
+        torch._C._nn.cross_entropy_loss(input, target, weight, number, ignore_index, label_smoothing)  # type: ignore[attr-defined]
+        raise
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -184,9 +191,7 @@ def _cross_entropy(
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
     inplace = inplace and 0 not in input.stride()  # of a broadcast tensor several elements share one place
     if not _takes(input, target, weight, sample_weight, options):
-        if sample_weight is None and options.z_loss == 0.0 and options.softcap == 0.0:
-            return _stock(input, target, weight, options)
-        return _formula(input, target, weight, sample_weight, options)
+        return _by_pytorch(input, target, weight, sample_weight, options)
     if _must_be_formula(input, target, weight, sample_weight):
         return _formula(input, target, weight, sample_weight, options)
     differentiate = torch.is_grad_enabled() and input.requires_grad
@@ -221,10 +226,28 @@ def _takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: 
             return False
         if not probabilities and (weight.dtype != input.dtype or weight.requires_grad):
             return False
-    if sample_weight is not None and sample_weight.shape != shape[:dim] + shape[dim + 1 :]:
-        rows = tuple(shape[:dim] + shape[dim + 1 :])
+    return sample_weight is None or (sample_weight.shape == shape[:dim] + shape[dim + 1 :] and _on_cpu(sample_weight))
+
+
+def _by_pytorch(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: _Options) -> Tensor:
+    """What the kernels do not take, PyTorch computes, or says what is wrong with it."""
+    if target.dtype in _INTEGERS and target.shape != input.shape:
+        target = _as_int64(target)
+    if sample_weight is None and options.z_loss == 0.0 and options.softcap == 0.0:
+        return _stock(input, target, weight, options)
+    with torch.no_grad():
+        _stock(input, target, weight, options)  # it refuses what it would refuse without our options
+    dim = 0 if input.dim() == 1 else 1
+    rows = (*input.shape[:dim], *input.shape[dim + 1 :])
+    if sample_weight is not None and sample_weight.shape != rows:
         raise ValueError(f"sample_weight has shape {tuple(sample_weight.shape)}; it must be {rows}: one weight per row")
-    return sample_weight is None or _on_cpu(sample_weight)
+    return _formula(input, target, weight, sample_weight, options)
+
+
+def _as_int64(target: Tensor) -> Tensor:
+    """Class indices as int64. What does not fit stays out of bounds, and must not wrap around to an ignore_index."""
+    y = target.to(torch.int64)
+    return torch.where(y < 0, _PAST_ALL_CLASSES, y) if target.dtype == torch.uint64 else y
 
 
 def _on_cpu(*tensors: Tensor) -> bool:
@@ -304,13 +327,13 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
         if n_classes > FEW_CLASSES and (t.stride(axis) == 1) != (x.stride(axis) == 1):
             t = torch.empty_like(x, dtype=t.dtype).copy_(t)
         return _Call(x, axis, rows, None, t, w, u, float(math.prod(rows) if u is None else u.sum()), n_threads, acc)
-    y = target if target.dtype == torch.int64 and target.is_contiguous() else target.to(torch.int64).contiguous()
+    y = target if target.dtype == torch.int64 and target.is_contiguous() else _as_int64(target).contiguous()
     plan = flat_plan(y.numel(), n_classes, "f32")
     divisor, _, bad = _parallel.run(
         "check_targets", plan, n_threads, y=y.data_ptr(), w=_address(w), u=_address(u), ignore=ignore_index
     )
     if bad:
-        wrong = y[(y != ignore_index) & ((y < 0) | (y >= n_classes))]
+        wrong = target[(y != ignore_index) & ((y < 0) | (y >= n_classes))]
         raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
     return _Call(x, axis, rows, y, None, w, u, divisor, n_threads, acc)
 
@@ -418,7 +441,7 @@ def _formula(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
         x = options.softcap * torch.tanh(x / options.softcap)
     kept = None
     if target.shape != x.shape:
-        target = target.to(torch.int64)
+        target = _as_int64(target)
         kept = target != options.ignore_index
         x = torch.where(kept.unsqueeze(dim), x, 0.0)  # nothing of an ignored row leaks into its gradient
     loss = _stock(x, target, w, options._replace(reduction=_NONE))
@@ -431,7 +454,7 @@ def _formula(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
         counted = torch.ones_like(loss) if sample_weight is None else sample_weight
         if kept is not None:
             if w is not None:
-                counted = counted * w[torch.where(kept, target, 0)]
+                counted = counted * w.take(torch.where(kept, target, 0))
             counted = torch.where(kept, counted, 0.0)
         loss = loss.sum() / counted.sum()
     elif options.reduction == _SUM:
@@ -614,6 +637,7 @@ _value_and_grad_op = torch.ops.fastxent.cross_entropy_value_and_grad
 # ----------------------------------------------------------------------------------------------------
 
 _library: torch.library.Library | None = None
+_CACHE_TAG = f" fastxent {__version__}"  # Inductor's cache on disk must tell our code for F.cross_entropy from PyTorch's
 
 
 def install() -> None:
@@ -636,6 +660,7 @@ def install() -> None:
         _library = torch.library.Library("aten", "IMPL")
         for key in ("CPU", "AutogradCPU"):
             _library.impl("cross_entropy_loss", _in_place_of_aten, key)
+        torch.compiler.config.cache_key_tag += _CACHE_TAG
         _forget_compiled_code()
 
 
@@ -651,6 +676,7 @@ def uninstall() -> None:
     if _library is not None:
         _library._destroy()
         _library = None
+        torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag.replace(_CACHE_TAG, "")
         _forget_compiled_code()
 
 
@@ -689,5 +715,6 @@ def _in_place_of_aten(
 
 def _forget_compiled_code() -> None:
     """What torch.compile made of the other cross-entropy is compiled again when it is called."""
+    torch.ops.aten.cross_entropy_loss.default._dispatch_cache.clear()  # which kernel a tracer takes
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
