@@ -454,7 +454,8 @@ def _formula(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
         counted = torch.ones_like(loss) if sample_weight is None else sample_weight
         if kept is not None:
             if w is not None:
-                counted = counted * w.take(torch.where(kept, target, 0))
+                classes = torch.where(kept, target, 0).unsqueeze(0)  # a tensor without axes, as index, would be read by vmap
+                counted = counted * w[classes].squeeze(0)
             counted = torch.where(kept, counted, 0.0)
         loss = loss.sum() / counted.sum()
     elif options.reduction == _SUM:
