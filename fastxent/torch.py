@@ -399,7 +399,10 @@ def _run(name: str, call: _Call, g: Tensor, options: _Options, **more: Any) -> T
         return loss
     if options.reduction == _MEAN:
         total = over(total, call.divisor)
-    return torch.scalar_tensor(total, dtype=call.acc)
+    try:
+        return torch.scalar_tensor(total, dtype=call.acc)
+    except RuntimeError:  # it refuses what float32 rounds to infinity; torch.tensor does not, but takes twice the time
+        return torch.tensor(total, dtype=call.acc)
 
 
 def _value(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: _Options) -> Tensor:
