@@ -8,7 +8,7 @@ An adapter: shapes, dtypes and autograd are PyTorch's, the maths is in ``_kernel
   PyTorch itself, whose result or error the caller then gets.
 * ``_Eager`` is the autograd node of eager mode. mean and sum: the forward makes the gradient, the backward returns it.
   none: the backward makes it, for only then each row's grad_output is known; it enters as a sample weight.
-* ``_Traced`` is the node under ``torch.compile`` and ``torch.export``, made of the operators ``torch.ops.fastxent``.
+* The operators ``torch.ops.fastxent`` are what ``torch.compile``, ``torch.export`` and dispatch modes see.
 * ``_formula`` says the same in PyTorch's operators. It serves what must be differentiated further: double backward,
   forward-mode AD, ``torch.func``, probabilities that require a gradient.
 """
@@ -16,8 +16,9 @@ An adapter: shapes, dtypes and autograd are PyTorch's, the maths is in ``_kernel
 from __future__ import annotations
 
 import math
+import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -27,12 +28,13 @@ from torch import Tensor, nn
 from torch._prims_common import is_non_overlapping_and_dense_or_false as is_non_overlapping_and_dense
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastxent import _memory, _parallel
+from fastxent import __version__, _memory, _parallel
 from fastxent._plan import FEW_CLASSES, Plan, flat_plan, make_plan, over
 
 _STORAGE = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64}
 _NONE, _MEAN, _SUM = 0, 1, 2  # torch.nn._reduction's numbers
+_PAST_ALL_CLASSES = 2**63 - 1
 
 
 class _Options(NamedTuple):
@@ -127,7 +129,12 @@ def cross_entropy(
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
     number = nn._reduction.get_enum(reduction)
     options = _Options(number, ignore_index, label_smoothing, z_loss, softcap or 0.0)
-    return _cross_entropy(input, target, weight, sample_weight, options, inplace)
+    try:
+        return _cross_entropy(input, target, weight, sample_weight, options, inplace)
+    except (AttributeError, TypeError, struct.error):
+        # Is an argument of a wrong type? PyTorch's parser says which one.
+        torch._C._nn.cross_entropy_loss(input, target, weight, number, ignore_index, label_smoothing)  # type: ignore[arg-type]
+        raise
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -182,19 +189,18 @@ def _cross_entropy(
 ) -> Tensor:
     if options.label_smoothing < 0.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
-    inplace = inplace and 0 not in input.stride()  # of a broadcast tensor several elements share one place
     if not _takes(input, target, weight, sample_weight, options):
-        if sample_weight is None and options.z_loss == 0.0 and options.softcap == 0.0:
-            return _stock(input, target, weight, options)
-        return _formula(input, target, weight, sample_weight, options)
+        return _by_pytorch(input, target, weight, sample_weight, options)
     if _must_be_formula(input, target, weight, sample_weight):
         return _formula(input, target, weight, sample_weight, options)
     differentiate = torch.is_grad_enabled() and input.requires_grad
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        loss = (_Traced.apply if differentiate else _value_op)(input, target, weight, sample_weight, *options)
+        if differentiate and options.reduction != _NONE:
+            loss, _ = _value_and_grad_op(input, target, weight, sample_weight, *options)
+        else:
+            loss = _value_op(input, target, weight, sample_weight, *options)
     elif differentiate:
-        if inplace and input.is_leaf:
-            raise RuntimeError("a leaf tensor that requires grad cannot be overwritten: inplace=True needs computed logits")
+        inplace = inplace and _may_be_overwritten(input)
         loss = _Eager.apply(input, target, weight, sample_weight, options, inplace)
     else:
         loss = _value(input, target, weight, sample_weight, options)
@@ -221,10 +227,44 @@ def _takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: 
             return False
         if not probabilities and (weight.dtype != input.dtype or weight.requires_grad):
             return False
-    if sample_weight is not None and sample_weight.shape != shape[:dim] + shape[dim + 1 :]:
-        rows = tuple(shape[:dim] + shape[dim + 1 :])
+    return sample_weight is None or (sample_weight.shape == shape[:dim] + shape[dim + 1 :] and _on_cpu(sample_weight))
+
+
+def _by_pytorch(
+    input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: _Options
+) -> Tensor:
+    """What the kernels do not take, PyTorch computes, or says what is wrong with it."""
+    if target.dtype in _INTEGERS and target.shape != input.shape:
+        target = _as_int64(target)
+    if sample_weight is None and options.z_loss == 0.0 and options.softcap == 0.0:
+        return _stock(input, target, weight, options)
+    with torch.no_grad():
+        _stock(input, target, weight, options)  # it refuses what it would refuse without our options
+    dim = 0 if input.dim() == 1 else 1
+    rows = (*input.shape[:dim], *input.shape[dim + 1 :])
+    if sample_weight is not None and sample_weight.shape != rows:
         raise ValueError(f"sample_weight has shape {tuple(sample_weight.shape)}; it must be {rows}: one weight per row")
-    return sample_weight is None or _on_cpu(sample_weight)
+    return _formula(input, target, weight, sample_weight, options)
+
+
+def _as_int64(target: Tensor) -> Tensor:
+    """Class indices as int64. What does not fit stays out of bounds, and must not wrap around to an ignore_index."""
+    y = target.to(torch.int64)
+    return torch.where(y < 0, _PAST_ALL_CLASSES, y) if target.dtype == torch.uint64 else y
+
+
+def _may_be_overwritten(x: Tensor) -> bool:
+    """Has every logit a place of its own, in which its gradient can lie?"""
+    if x.is_neg():
+        return False
+    reach = 0  # from the first element to the last, over the axes seen so far
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    if x.is_leaf or (x._is_view() and x._base.is_leaf and x._base.requires_grad):  # type: ignore[union-attr]
+        raise RuntimeError("a leaf tensor that requires grad cannot be overwritten: inplace=True needs computed logits")
+    return True
 
 
 def _on_cpu(*tensors: Tensor) -> bool:
@@ -238,10 +278,10 @@ def _on_cpu(*tensors: Tensor) -> bool:
 
 def _must_be_formula(input: Tensor, *others: Tensor | None) -> bool:
     """Is more asked of the result than a first derivative with respect to the logits?"""
-    if torch.compiler.is_compiling():
-        return any(t is not None and t.requires_grad for t in others)
     if torch._C._are_functorch_transforms_active():
         return True
+    if torch.compiler.is_compiling():
+        return torch.autograd.forward_ad._current_level >= 0 or any(t is not None and t.requires_grad for t in others)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others):
         return True
     return torch.autograd.forward_ad._current_level >= 0 and any(
@@ -304,13 +344,13 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
         if n_classes > FEW_CLASSES and (t.stride(axis) == 1) != (x.stride(axis) == 1):
             t = torch.empty_like(x, dtype=t.dtype).copy_(t)
         return _Call(x, axis, rows, None, t, w, u, float(math.prod(rows) if u is None else u.sum()), n_threads, acc)
-    y = target if target.dtype == torch.int64 and target.is_contiguous() else target.to(torch.int64).contiguous()
+    y = target if target.dtype == torch.int64 and target.is_contiguous() else _as_int64(target).contiguous()
     plan = flat_plan(y.numel(), n_classes, "f32")
     divisor, _, bad = _parallel.run(
         "check_targets", plan, n_threads, y=y.data_ptr(), w=_address(w), u=_address(u), ignore=ignore_index
     )
     if bad:
-        wrong = y[(y != ignore_index) & ((y < 0) | (y >= n_classes))]
+        wrong = target[(y != ignore_index) & ((y < 0) | (y >= n_classes))]
         raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
     return _Call(x, axis, rows, y, None, w, u, divisor, n_threads, acc)
 
@@ -359,7 +399,10 @@ def _run(name: str, call: _Call, g: Tensor, options: _Options, **more: Any) -> T
         return loss
     if options.reduction == _MEAN:
         total = over(total, call.divisor)
-    return torch.scalar_tensor(total, dtype=call.acc)
+    try:
+        return torch.scalar_tensor(total, dtype=call.acc)
+    except RuntimeError:  # it refuses what float32 rounds to infinity; torch.tensor does not, but takes twice the time
+        return torch.tensor(total, dtype=call.acc)
 
 
 def _value(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: _Options) -> Tensor:
@@ -418,7 +461,7 @@ def _formula(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
         x = options.softcap * torch.tanh(x / options.softcap)
     kept = None
     if target.shape != x.shape:
-        target = target.to(torch.int64)
+        target = _as_int64(target)
         kept = target != options.ignore_index
         x = torch.where(kept.unsqueeze(dim), x, 0.0)  # nothing of an ignored row leaks into its gradient
     loss = _stock(x, target, w, options._replace(reduction=_NONE))
@@ -431,7 +474,8 @@ def _formula(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
         counted = torch.ones_like(loss) if sample_weight is None else sample_weight
         if kept is not None:
             if w is not None:
-                counted = counted * w[torch.where(kept, target, 0)]
+                classes = torch.where(kept, target, 0).unsqueeze(0)  # a tensor without axes, as index, would be read by vmap
+                counted = counted * w[classes].squeeze(0)
             counted = torch.where(kept, counted, 0.0)
         loss = loss.sum() / counted.sum()
     elif options.reduction == _SUM:
@@ -477,7 +521,9 @@ class _Eager(torch.autograd.Function):
             return None, *none
         batched = _is_batched(grad_output)
         if torch.is_grad_enabled() or (batched and ctx.options.reduction == _NONE):
-            return _differentiable_backward(ctx, grad_output), *none
+            if ctx.inplace:
+                raise RuntimeError("inplace=True has overwritten the logits: there is no double backward through it")
+            return _differentiable_backward(ctx.saved_tensors, ctx.options, grad_output), *none
         if ctx.options.reduction == _NONE:
             input, target, weight, sample_weight = ctx.saved_tensors
             rows = grad_output if sample_weight is None else grad_output * sample_weight
@@ -513,53 +559,13 @@ def _is_batched(t: Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
 
 
-def _differentiable_backward(ctx: Any, grad_output: Tensor) -> Tensor:
+def _differentiable_backward(tensors: Sequence[Tensor], options: _Options, grad_output: Tensor) -> Tensor:
     """The gradient as a function of logits and grad_output that can be differentiated again."""
-    if ctx.inplace:
-        raise RuntimeError("inplace=True has overwritten the logits: there is no double backward through it")
-    input, target, weight, sample_weight = ctx.saved_tensors
+    input, target, weight, sample_weight = tensors
     with torch.enable_grad():
-        loss = _formula(input, target, weight, sample_weight, ctx.options).to(grad_output.dtype)
+        loss = _formula(input, target, weight, sample_weight, options).to(grad_output.dtype)
         (grad,) = torch.autograd.grad(loss, input, grad_output, create_graph=torch.is_grad_enabled())
     return grad
-
-
-class _Traced(torch.autograd.Function):
-    """The node under torch.compile and torch.export: made of operators, and of nothing that a tracer cannot follow."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        sample_weight: Tensor | None,
-        reduction: int,
-        ignore_index: int,
-        label_smoothing: float,
-        z_loss: float,
-        softcap: float,
-    ) -> Tensor:
-        ctx.options = (ignore_index, label_smoothing, z_loss, softcap)
-        ctx.reduction = reduction
-        arguments = (input, target, weight, sample_weight, reduction, *ctx.options)
-        if reduction == _NONE:
-            ctx.save_for_backward(input, target, weight, sample_weight)
-            return _value_op(*arguments)
-        loss, grad = _value_and_grad_op(*arguments)
-        ctx.save_for_backward(grad)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.reduction == _NONE:
-            input, target, weight, sample_weight = ctx.saved_tensors
-            rows = grad_output if sample_weight is None else grad_output * sample_weight
-            _, grad = _value_and_grad_op(input, target, weight, rows, _SUM, *ctx.options)
-        else:
-            (saved,) = ctx.saved_tensors
-            grad = (saved * grad_output).to(saved.dtype)
-        return grad, None, None, None, None, None, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -599,12 +605,39 @@ def _value_and_grad_fake(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor
     return _value_fake(input, *arguments), torch.empty_like(input)
 
 
+def _operator_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
+    """Of both operators. The second one has made the gradient already."""
+    *tensors, ctx.options = *inputs[:4], _Options(*inputs[4:])
+    grad = None
+    if isinstance(output, tuple):
+        _, grad = output
+        ctx.mark_non_differentiable(grad)
+    ctx.save_for_backward(*tensors, grad)
+
+
+def _operator_backward(ctx: Any, grad_output: Tensor, _: None = None) -> tuple[Tensor | None, ...]:
+    *tensors, grad = ctx.saved_tensors
+    none = (None,) * (3 + len(ctx.options))
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _differentiable_backward(tensors, ctx.options, grad_output), *none
+    if ctx.options.reduction == _NONE:
+        input, target, weight, sample_weight = tensors
+        rows = grad_output if sample_weight is None else grad_output * sample_weight
+        _, grad = _value_and_grad_op(input, target, weight, rows, *ctx.options._replace(reduction=_SUM))
+        return grad, *none
+    if grad is None:
+        _, grad = _value_and_grad_op(*tensors, *ctx.options)
+    return (grad * grad_output).to(grad.dtype), *none
+
+
 torch.library.define("fastxent::cross_entropy", f"({_ARGUMENTS}) -> Tensor")
 torch.library.define("fastxent::cross_entropy_value_and_grad", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 torch.library.impl("fastxent::cross_entropy", "CPU", _value_impl)
 torch.library.impl("fastxent::cross_entropy_value_and_grad", "CPU", _value_and_grad_impl)
 torch.library.register_fake("fastxent::cross_entropy", _value_fake)
 torch.library.register_fake("fastxent::cross_entropy_value_and_grad", _value_and_grad_fake)
+for _operator in ("fastxent::cross_entropy", "fastxent::cross_entropy_value_and_grad"):
+    torch.library.register_autograd(_operator, _operator_backward, setup_context=_operator_context)
 _value_op = torch.ops.fastxent.cross_entropy
 _value_and_grad_op = torch.ops.fastxent.cross_entropy_value_and_grad
 
@@ -614,6 +647,7 @@ _value_and_grad_op = torch.ops.fastxent.cross_entropy_value_and_grad
 # ----------------------------------------------------------------------------------------------------
 
 _library: torch.library.Library | None = None
+_CACHE_TAG = f" fastxent {__version__}"  # Inductor's cache on disk must tell our code for F.cross_entropy from PyTorch's
 
 
 def install() -> None:
@@ -636,6 +670,7 @@ def install() -> None:
         _library = torch.library.Library("aten", "IMPL")
         for key in ("CPU", "AutogradCPU"):
             _library.impl("cross_entropy_loss", _in_place_of_aten, key)
+        torch.compiler.config.cache_key_tag += _CACHE_TAG
         _forget_compiled_code()
 
 
@@ -651,6 +686,7 @@ def uninstall() -> None:
     if _library is not None:
         _library._destroy()
         _library = None
+        torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag.replace(_CACHE_TAG, "")
         _forget_compiled_code()
 
 
@@ -689,5 +725,6 @@ def _in_place_of_aten(
 
 def _forget_compiled_code() -> None:
     """What torch.compile made of the other cross-entropy is compiled again when it is called."""
+    torch.ops.aten.cross_entropy_loss.default._dispatch_cache.clear()  # which kernel a tracer takes
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

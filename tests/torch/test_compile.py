@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_cases import DTYPES, REDUCTIONS, Case, counted, make_case, one_torch_thread, torch_loss
 
+import fastxent.torch as fxt
 from fastxent.torch import CrossEntropyLoss, cross_entropy
 
 one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
@@ -181,6 +184,41 @@ def test_trained_probabilities():
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
+TRANSFORMS = {
+    "grad": torch.func.grad,
+    "hessian": torch.func.hessian,
+    "vmap": lambda f: torch.vmap(lambda k: f(k * torch.ones(5, 7, dtype=torch.float64).cumsum(1))),
+    "vmap of grad": lambda f: lambda x: torch.vmap(lambda k: torch.func.grad(f)(x * k))(x[0]),
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (torch.cos(x),))[1],
+}
+
+
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_inside_compiled_code(transform, installed):
+    case = make_case(torch.float64, (5, 7), "weight ignore")
+    x = case.x[0] if transform is TRANSFORMS["vmap"] else case.x
+
+    def loss(f):
+        return lambda v: f(v, case.target, **case.options)
+
+    want = transform(loss(F.cross_entropy))(x)
+    with fxt.installed() if installed else nullcontext():
+        got = compiled(transform(loss(F.cross_entropy if installed else cross_entropy)))(x)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+def test_dual_numbers_inside_compiled_code():
+    case = make_case(torch.float64, (5, 7))
+
+    def tangent(f, x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.cos(x)), case.target)).tangent
+
+    got, want = compiled(tangent)(cross_entropy, case.x), tangent(F.cross_entropy, case.x)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("option", COMPILED)
@@ -292,6 +330,34 @@ def test_opcheck():
     assert registered and exercised == registered
     for func, args, kwargs in calls:
         torch.library.opcheck(func, args, kwargs)
+
+
+@pytest.mark.parametrize("option", COMPILED)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_double_backward_under_a_dispatch_mode(reduction, option):
+    """Part of the second derivative reaches the logits by other ways: a missing rest would go unnoticed."""
+    case, results = make_case(torch.float64, (5, 7), option), []
+    for function, mode in ((cross_entropy, Record()), (torch_loss, nullcontext())):
+        x = case.x.clone().requires_grad_()
+        scale = x.square().sum()
+        with mode:
+            loss = (function(x, case.target, reduction=reduction, **case.options) * scale).sum()
+            (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+            results.append(torch.autograd.grad((grad**3).sum(), x)[0])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_operators_are_differentiable_themselves(reduction):
+    """An exported program holds them, and may be trained."""
+    case = make_case(torch.float64, (5, 7), "weight ignore")
+    x = case.x.clone().requires_grad_()
+    op = torch.ops.fastxent.cross_entropy
+    weight = case.options["weight"]
+    loss = op(x, case.target, weight, None, REDUCTIONS.index(reduction), -100, 0.0, 0.0, 0.0)
+    (grad,) = torch.autograd.grad((2 * loss).sum(), x)
+    want = torch.func.grad(lambda v: 2 * F.cross_entropy(v, case.target, weight, reduction=reduction).sum())(case.x)
+    torch.testing.assert_close(grad, want, rtol=1e-12, atol=1e-12)
 
 
 def test_operators_give_what_the_functions_give():

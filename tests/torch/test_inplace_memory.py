@@ -324,3 +324,26 @@ def test_a_buffer_is_not_lent_twice():
     for x in kept:
         (want,) = torch.autograd.grad(F.cross_entropy(x * x, target), x)
         torch.testing.assert_close(x.grad, want)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("kind", ["overlapping", "negated"])
+def test_places_that_cannot_hold_a_gradient_are_left_alone(kind, reduction):
+    """Windows share their logits; of a negated view the memory holds the opposite."""
+    leaf, target = torch.linspace(-2, 2, 9, dtype=torch.float64).requires_grad_(), torch.arange(5)
+    grads = []
+    for inplace in (False, True):
+        logits = (leaf * 3).unfold(0, 5, 1)
+        if kind == "negated":
+            logits = torch.complex(logits, logits.sin()).conj().imag
+            assert logits.is_neg()
+        loss = cross_entropy(logits, target, reduction=reduction, inplace=inplace).sum()
+        grads.append(torch.autograd.grad(loss, leaf)[0])
+    torch.testing.assert_close(*grads, rtol=1e-13, atol=1e-15)
+
+
+def test_a_view_of_a_leaf_is_refused_as_the_leaf_is():
+    leaf = torch.zeros(4, 5, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf"):
+        cross_entropy(leaf.view(2, 2, 5).flatten(0, 1), torch.arange(4), inplace=True)
+    assert not leaf.detach().any()
