@@ -54,14 +54,24 @@ _kernels: dict[tuple[str, Variant], Kernel] = {}
 # ----------------------------------------------------------------------------------------------------
 
 
-def run(
-    name: str, plan: Plan, n_threads: int | None = None, *,
+def run(name: str, plan: Plan, n_threads: int | None = None, **arguments: float) -> tuple[float, float, float, float]:
+    """Run task ``name`` over ``plan``; arguments as in `argument_block`. Returns the sums over all units, and the divisor."""
+    block = argument_block(plan, **arguments)
+    if plan.variant.split:
+        _launch(kernel("save_segment", plan.variant), block, plan, n_threads)
+        _task.COUNTERS.pack_into(block, 0, 0, 0)
+    _launch(kernel(name, plan.variant), block, plan, n_threads)
+    return _task.TOTAL.unpack_from(block, _task.BLOCK.size)
+
+
+def argument_block(
+    plan: Plan, *,
     x: int = 0, g: int = 0, h: int = 0, t: int = 0, y: int = 0, w: int = 0, u: int = 0,
     loss: int = 0, lse: int = 0, entropy: int = 0, target_prob: int = 0, prediction: int = 0, target_rank: int = 0,
     ignore: int = 0, keep: float = 1.0, spread: float = 0.0, factor: float = 1.0, divisor: float = 1.0,
     check: bool = False, average: bool = False, z: float = 0.0, cap: float = 0.0,
-) -> tuple[float, float, float, float]:  # fmt: skip
-    """Run task ``name`` over ``plan``; addresses as in ``_task.CALLED``. Returns the sums over all units, and the divisor.
+) -> ctypes.Array[ctypes.c_char]:  # fmt: skip
+    """What a task reads: addresses and numbers as in ``_task.CALLED``, and behind them room for its sums.
 
     ``check``, for `small` work only: the class indices are checked, and with ``average`` the divisor is made, by the task.
     The third sum is then the number of indices out of range; nothing has been written if there are any.
@@ -72,16 +82,35 @@ def run(
     at_total = ctypes.addressof(block) + total
     at_partial = at_total + _task.TOTAL.size
     at_segments = at_partial + 24 * plan.n_chunks
-    values = (
-        *plan.planned, ctypes.addressof(plan.table), at_partial, at_segments, at_total, x, g, h, t, y, w, u,
-        loss, lse, entropy, target_prob, prediction, target_rank,
+    _task.BLOCK.pack_into(
+        block, 0, 0, 0, *plan.planned, ctypes.addressof(plan.table), at_partial, at_segments, at_total,
+        x, g, h, t, y, w, u, loss, lse, entropy, target_prob, prediction, target_rank,
         w != 0, u != 0, loss != 0, g != x and g % plan.itemsize == 0, ignore, keep, spread, factor, check, average, z, cap,
     )  # fmt: skip
     _task.TOTAL.pack_into(block, total, 0.0, 0.0, 0.0, divisor)
-    for task in ("save_segment", name) if plan.variant.split else (name,):
-        _task.BLOCK.pack_into(block, 0, 0, 0, *values)
-        _launch(kernel(task, plan.variant), block, plan, n_threads)
-    return _task.TOTAL.unpack_from(block, total)
+    return block
+
+
+class SmallTask:
+    """A task over class indices for one thread, called again and again: all but three addresses is packed once."""
+
+    def __init__(self, name: str, plan: Plan, **arguments: float) -> None:
+        self.call = kernel(name, plan.variant).call
+        self.plan, self.arguments = plan, arguments
+        self.blocks: list[ctypes.Array[ctypes.c_char]] = []  # those that no thread is using
+
+    def __call__(self, x: int, g: int, y: int) -> tuple[float, float, float, float]:
+        """As `run`."""
+        try:
+            block = self.blocks.pop()
+        except IndexError:
+            block = argument_block(self.plan, check=True, **self.arguments)
+        _task.COUNTERS.pack_into(block, 0, 0, 0)
+        _task.OPERANDS.pack_into(block, _task.AT_OPERANDS, x, g, 0, 0, y)
+        self.call(block)
+        result = _task.TOTAL.unpack_from(block, _task.BLOCK.size)
+        self.blocks.append(block)
+        return result
 
 
 def small(elements: int) -> bool:

@@ -29,7 +29,7 @@ from torch._prims_common import is_non_overlapping_and_dense_or_false as is_non_
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastxent import __version__, _memory, _parallel
-from fastxent._plan import FEW_CLASSES, Plan, flat_plan, make_plan, over
+from fastxent._plan import FEW_CLASSES, Plan, flat_plan, make_plan
 
 _STORAGE = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64}
@@ -187,6 +187,14 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 def _cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: _Options, inplace: bool
 ) -> Tensor:
+    kind = None
+    if weight is None and sample_weight is None and not (inplace or _is_out_of_the_ordinary()):
+        kind = _kind(input, target, options)
+        small = _small.get(kind)
+        if small is not None:
+            if torch.is_grad_enabled() and input.requires_grad:
+                return _apply(input, target, None, None, options, False, small)
+            return _small_loss(small.value, options, input, input, target)
     if options.label_smoothing < 0.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
     if not _takes(input, target, weight, sample_weight, options):
@@ -201,11 +209,24 @@ def _cross_entropy(
             loss = _value_op(input, target, weight, sample_weight, *options)
     elif differentiate:
         inplace = inplace and _may_be_overwritten(input)
-        loss = _Eager.apply(input, target, weight, sample_weight, options, inplace)
+        loss = _apply(input, target, weight, sample_weight, options, inplace, None)
     else:
         loss = _value(input, target, weight, sample_weight, options)
+    if kind is not None and _parallel.small(input.numel()):
+        _remember(kind, input, target, options)
     dtype = _loss_dtype(input, target, weight)
     return loss if loss.dtype == dtype else loss.to(dtype)
+
+
+def _is_out_of_the_ordinary() -> bool:
+    """Is somebody tracing, transforming or casting?"""
+    return (
+        torch.autograd.forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+    )
 
 
 def _takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: _Options) -> bool:
@@ -316,7 +337,7 @@ class _Call(NamedTuple):
     t: Tensor | None
     w: Tensor | None  # float64, contiguous
     u: Tensor | None  # float64, contiguous
-    divisor: float
+    divisor: float | None  # None: y is unchecked, and the task checks it
     n_threads: int
     acc: torch.dtype
 
@@ -345,14 +366,21 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
             t = torch.empty_like(x, dtype=t.dtype).copy_(t)
         return _Call(x, axis, rows, None, t, w, u, float(math.prod(rows) if u is None else u.sum()), n_threads, acc)
     y = target if target.dtype == torch.int64 and target.is_contiguous() else _as_int64(target).contiguous()
-    plan = flat_plan(y.numel(), n_classes, "f32")
-    divisor, _, bad = _parallel.run(
-        "check_targets", plan, n_threads, y=y.data_ptr(), w=_address(w), u=_address(u), ignore=ignore_index
-    )
-    if bad:
-        wrong = target[(y != ignore_index) & ((y < 0) | (y >= n_classes))]
-        raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
+    divisor = None
+    if not _parallel.small(x.numel()):
+        plan = flat_plan(y.numel(), n_classes, "f32")
+        divisor, _, bad, _ = _parallel.run(
+            "check_targets", plan, n_threads, y=y.data_ptr(), w=_address(w), u=_address(u), ignore=ignore_index
+        )
+        if bad:
+            raise _out_of_bounds(target, n_classes, ignore_index)
     return _Call(x, axis, rows, y, None, w, u, divisor, n_threads, acc)
+
+
+def _out_of_bounds(target: Tensor, n_classes: int, ignore_index: int) -> IndexError:
+    y = _as_int64(target)
+    wrong = target[(y != ignore_index) & ((y < 0) | (y >= n_classes))]
+    return IndexError(f"Target {wrong[0].item()} is out of bounds.")
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -382,27 +410,92 @@ def _plan(
     return make_plan(tuple(shape), (x, g, t), axis, _STORAGE[dtype], target, labelled, smooth, capped)
 
 
-def _run(name: str, call: _Call, g: Tensor, options: _Options, **more: Any) -> Tensor:
+def _run(name: str, call: _Call, g: Tensor, options: _Options, factor: float = 1.0) -> Tensor:
     """Run a task; its loss, reduced."""
     loss = torch.zeros(call.rows, dtype=call.acc) if options.reduction == _NONE else None
     x, t = call.x, call.t
     strides = (x.stride(), g.stride(), (x if t is None else t).stride())
     labelled, smooth = call.y is not None, call.y is not None and options.label_smoothing > 0
     plan = _plan(x.shape, strides, call.axis, x.dtype, None if t is None else t.dtype, labelled, smooth, options.softcap != 0)
-    total, _, _ = _parallel.run(
+    average = options.reduction == _MEAN
+    total, _, bad, divisor = _parallel.run(
         name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=_address(t),
-        y=_address(call.y), w=_address(call.w), u=_address(call.u), loss=_address(loss), ignore=options.ignore_index,
-        keep=1.0 - options.label_smoothing, spread=options.label_smoothing / x.shape[call.axis],
-        z=options.z_loss, cap=options.softcap, **more,
+        y=_address(call.y), w=_address(call.w), u=_address(call.u), loss=_address(loss), factor=factor,
+        divisor=(call.divisor or math.nan) if average else 1.0, check=call.divisor is None, average=average,
+        **_numbers(options, x.shape[call.axis]),
     )  # fmt: skip
-    if loss is not None:
-        return loss
-    if options.reduction == _MEAN:
-        total = over(total, call.divisor)
+    if bad and call.divisor is None:
+        raise _out_of_bounds(call.y, x.shape[call.axis], options.ignore_index)
+    return _scalar(total / divisor, call.acc) if loss is None else loss
+
+
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
     try:
-        return torch.scalar_tensor(total, dtype=call.acc)
+        return torch.scalar_tensor(value, dtype=dtype)
     except RuntimeError:  # it refuses what float32 rounds to infinity; torch.tensor does not, but takes twice the time
-        return torch.tensor(total, dtype=call.acc)
+        return torch.tensor(value, dtype=dtype)
+
+
+class _Small(NamedTuple):
+    """Tasks for a kind of call that one thread does, and that was met before."""
+
+    value: _parallel.SmallTask
+    gradient: _parallel.SmallTask
+
+
+_small: dict[tuple[Any, ...], _Small] = {}
+
+
+def _kind(input: Tensor, target: Tensor, options: _Options) -> tuple[Any, ...]:
+    """All that a call without weights is sorted by. The keys tell device, layout, and whatever else is odd about a tensor."""
+    keys = torch._C._dispatch_keys
+    return (
+        type(input), input.shape, input.stride(), input.dtype, keys(input).raw_repr(),
+        type(target), target.shape, target.stride(), target.dtype, keys(target).raw_repr(), options,
+    )  # fmt: skip
+
+
+def _remember(kind: tuple[Any, ...], input: Tensor, target: Tensor, options: _Options) -> None:
+    """Keep the tasks of a call that was found good, if they can take its tensors as they lie."""
+    axis = 0 if input.dim() == 1 else 1
+    g = _gradient_like(input)
+    if (
+        input.dtype not in (torch.float32, torch.float64)
+        or target.dtype != torch.int64
+        or not target.is_contiguous()
+        or options.reduction == _NONE
+        or input.is_neg()
+        or target.is_neg()
+        or not _walkable(input, axis)
+        or not _lies_well(g, input, axis)
+    ):
+        return
+    strides = (input.stride(), g.stride(), input.stride())
+    plan = _plan(input.shape, strides, axis, input.dtype, None, True, options.label_smoothing > 0, options.softcap != 0)
+    arguments = _numbers(options, input.shape[axis]) | {"average": options.reduction == _MEAN}
+    if len(_small) >= 4096:
+        _small.clear()
+    _small[kind] = _Small(*(_parallel.SmallTask(name, plan, **arguments) for name in ("value", "value_and_grad")))
+
+
+def _numbers(options: _Options, n_classes: int) -> dict[str, float]:
+    """The options as the tasks know them."""
+    return {
+        "ignore": options.ignore_index, "keep": 1.0 - options.label_smoothing, "spread": options.label_smoothing / n_classes,
+        "z": options.z_loss, "cap": options.softcap,
+    }  # fmt: skip
+
+
+def _lies_well(g: Tensor, x: Tensor, axis: int) -> bool:
+    """Do the lanes of the gradient lie as those of the logits do?"""
+    return x.shape[axis] <= FEW_CLASSES or (g.stride(axis) == 1) == (x.stride(axis) == 1)
+
+
+def _small_loss(task: _parallel.SmallTask, options: _Options, input: Tensor, g: Tensor, target: Tensor) -> Tensor:
+    total, _, bad, divisor = task(input.data_ptr(), g.data_ptr(), target.data_ptr())
+    if bad:
+        raise _out_of_bounds(target, input.shape[input.dim() > 1], options.ignore_index)
+    return _scalar(total / divisor, input.dtype)
 
 
 def _value(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: _Options) -> Tensor:
@@ -421,11 +514,9 @@ def _value_and_grad(
 ) -> tuple[Tensor, Tensor]:
     """Loss, and ``factor`` times its gradient, in ``out`` if given; that may be ``input``."""
     call = _prepare(input, target, weight, sample_weight, options.ignore_index)
-    divisor = (call.divisor or math.nan) if options.reduction == _MEAN else 1.0
     result = _gradient_like(input) if out is None else out
-    lies_well = call.x.shape[call.axis] <= FEW_CLASSES or (result.stride(call.axis) == 1) == (call.x.stride(call.axis) == 1)
-    g = result if lies_well else torch.empty_like(call.x)
-    loss = _run("value_and_grad", call, g, options, factor=factor, divisor=divisor)
+    g = result if _lies_well(result, call.x, call.axis) else torch.empty_like(call.x)
+    loss = _run("value_and_grad", call, g, options, factor)
     if g is not result:
         result.copy_(g)
     return loss, result
@@ -500,14 +591,19 @@ class _Eager(torch.autograd.Function):
         sample_weight: Tensor | None,
         options: _Options,
         inplace: bool,
+        small: _Small | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.inplace, ctx.grad = options, inplace, None
         if options.reduction == _NONE:
             ctx.save_for_backward(input, target, weight, sample_weight)
             return _value(input, target, weight, sample_weight, options)
-        out = input.detach() if inplace else None
-        loss, ctx.grad = _value_and_grad(input, target, weight, sample_weight, options, out)
+        if small is not None:
+            ctx.grad = torch.empty_like(input)
+            loss = _small_loss(small.gradient, options, input, ctx.grad, target)
+        else:
+            out = input.detach() if inplace else None
+            loss, ctx.grad = _value_and_grad(input, target, weight, sample_weight, options, out)
         if inplace:
             torch.autograd.graph.increment_version(input)
         else:
@@ -516,7 +612,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        none = (None,) * 5
+        none = (None,) * 6
         if grad_output is None:
             return None, *none
         batched = _is_batched(grad_output)
@@ -552,6 +648,10 @@ class _Eager(torch.autograd.Function):
             out = grad if ours else None
             return _value_and_grad(input, target, weight, sample_weight, ctx.options, out, factor)[1], *none
         return (grad.mul_(factor) if ours else grad * factor), *none
+
+
+# Function.apply without its look for functorch's tensors: `_cross_entropy` has sent those elsewhere.
+_apply = super(torch.autograd.Function, _Eager).apply
 
 
 def _is_batched(t: Tensor) -> bool:
