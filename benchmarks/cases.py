@@ -63,6 +63,11 @@ class Case:
         return f"{self.shape} {self.dtype} {self.option} {self.mode}"
 
     @property
+    def slug(self) -> str:
+        """The key as one word: for the names of tests."""
+        return self.key.replace(" x ", "x").replace(" ", "-")
+
+    @property
     def n_classes(self) -> int:
         return self.extents[self.axis]
 

@@ -60,9 +60,13 @@ class Screen:
         for name, text in head(document):
             self.console.print(f"{name:<9} {text}")
 
+    def title(self, text: str) -> None:
+        self.console.print()
+        self.console.print(Text(text, style="bold"))  # as a style of print it would colour the bar too
+
     def group(self, group: Group) -> None:
         n = max((len(entry["samples"]) for entry in group["entries"]), default=0)
-        self.console.print(f"\n{group['title']}", style="bold")
+        self.title(group["title"])
         self.console.print(f"{group['reason']} ({n} samples)")
         self.console.print(self.group_table(group))
         for name, reason in group["missing"].items():
@@ -71,12 +75,12 @@ class Screen:
     def tail(self, groups: Sequence[Group], with_bars: bool) -> None:
         """What is made of all groups."""
         if with_bars:
-            self.console.print("\nbars", style="bold")
+            self.title("bars")
             self.console.print(self.bars_table(groups))
-        self.console.print(f"\n{CAPTION}", style="dim" if self.rich else "")
+        self.console.print(f"\n{CAPTION}")
         rows = summary(groups)
         if rows:
-            self.console.print(f"\n{TORCH}, {GRAD}", style="bold")
+            self.title(f"{TORCH}, {GRAD}")
             self.console.print(self.table(SUMMARY_COLUMNS, rows))
 
     def table(self, titles: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] = ()) -> Table:
