@@ -10,6 +10,7 @@ Every result is checked before it is timed. Cases that are large and torch.compi
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ def inputs(case: Case) -> Inputs:
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler of torch.compile
 @pytest.mark.parametrize(("case", "provider"), params())
-def test_speed(case: Case, provider: Provider, benchmark) -> None:
+def test_speed(case: Case, provider: Provider, benchmark: Any) -> None:
     n_threads = fx.get_num_threads()
     reason = provider.missing(n_threads)
     if reason is not None:
