@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version
 from typing import Any
 
 from asv.environment import Environment
@@ -16,6 +17,11 @@ from asv.environment import Environment
 class Checkout(Environment):  # type: ignore[misc]
     tool_name = "checkout"
     matches_python_fallback = False  # only where it is asked for by name
+
+    def __init__(self, conf: Any, python: str, requirements: dict[str, str], tagged_env_vars: Any) -> None:
+        """Of what asv.conf.json requires, the versions that are there go into the results."""
+        self._requirements = {name: version(name) for name in requirements}
+        super().__init__(conf, python, self._requirements, tagged_env_vars)
 
     def check_presence(self) -> bool:
         return os.path.isdir(self._path)

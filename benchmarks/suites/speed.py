@@ -5,22 +5,22 @@ what is measured changes; asv would otherwise drop the history at every edit of 
 """
 
 import fastxent as fx
+from benchmarks import measure  # its time_interleaved, by name, would be taken for a benchmark
 from benchmarks.bars import OUT, TORCH
 from benchmarks.cases import Inputs, case_of
-from benchmarks.measure import Effort, make_checked, ratio, set_threads, time_interleaved
 from benchmarks.providers import BY_NAME, Call
 from benchmarks.report import EAGER
 
 SHAPES = {case.shape: case for case in map(case_of, ((32, 10), (1024, 1000), (65536, 10), (4096, 8192)))}
 THREADS = ["1", "all"]
-EFFORT = Effort(7, 40, 2.0)
+EFFORT = measure.Effort(7, 40, 2.0)
 
 
 def checked(name, inputs, n_threads):
     """A call that is right; where there is none, as before a commit that brought it, asv notes n/a."""
     if reason := BY_NAME[name].missing(n_threads):
         raise NotImplementedError(reason)
-    call = make_checked(BY_NAME[name], inputs, n_threads)
+    call = measure.make_checked(BY_NAME[name], inputs, n_threads)
     if not isinstance(call, Call):
         raise NotImplementedError(call)
     return call
@@ -30,7 +30,7 @@ def number_of_threads(which):
     """For everybody."""
     fx.set_num_threads(None)
     n = 1 if which == "1" else fx.get_num_threads()
-    set_threads(n)
+    measure.set_threads(n)
     return n
 
 
@@ -66,5 +66,5 @@ class Ratio:
         self.calls = {name: checked(name, inputs, self.n_threads) for name in (provider, EAGER)}
 
     def track_ratio(self, provider, shape, threads):
-        timed = time_interleaved(self.calls, self.n_threads, EFFORT, lambda text, share=0.0: None)
-        return ratio(timed[provider][1], timed[EAGER][1]).median
+        timed = measure.time_interleaved(self.calls, self.n_threads, EFFORT, lambda text, share=0.0: None)
+        return measure.ratio(timed[provider][1], timed[EAGER][1]).median

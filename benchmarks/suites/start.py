@@ -1,10 +1,11 @@
 """What a process pays before its first result, and how much memory it takes."""
 
+from suites.speed import number_of_threads
+
 from benchmarks.bars import OUT, TORCH, TORCH_IN_PLACE
 from benchmarks.cases import HEADLINE, Inputs
 from benchmarks.providers import BY_NAME
 from benchmarks.report import EAGER
-from suites.speed import number_of_threads
 
 ARRAYS = """
 import fastxent
