@@ -1,4 +1,4 @@
-"""asv environment "checkout": the Python that runs asv, with the commit's source folder in front of its path.
+"""asv environment "checkout": the packages of the Python that runs asv, and the source folder of the commit.
 
 Nothing is installed, so ``asv run -E checkout ...``, ``asv continuous -E checkout ...`` and the others need no network, and a
 commit costs as long as it takes to check out (its kernels are compiled when they are first called, as everywhere).
@@ -6,9 +6,10 @@ commit costs as long as it takes to check out (its kernels are compiled when the
 
 from __future__ import annotations
 
-import os
-import sys
+import sysconfig
+import venv
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from asv.environment import Environment
@@ -24,17 +25,17 @@ class Checkout(Environment):  # type: ignore[misc]
         super().__init__(conf, python, self._requirements, tagged_env_vars)
 
     def check_presence(self) -> bool:
-        return os.path.isdir(self._path)
+        return Path(self._path, "pyvenv.cfg").is_file()
 
     def _setup(self) -> None:
-        os.makedirs(self._path)
+        """A .pth file, since asv takes PYTHONPATH away (and ASV_PYTHONPATH too, in 0.6.6)."""
+        venv.create(self._path, symlinks=True)
+        here = {name: sysconfig.get_path(name) for name in ("purelib", "platlib")}
+        there = sysconfig.get_path("purelib", "venv", {"base": self._path})
+        Path(there, "checkout.pth").write_text("\n".join(dict.fromkeys([self._build_root, *here.values()])))
 
     def install_project(self, conf: Any, repo: Any, commit_hash: str) -> None:
         self.checkout_project(repo, commit_hash)
 
-    def find_executable(self, executable: str) -> str:
-        return sys.executable
-
     def run(self, args: list[str], **kwargs: Any) -> Any:
-        env = dict(kwargs.pop("env", os.environ), ASV_PYTHONPATH=self._build_root)
-        return self.run_executable(sys.executable, args, env=env, **kwargs)
+        return self.run_executable("python", args, **kwargs)

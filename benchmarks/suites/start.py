@@ -30,7 +30,7 @@ class Start:
 class Memory:
     """Of the whole process, libraries and logits included. Not checked: a check takes more memory than the call."""
 
-    params = [OUT, TORCH, TORCH_IN_PLACE, EAGER]
+    params = (OUT, TORCH, TORCH_IN_PLACE, EAGER)
     param_names = ("provider",)
     version = "1"
 
