@@ -15,7 +15,7 @@ from typing import Any
 from asv.environment import Environment
 
 
-class Checkout(Environment):  # type: ignore[misc]
+class Checkout(Environment):
     tool_name = "checkout"
     matches_python_fallback = False  # only where it is asked for by name
 
