@@ -109,9 +109,10 @@ def _local(link: re.Match[str]) -> str:
 def page(history: History) -> str:
     shapes = list(dict.fromkeys(s.shape for s in history.series))
     newest, machine = history.newest, history.machine
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "numba", "torch") if machine.get(name))
+    facts = [machine.get("cpu"), f"{machine['num_cpu']} cores" if machine.get("num_cpu") else None, machine.get("os")]
+    facts += [f"{name} {machine[name]}" for name in ("python", "numba", "torch") if machine.get(name)]
     return Template(PAGE.read_text()).substitute(
-        where=html.escape(f"{machine['cpu']}, {machine['num_cpu']} cores, {machine['os']}; {versions}"),
+        where=html.escape(", ".join(fact for fact in facts if fact)),
         newest=_commit_text(newest),
         date=f"{newest.date:%Y-%m-%d}",
         n_commits=history.n_commits,
