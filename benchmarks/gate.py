@@ -3,13 +3,15 @@
 FILE is what ``pytest benchmarks/test_speed.py -m gate -n 0 --benchmark-enable --benchmark-json FILE`` wrote. A number is the
 shortest time of ours by the shortest time of PyTorch eager, never a time: another machine has other times. Each must keep its
 limit, which is generous: it is for machines that do other things as well. With ``--base FILE``, from the commit before on the
-same machine, no number may have grown by more than a factor either.
+same machine, no number may have grown by more than a factor either. Of several files of a commit the shortest times count; take
+them in turns with those of the base, two of each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,9 +32,13 @@ LIMITS = {
 Ratios = dict[tuple[str, str], float]  # of a case and a provider
 
 
-def ratios(document: Mapping[str, Any]) -> Ratios:
-    """What is judged, as pytest-benchmark wrote it."""
-    times = {(b["extra_info"]["case"], b["extra_info"]["provider"]): b["stats"]["min"] for b in document["benchmarks"]}
+def ratios(documents: Sequence[Mapping[str, Any]]) -> Ratios:
+    """What is judged, from what pytest-benchmark wrote."""
+    times: Ratios = {}
+    for document in documents:
+        for b in document["benchmarks"]:
+            key = b["extra_info"]["case"], b["extra_info"]["provider"]
+            times[key] = min(b["stats"]["min"], times.get(key, math.inf))
     wanted = [(case.key, name) for case, limits in LIMITS.items() for name in limits]
     return {(key, name): times[key, name] / times[key, EAGER] for key, name in wanted}
 
@@ -55,16 +61,16 @@ def judge(now: Ratios, base: Ratios | None, factor: float) -> list[tuple[str, bo
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__)
-    parser.add_argument("file", type=Path, metavar="FILE", help="what pytest --benchmark-json wrote")
-    parser.add_argument("--base", type=Path, metavar="FILE", help="the same from an earlier commit")
-    parser.add_argument("--factor", type=float, default=1.3, help="by which a ratio may have grown since (1.3)")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="what pytest --benchmark-json wrote")
+    parser.add_argument("--base", type=Path, nargs="+", metavar="FILE", help="the same from an earlier commit")
+    parser.add_argument("--factor", type=float, default=1.4, help="by which a ratio may have grown since (1.4)")
     args = parser.parse_args(argv)
     try:
-        now, base = (ratios(json.loads(file.read_text())) if file else None for file in (args.file, args.base))
+        now = ratios([json.loads(file.read_text()) for file in args.files])
+        base = ratios([json.loads(file.read_text()) for file in args.base]) if args.base else None
     except KeyError as error:
         print(f"not measured: {error}", file=sys.stderr)
         return 2
-    assert now is not None
     lines = judge(now, base, args.factor)
     for text, passed in lines:
         print("ok  " if passed else "SLOW", text)

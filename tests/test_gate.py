@@ -50,13 +50,14 @@ def test_one_above_its_limit_fails(written, capsys):
 def test_growth_since_the_base_fails_within_the_limits(written, capsys):
     base = written("base.json", machine=3.0)
     assert gate.main([written("now.json", share=0.6), "--base", base]) == 0
-    now = written("now.json", exceptions={(HEADLINE, TORCH): 0.7})
+    now = written("now.json", exceptions={(HEADLINE, TORCH): 0.705})
     assert gate.main([now]) == 0
     capsys.readouterr()
     assert gate.main([now, "--base", base]) == 1
     slow = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SLOW")]
-    assert slow == ["SLOW fastxent torch, 4096 x 8192: 0.35 x PyTorch eager, limit 0.5; 1.40 x what it was, limit 1.3"]
+    assert slow == ["SLOW fastxent torch, 4096 x 8192: 0.35 x PyTorch eager, limit 0.5; 1.41 x what it was, limit 1.4"]
     assert gate.main([now, "--base", base, "--factor", "1.5"]) == 0
+    assert gate.main([now, written("again.json"), "--base", base]) == 0  # the shortest time counts
 
 
 @pytest.mark.parametrize("without", [(HEADLINE.key, EAGER), (NARROW.key, OUT)])
