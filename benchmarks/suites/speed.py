@@ -13,7 +13,7 @@ from benchmarks.report import EAGER
 
 SHAPES = {case.shape: case for case in map(case_of, ((32, 10), (1024, 1000), (65536, 10), (4096, 8192)))}
 THREADS = ["1", "all"]
-EFFORT = measure.Effort(7, 40, 2.0)
+EFFORT = measure.Effort(7, 80, 2.0)
 
 
 def checked(name, inputs, n_threads):
