@@ -37,6 +37,7 @@ class Screen:
     def __init__(self) -> None:
         self.console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, markup=False)
         self.rich = self.console.is_terminal
+        self._told: set[tuple[str, str]] = set()  # who is missing and why: said once
         terminal = self.console if self.rich else Console(stderr=True)
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
         self._bar = Bar(*columns, console=terminal, disable=not terminal.is_terminal, auto_refresh=False, transient=True)
@@ -69,8 +70,10 @@ class Screen:
         self.title(group["title"])
         self.console.print(f"{group['reason']} ({n} samples)")
         self.console.print(self.group_table(group))
-        for name, reason in group["missing"].items():
-            self.console.print(f"  missing: {name}: {reason}")
+        for missing in group["missing"].items():
+            if missing not in self._told:
+                self._told.add(missing)
+                self.console.print("  missing: " + ": ".join(missing))
 
     def tail(self, groups: Sequence[Group], with_bars: bool) -> None:
         """What is made of all groups."""
