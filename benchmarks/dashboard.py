@@ -28,6 +28,7 @@ from benchmarks.report import digits
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = Path(__file__).with_name("dashboard.html")
 LATEST = 10  # regressions that are listed
+NOISE = 1.15  # a smaller change from one commit to the next says nothing
 
 # What asv's pages load from elsewhere: the file's name there, its package and its place in it.
 SCRIPTS = {
@@ -132,7 +133,7 @@ def _tile(series: Series) -> str:
     change = ""
     if before:
         faster = before[0][1] / now
-        kind = "same" if 1 / 1.05 < faster < 1.05 else "faster" if faster > 1 else "slower"
+        kind = "same" if 1 / NOISE < faster < NOISE else "faster" if faster > 1 else "slower"
         text = {"same": "as before", "faster": f"{digits(faster)} × faster", "slower": f"{digits(1 / faster)} × slower"}[kind]
         change = f'<span class="{kind}">{text}</span>'
     return (
@@ -162,9 +163,10 @@ def _chart(series: Sequence[Series], shape: str, history: History) -> str:
     commits = sorted({commit for s in series for commit, _ in s.points}, key=lambda commit: commit.date)
     values = [value for s in series for _, value in s.points]
     x_of = {c.hash: LEFT + (WIDTH - LEFT - RIGHT) * (k + 0.5) / len(commits) for k, c in enumerate(commits)}
-    y_of = _log_scale(min(values) / 1.2, max(values) * 1.2)
+    low, high = min(values) / 1.4, max(values) * 1.4
+    y_of = _log_scale(low, high)
     parts = []
-    for tick in _ticks(min(values) / 1.2, max(values) * 1.2):
+    for tick in _ticks(low, high):
         y = y_of(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="y" x="{LEFT - 6}" y="{y + 4:.1f}">{tick:g}</text>')
