@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="what pytest --benchmark-json wrote")
     parser.add_argument("--base", type=Path, nargs="+", metavar="FILE", help="the same from an earlier commit")
-    parser.add_argument("--factor", type=float, default=1.4, help="by which a ratio may have grown since (1.4)")
+    parser.add_argument("--factor", type=float, default=1.3, help="by which a ratio may have grown since (1.3)")
     args = parser.parse_args(argv)
     try:
         now = ratios([json.loads(file.read_text()) for file in args.files])
