@@ -7,6 +7,7 @@ import http.server
 import json
 import shutil
 import threading
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import pytest
 from asv_results import RATIO, ROOT, make_repository, write_results
 
 from benchmarks import dashboard
-from benchmarks.history import read
+from benchmarks.bars import OUT
+from benchmarks.history import Commit, History, Regression, Series, read
 
 COMMITS, SLOW = 12, 8  # the ninth commit takes 1.4 times as long as those before it
 
@@ -126,6 +128,14 @@ def test_a_level_history_has_no_regression(tmp_path):
     dashboard.build(tmp_path, tmp_path / "site")
     assert read(tmp_path / "site" / "asv", tmp_path).regressions == []
     assert '<td colspan="5">none</td>' in (tmp_path / "site" / "index.html").read_text()
+
+
+def test_a_chart_marks_the_regressions_of_its_own_shape():
+    commits = [Commit(f"{k}" * 40, datetime(2026, 1, 1 + k), f"Commit {k}") for k in range(3)]
+    series = [Series(OUT, shape, [(commit, 0.1) for commit in commits]) for shape in ("32 x 10", "4096 x 8192")]
+    regression = Regression(f"{RATIO}('fastxent out=', '32 x 10', 'all')", None, commits[1], 0.1, 0.2)
+    small, large = (dashboard._chart([s], s.shape, History({}, series, [regression], 3)) for s in series)
+    assert small.count('class="regression"') == 1 and 'class="regression"' not in large
 
 
 def test_ticks_and_scale():
