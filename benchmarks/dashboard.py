@@ -10,6 +10,7 @@ import argparse
 import functools
 import html
 import http.server
+import json
 import math
 import re
 import shutil
@@ -67,7 +68,16 @@ def build(repository: Path, site: Path) -> None:
     published = site.resolve() / "asv"
     command = [sys.executable, "-m", "asv", "publish", "--html-dir", str(published)]
     subprocess.run(command, cwd=repository, check=True, stdout=subprocess.DEVNULL)
+    leave_out_unmeasured(published)
     (site / "index.html").write_text(page(read(published, repository)))
+
+
+def leave_out_unmeasured(published: Path) -> None:
+    """asv's pages would ask for graphs of benchmarks that no commit has results of."""
+    index = json.loads((published / "index.json").read_text())
+    measured = {file.stem for file in (published / "graphs" / "summary").glob("*.json")}
+    index["benchmarks"] = {name: about for name, about in index["benchmarks"].items() if name in measured}
+    (published / "index.json").write_text(json.dumps(index))
 
 
 def serve(site: Path, port: int) -> None:

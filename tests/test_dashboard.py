@@ -18,6 +18,14 @@ from benchmarks import dashboard
 from benchmarks.bars import OUT
 from benchmarks.history import Commit, History, Regression, Series, read
 
+
+def build(repository: Path, site: Path) -> None:
+    """Without npm asv's scripts come from the net."""
+    dashboard.build(repository, site)
+    if shutil.which("npm"):
+        dashboard.copy_scripts(site / "asv")
+
+
 COMMITS, SLOW = 12, 8  # the ninth commit takes 1.4 times as long as those before it
 
 
@@ -29,9 +37,7 @@ def made_up(tmp_path_factory):
     ratios = {commit: (0.1 if k < SLOW else 0.14) * (1 + 0.01 * (k % 3)) for k, commit in enumerate(hashes)}
     write_results(repository, ratios)
     site = repository / "any" / "path"
-    dashboard.build(repository, site)
-    if shutil.which("npm"):
-        dashboard.copy_scripts(site / "asv")
+    build(repository, site)
     return site, repository, ratios
 
 
@@ -41,7 +47,7 @@ def committed(tmp_path_factory):
     if git(ROOT, "rev-parse", "--is-shallow-repository") == "true":
         pytest.skip("a shallow clone: asv shows results of commits that are there; git fetch --unshallow")
     site = tmp_path_factory.mktemp("committed") / "any" / "path"
-    dashboard.build(ROOT, site)
+    build(ROOT, site)
     return site, ROOT
 
 
@@ -214,13 +220,22 @@ def test_asv_draws_the_numbers_of_the_results(made_up, browser, address):
     assert complaints(browser) == []
 
 
-@pytest.mark.parametrize("page", ["", "#summarylist", "#regressions"], ids=["grid", "list", "regressions"])
-def test_other_pages_of_asv_load(page, made_up, browser, address):
+PAGES = {"grid": ("", "track_ratio"), "list": ("#summarylist", RATIO), "regressions": ("#regressions", "Show ignored")}
+
+
+@pytest.mark.parametrize("name", ["made_up", "committed"])
+@pytest.mark.parametrize("page", PAGES)
+def test_other_pages_of_asv_load(name, page, request, browser, address):
     from selenium.webdriver.support.ui import WebDriverWait
 
-    open_page(browser, address(made_up[0], f"asv/index.html{page}"))
-    name = RATIO if page else "track_ratio"
-    WebDriverWait(browser, 30).until(lambda b: name in b.execute_script("return document.body.innerText"))
+    site = request.getfixturevalue(name)[0]
+    fragment, text = PAGES[page]
+    open_page(browser, address(site, f"asv/index.html{fragment}"))
+    WebDriverWait(browser, 30).until(lambda b: text in b.execute_script("return document.body.innerText"))
+    if page == "grid":
+        WebDriverWait(browser, 30).until(
+            lambda b: b.execute_script("return document.querySelectorAll('canvas.flot-base').length")
+        )
     assert complaints(browser) == []
 
 
