@@ -101,6 +101,8 @@ def config() -> dict[str, Any]:
 
 def cases(args: argparse.Namespace) -> list[Case]:
     if args.all:
+        if args.dtype:
+            raise UsageError("--dtype: --all has dtypes of its own")
         chosen = list(CASES)
     elif args.shape:
         chosen = [replace(case_of(shape), mode=mode) for shape in args.shape for mode in (case_of(shape).mode, LOSS)]

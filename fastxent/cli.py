@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--shape", nargs="+", type=_shape, metavar="N,C", help="these shapes only; N,C,d1,... is channels first")
     what.add_argument("--all", action="store_true", help="the whole table, and the bars; takes a quarter of an hour or more")
     command.add_argument("--quick", action="store_true", help="few rounds, and no torch.compile, which takes long to compile")
-    command.add_argument("--dtype", choices=DTYPES, help="of the logits (default: float32; with --all, the table's)")
+    command.add_argument("--dtype", choices=DTYPES, help="of the logits (float32)")
     command.add_argument("--threads", type=_positive, metavar="N", help="for everyone (default: what fastxent takes)")
     command.add_argument("--provider", nargs="+", metavar="NAME", help="these only, beside the roofline; such as pytorch-eager")
     command.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and every sample")

@@ -72,6 +72,7 @@ def test_cells_of_the_table():
     ("arguments", "message"),
     [
         (["--provider", "pytorch"], "--provider: pytorch is none of fastxent-loss, "),
+        (["--all", "--dtype", "float16"], "--dtype: --all has dtypes of its own"),
         (["--plot", "plot.txt"], "--plot: plot.txt does not end in .png, .svg, .pdf"),
         (["--plot", "no/such/folder.png"], "--plot: there is no folder no/such"),
         (["--json", "no/such/folder.json"], "no/such/folder.json: No such file or directory"),
@@ -79,7 +80,7 @@ def test_cells_of_the_table():
 )
 def test_what_makes_no_sense_is_told_in_one_line_before_anything_is_timed(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(compare, "run_group", lambda *args, **options: pytest.fail("timed"))
-    assert bench(*TINY, *arguments) == 2
+    assert bench(*(() if "--all" in arguments else TINY), *arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"fastxent bench: error: {message}") and err.count("\n") == 1
 
