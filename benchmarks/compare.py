@@ -50,6 +50,7 @@ def bench(args: argparse.Namespace) -> int:
         except Exception:  # shown as missing, with the reason
             break
     n_threads = args.threads or fx.get_num_threads()
+    work = jobs(args, n_threads)
     document: dict[str, Any] = {
         "format": 1,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -67,7 +68,7 @@ def bench(args: argparse.Namespace) -> int:
         screen.console.print("other programs are running: do not trust these times")
     start = time.perf_counter()
     with threads(n_threads):
-        run(jobs(args, n_threads), document, screen, args.json)
+        run(work, document, screen, args.json)
     screen.tail(document["groups"], with_bars=args.all)
     document["seconds"] = round(time.perf_counter() - start, 1)
     screen.console.print(f"{document['seconds']:.0f} s" + (", interrupted" if document["interrupted"] else ""))
