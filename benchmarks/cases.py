@@ -63,6 +63,11 @@ class Case:
         return f"{self.shape} {self.dtype} {self.option} {self.mode}"
 
     @property
+    def slug(self) -> str:
+        """The key as one word: for the names of tests."""
+        return self.key.replace(" x ", "x").replace(" ", "-")
+
+    @property
     def n_classes(self) -> int:
         return self.extents[self.axis]
 
@@ -127,8 +132,14 @@ VARIANTS = (
 )
 CASES = (*SHAPES, *(replace(case, mode=LOSS) for case in LARGE), *VARIANTS)
 
-# What is measured without --all: a small, a wide, a narrow and a large one.
+# What is measured if nothing is asked for: a small, a wide, a narrow and a large one.
 SHORT = tuple(c for c in SHAPES if c.extents in ((32, 10), (1024, 1000), (65536, 10), (4096, 8192)))
+
+# What a plot shows: one extent stays, the other goes from the cost of a call to past every cache.
+SWEEP = (
+    *(Case((1024, c), "1024 rows of ever more classes") for c in (8, 64, 512, 4096, 32768)),
+    *(Case((n, 1024), "ever more rows of 1024 classes") for n in (1, 16, 256, 4096, 32768)),
+)
 
 
 def case_of(extents: tuple[int, ...]) -> Case:

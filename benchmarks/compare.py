@@ -1,7 +1,7 @@
-"""``python -m benchmarks.compare``: fastxent, its peers and the streaming floor, interleaved in one process.
+"""``fastxent bench``: fastxent, its peers and the streaming floor, interleaved in one process.
 
-Without arguments four shapes, in about a minute; ``--all`` measures the whole table and judges it by the bars.
-Exit code: 0; 1 if a provider failed or was wrong; 130 if interrupted (what was measured until then is kept).
+``python -m benchmarks.compare`` is the same command. Exit code: 0; 1 if a provider failed or was wrong; 130 if interrupted,
+and what was measured until then is shown and written.
 """
 
 from __future__ import annotations
@@ -9,94 +9,79 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 import fastxent as fx
-from benchmarks import whole
-from benchmarks.bars import beside, judge
-from benchmarks.cases import CASES, HEADLINE, LOSS, SHORT, Case, case_of
-from benchmarks.measure import NORMAL, QUICK, THOROUGH, Effort, Group, Progress, ratio, run_group, spread, threads
-from benchmarks.report import BAR_COLUMNS, COMPILED, EAGER, amount, bar_cells, digits, duration, head, quartiles
+from benchmarks import UsageError, whole
+from benchmarks.bars import beside
+from benchmarks.cases import CASES, HEADLINE, LOSS, SHORT, SWEEP, Case, case_of
+from benchmarks.measure import NORMAL, QUICK, THOROUGH, Effort, Group, Progress, run_group, threads
+from benchmarks.providers import PROVIDERS
+from benchmarks.report import COMPILED
+from benchmarks.screen import Screen
 
 Job = tuple[str, Callable[[Progress], Group]]
 
 BUSY = 1.0  # load average from which on others disturb
-WIDTH = 200  # of the output, where it is no terminal
-COLUMNS = ("", "time", "quartiles", "GB/s", "time / floor", "eager / time", "compile / time")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
+    from fastxent import cli
+
+    return cli.main(["bench", *(sys.argv[1:] if argv is None else argv)])
+
+
+def bench(args: argparse.Namespace) -> int:
+    """What the command line asks for; see ``fastxent bench --help``."""
+    if args.plot:
+        from benchmarks.plot import check_file, draw
+
+        check_file(args.plot)
     for module in ("torch", "fastxent.torch"):  # before anything is timed: the pool of threads is PyTorch's, once it is there
         try:
             __import__(module)
         except Exception:  # shown as missing, with the reason
             break
     n_threads = args.threads or fx.get_num_threads()
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    work = jobs(args, n_threads)
     document: dict[str, Any] = {
         "format": 1,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "arguments": list(sys.argv[1:] if argv is None else argv),
+        "arguments": {name: value for name, value in vars(args).items() if isinstance(value, str | int | list)},
         "threads": n_threads,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "config": config(),
         "groups": [],
         "interrupted": False,
     }
-    for name, text in head(document):
-        console.print(f"{name:<9} {text}", highlight=False, markup=False)
+    save(document, args.json)
+    screen = Screen()
+    screen.head(document)
     if (document["load"] or 0) > BUSY:
-        console.print("other programs are running: do not trust these times")
+        screen.console.print("other programs are running: do not trust these times")
     start = time.perf_counter()
     with threads(n_threads):
-        run(jobs(args, n_threads), document, console)
-    if args.all:
-        console.print("\nbars", style="bold")
-        console.print(bars_table(document["groups"], console.is_terminal))
+        run(work, document, screen, args.json)
+    screen.tail(document["groups"], with_bars=args.all)
     document["seconds"] = round(time.perf_counter() - start, 1)
-    console.print(f"{document['seconds']:.0f} s" + (", interrupted" if document["interrupted"] else ""))
-    if args.json:
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+    screen.console.print(f"{document['seconds']:.0f} s" + (", interrupted" if document["interrupted"] else ""))
+    save(document, args.json)
+    if args.plot:
+        draw(document, args.plot)
     broken = any(r.startswith(("WRONG", "failed")) for group in document["groups"] for r in group["missing"].values())
     return 130 if document["interrupted"] else int(broken)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--all", action="store_true", help="the whole table, and the bars; takes a quarter of an hour or more")
-    what.add_argument("--shape", nargs="+", type=extents, metavar="N,C", help="these shapes only; N,C,d1,... is channels first")
-    parser.add_argument("--quick", action="store_true", help="few rounds, and no torch.compile, which takes long to compile")
-    parser.add_argument("--threads", type=positive, metavar="n", help="for everyone (default: what fastxent and PyTorch take)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and every sample")
-    return parser.parse_args(argv)
-
-
-def extents(text: str) -> tuple[int, ...]:
-    numbers = tuple(positive(part) for part in text.split(","))
-    if len(numbers) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} has no number of classes: N,C")
-    return numbers
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
-    return int(text)
+def save(document: Mapping[str, Any], file: Path | None) -> None:
+    if file:
+        file.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def config() -> dict[str, Any]:
@@ -115,26 +100,37 @@ def config() -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------
 
 
+def cases(args: argparse.Namespace) -> list[Case]:
+    if args.all:
+        if args.dtype:
+            raise UsageError("--dtype: --all has dtypes of its own")
+        chosen = list(CASES)
+    elif args.shape:
+        chosen = [replace(case_of(shape), mode=mode) for shape in args.shape for mode in (case_of(shape).mode, LOSS)]
+    elif args.plot:
+        chosen = list(SWEEP)
+    else:
+        chosen = [*SHORT, replace(HEADLINE, mode=LOSS)]
+    return [replace(case, dtype=args.dtype) for case in chosen] if args.dtype else chosen
+
+
 def jobs(args: argparse.Namespace, n_threads: int) -> list[Job]:
     effort = QUICK if args.quick else THOROUGH if args.all else NORMAL
     leave_out = {COMPILED: "left out by --quick"} if args.quick else {}
-    if args.all:
-        cases: Sequence[Case] = CASES
-    elif args.shape:
-        cases = [replace(case_of(shape), mode=mode) for shape in args.shape for mode in (case_of(shape).mode, LOSS)]
-    else:
-        cases = [*SHORT, replace(HEADLINE, mode=LOSS)]
-    return [
-        *(_case_job(case, n_threads, effort, leave_out) for case in cases),
-        *(_whole_jobs(n_threads, effort) if args.all else ()),
-    ]
+    slugs = {provider.slug: provider.name for provider in PROVIDERS}
+    unknown = set(args.provider or ()) - set(slugs)
+    if unknown:
+        raise UsageError(f"--provider: {', '.join(sorted(unknown))} is none of {', '.join(slugs)}")
+    only = [slugs[slug] for slug in args.provider] if args.provider else None
 
+    def job(case: Case) -> Job:
+        def run(progress: Progress) -> Group:
+            neighbours = beside(case) if args.all else ()
+            return run_group(case, n_threads, effort, beside=neighbours, only=only, leave_out=leave_out, progress=progress)
 
-def _case_job(case: Case, n_threads: int, effort: Effort, leave_out: Mapping[str, str]) -> Job:
-    def run(progress: Progress) -> Group:
-        return run_group(case, n_threads, effort, beside=beside(case), leave_out=leave_out, progress=progress)
+        return case.key, run
 
-    return case.key, run
+    return [*map(job, cases(args)), *(_whole_jobs(n_threads, effort) if args.all else ())]
 
 
 def _whole_jobs(n_threads: int, effort: Effort) -> list[Job]:
@@ -146,74 +142,19 @@ def _whole_jobs(n_threads: int, effort: Effort) -> list[Job]:
     ]
 
 
-def _show(label: str, text: str) -> None:
-    """What a job does now, in one line on a terminal. No spinner: its thread would take a core from what is timed."""
-    if sys.stderr.isatty():
-        line = f"{label}{text}"[: shutil.get_terminal_size().columns - 1]
-        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-
-
-def run(work: Sequence[Job], document: dict[str, Any], console: Console) -> None:
-    """Run and show one group after the other."""
+def run(work: Sequence[Job], document: dict[str, Any], screen: Screen, file: Path | None) -> None:
+    """Run, show and write one group after the other."""
     try:
-        for k, (title, job) in enumerate(work):
-            done = job(partial(_show, f"[{k + 1}/{len(work)}] {title}: "))
-            _show("", "")
-            document["groups"].append(done)
-            n = max((len(entry["samples"]) for entry in done["entries"]), default=0)
-            console.print(f"\n{done['title']}", style="bold", highlight=False, markup=False)
-            console.print(f"{done['reason']} ({n} samples)", highlight=False, markup=False)
-            console.print(group_table(done, console.is_terminal))
-            for name, reason in done["missing"].items():
-                console.print(f"  missing: {name}: {reason}", highlight=False, markup=False)
+        with screen.progress(len(work)):
+            for k, (title, job) in enumerate(work):
+                done = job(screen.job(k, title))
+                document["groups"].append(done)
+                save(document, file)
+                screen.group(done)
+                if done.get("interrupted"):
+                    raise KeyboardInterrupt
     except KeyboardInterrupt:
         document["interrupted"] = True
-        _show("", "")
-
-
-# ----------------------------------------------------------------------------------------------------
-# Tables
-# ----------------------------------------------------------------------------------------------------
-
-
-def _table(rich: bool) -> Table:
-    """With rules on a terminal, in plain columns elsewhere."""
-    return Table(box=box.SIMPLE_HEAD if rich else None, header_style="bold" if rich else "")
-
-
-def group_table(group: Group, rich: bool) -> Table:
-    """Ours, peers and floors. Right of the bandwidth, ratios pair by pair: median and quartiles."""
-    samples = {entry["name"]: entry["samples"] for entry in group["entries"]}
-    rows = []
-    for entry in group["entries"]:
-        name, mine = entry["name"], entry["samples"]
-        s = spread(mine)
-        in_seconds = entry["unit"] == "s"
-        rows.append([
-            name,
-            amount(entry),
-            f"{duration(s.low)} - {duration(s.high)}" if in_seconds else f"{s.low:.3f} - {s.high:.3f}",
-            digits(entry["bytes"] / s.median / 1e9) if entry["bytes"] else "",
-            quartiles(ratio(mine, samples[entry["floor"]])) if samples.get(entry["floor"]) else "",
-            *(quartiles(ratio(samples[peer], mine)) if peer in samples else "" for peer in (EAGER, COMPILED)),
-        ])  # fmt: skip
-    table = _table(rich)
-    used = [i for i in range(len(COLUMNS)) if i == 0 or any(row[i] for row in rows)]
-    for i in used:
-        table.add_column(COLUMNS[i], justify="right" if i else "left", no_wrap=True)
-    for entry, row in zip(group["entries"], rows, strict=True):
-        style = {"ours": "bold", "floor": "dim"}.get(entry["kind"], "") if rich else ""
-        table.add_row(*(row[i] for i in used), style=style)
-    return table
-
-
-def bars_table(groups: Sequence[Group], rich: bool) -> Table:
-    table = _table(rich)
-    for title in BAR_COLUMNS:
-        table.add_column(title, no_wrap=not rich)
-    for v in judge(groups):
-        table.add_row(*bar_cells(v), style="red" if rich and v.must is False else "")
-    return table
 
 
 if __name__ == "__main__":

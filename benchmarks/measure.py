@@ -12,9 +12,10 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import Any, NamedTuple, Protocol
 
 import fastxent as fx
 from benchmarks.cases import LOSS, Case, Inputs, WrongResult, check
@@ -25,7 +26,12 @@ SHORT = 0.02  # seconds; a shorter call is run once before it is timed
 SAMPLE = 0.002  # seconds that a sample should last
 
 Group = dict[str, Any]  # what is written as JSON: see `run_group`
-Progress = Callable[[str], object]
+
+
+class Progress(Protocol):
+    """Told what is done now, and which share of the rounds is over."""
+
+    def __call__(self, text: str, share: float = 0.0) -> object: ...
 
 
 class Effort(NamedTuple):
@@ -96,9 +102,17 @@ def estimate(call: Call) -> float:
     return min(times)
 
 
-def time_interleaved(
-    calls: Mapping[str, Call], n_threads: int, effort: Effort, progress: Progress
-) -> dict[str, tuple[int, list[float]]]:
+Timed = dict[str, tuple[int, list[float]]]  # of each name: runs a sample, and the samples
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C after some rounds: here is what was timed."""
+
+    def __init__(self, timed: Timed) -> None:
+        self.timed = timed
+
+
+def time_interleaved(calls: Mapping[str, Call], n_threads: int, effort: Effort, progress: Progress) -> Timed:
     """Runs a sample, and the samples: one a round, so that those of two calls pair up."""
     estimates = {name: estimate(call) for name, call in calls.items()}
     numbers = {name: max(1, min(1000, round(SAMPLE / t))) for name, t in estimates.items()}
@@ -111,7 +125,7 @@ def time_interleaved(
     gc.disable()
     try:
         for k in range(rounds):
-            progress(f"round {k + 1} of {rounds}")
+            progress(f"round {k + 1} of {rounds}", k / rounds)
             for name in in_order(names, k):
                 set_threads(n_threads)
                 time.sleep(PAUSE)
@@ -119,6 +133,11 @@ def time_interleaved(
                     time_call(calls[name], 1)
                 samples[name].append(time_call(calls[name], numbers[name]))
                 check_threads(n_threads, name)
+    except KeyboardInterrupt:
+        whole_rounds = min(map(len, samples.values()))
+        if not whole_rounds:
+            raise
+        raise Interrupted({name: (numbers[name], samples[name][:whole_rounds]) for name in names}) from None
     finally:
         gc.enable()
     return {name: (numbers[name], samples[name]) for name in names}
@@ -155,15 +174,19 @@ def run_group(
     effort: Effort,
     *,
     beside: Sequence[tuple[str, Case]] = (),
+    only: Collection[str] | None = None,
     leave_out: Mapping[str, str] | None = None,
-    progress: Progress = lambda text: None,
+    progress: Progress = lambda text, share=0.0: None,
 ) -> Group:
-    """Check and time all providers of a case; ``beside`` names providers of other cases that are interleaved with them.
+    """Check and time the providers of a case; ``beside`` names providers of other cases that are interleaved with them.
 
-    A provider that is not installed, fails or is wrong is not timed; ``missing`` says why.
+    ``only`` names the providers to take, beside the floors. One that is not installed, fails or is wrong is not timed;
+    ``missing`` says why. After Ctrl-C the group holds the rounds until then, and says so.
     """
+    progress("inputs")
     inputs = {case: Inputs(case)}
-    wanted = [(provider.name, provider, case) for provider in PROVIDERS if provider.answers(case)]
+    chosen = [p for p in PROVIDERS if only is None or p.name in only or p.kind == "floor"]
+    wanted = [(provider.name, provider, case) for provider in chosen if provider.answers(case)]
     for name, other in beside:
         inputs.setdefault(other, Inputs(other))
         wanted.append((beside_name(name, other), BY_NAME[name], other))
@@ -181,7 +204,11 @@ def run_group(
                 reason = made
         if reason is not None:
             missing[name] = reason
-    timed = time_interleaved(calls, n_threads, effort, progress)
+    interrupted = False
+    try:
+        timed = time_interleaved(calls, n_threads, effort, progress)
+    except Interrupted as stop:
+        timed, interrupted = stop.timed, True
     entries = [
         entry(
             name, provider.kind, timed[name][1],
@@ -191,7 +218,7 @@ def run_group(
         if name in timed
     ]  # fmt: skip
     title = f"{case.shape}, {case.dtype}, {case.option}, {case.mode}"
-    return group(case.key, title, case.reason, entries, missing)
+    return group(case.key, title, case.reason, entries, missing) | {"case": asdict(case), "interrupted": interrupted}
 
 
 def floor_of(provider: Provider, case: Case) -> str:

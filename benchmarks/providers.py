@@ -17,7 +17,6 @@ import numpy as np
 
 import fastxent as fx
 from benchmarks.cases import GRAD, LOSS, OPTIONS, Z_LOSS, Array, Case, Inputs, numpy_dtype
-from fastxent._parallel import available_cpus
 
 
 class Call(NamedTuple):
@@ -41,6 +40,11 @@ class Provider:
     options: tuple[str, ...] = tuple(OPTIONS)
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
     any_layout: bool = True  # also more axes than (N, C)
+
+    @property
+    def slug(self) -> str:
+        """The name as one word: for command lines and test names."""
+        return self.name.lower().replace(" ", "-").replace(".", "-").replace("=", "")
 
     def answers(self, case: Case) -> bool:
         layout = self.any_layout or (len(case.extents) == 2 and case.axis == -1)
@@ -135,7 +139,7 @@ def _jax(case: Case, inputs: Inputs, n_threads: int) -> Call:
 
 
 def _jax_missing(n_threads: int) -> str | None:
-    if n_threads != available_cpus():
+    if n_threads != fx.show_config()["cpu"]["cores available"]:
         return "its number of threads cannot be set in a running process"
     return _reason("jax")(n_threads)
 

@@ -90,7 +90,7 @@ fastxent.cross_entropy_value_and_grad(x, y)
 print(json.dumps([imported, time.perf_counter() - start]))
 """
 
-# The highest resident set during one call, above the one before it; a small call has compiled and loaded everything.
+# The highest resident set during one call, above the one before it; a small call has loaded everything.
 _MEMORY = """
 import json, sys
 import torch
@@ -136,7 +136,7 @@ def run_start(progress: Progress, times: int = 5) -> Group:
 
 
 def run_memory(progress: Progress, case: Case = HEADLINE, times: int = 3) -> Group:
-    """Peak of extra memory in a call, in sizes of the logits."""
+    """Peak of extra memory in a call, in sizes of the logits. The first process does not count: it compiles."""
     entries, missing = [], {}
     for name in (TORCH, TORCH_IN_PLACE):
         progress(name)
@@ -144,8 +144,8 @@ def run_memory(progress: Progress, case: Case = HEADLINE, times: int = 3) -> Gro
         reason = BY_NAME[name].missing(1)
         try:
             if reason is None:
-                samples = [_child(_MEMORY, arguments) for _ in range(times)]
-                entries.append(entry(name, "ours", samples, unit="x logits"))
+                samples = [_child(_MEMORY, arguments) for _ in range(times + 1)]
+                entries.append(entry(name, "ours", samples[1:], unit="x logits"))
         except RuntimeError as error:  # also where there is no /proc
             reason = str(error)
         if reason is not None:

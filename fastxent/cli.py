@@ -1,7 +1,8 @@
 """The command line: ``fastxent`` or ``python -m fastxent``.
 
-Exit codes: 0 all is well; 1 a check of ``demo`` failed; 2 wrong options or files, told in one line on stderr;
-130 Ctrl-C. Each command imports what it needs, and nothing else is imported here, so ``--help`` is instant.
+Exit codes: 0 all is well; 1 a check of ``demo`` failed, or a provider of ``bench`` is broken; 2 wrong options or files, told
+in one line on stderr; 130 Ctrl-C. Each command imports what it needs, and nothing else is imported here, so ``--help`` is
+instant.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -78,11 +80,35 @@ def _parser() -> argparse.ArgumentParser:
     command = add("demo", _demo, "train on handwritten digits and check the result against scikit-learn")
     command.add_argument("--keep", metavar="DIR", help="write logits.npy and targets.npy of the test set here")
 
+    command = add("bench", _bench, "time fastxent, its peers and the memory roofline", json=False)
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("--shape", nargs="+", type=_shape, metavar="N,C", help="these shapes only; N,C,d1,... is channels first")
+    what.add_argument("--all", action="store_true", help="the whole table, and the bars; takes a quarter of an hour or more")
+    command.add_argument("--quick", action="store_true", help="few rounds, and no torch.compile, which takes long to compile")
+    command.add_argument("--dtype", choices=DTYPES, help="of the logits (float32)")
+    command.add_argument("--threads", type=_positive, metavar="N", help="for everyone (default: what fastxent takes)")
+    command.add_argument("--provider", nargs="+", metavar="NAME", help="these only, beside the roofline; such as pytorch-eager")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and every sample")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw time against C and N, as .png, .svg or .pdf")
+
     add("info", _info, "show the CPU, the threads, the versions and the cache folder")
 
     command = add("warmup", _warmup, "compile the kernels now, not at their first use", json=False)
     command.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=", ".join(DTYPES))
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    numbers = tuple(_positive(part) for part in text.split(","))
+    if len(numbers) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} has no number of classes: N,C")
+    return numbers
 
 
 class _Version(argparse.Action):
@@ -123,7 +149,6 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from pathlib import Path
     from tempfile import TemporaryDirectory
 
     console = None if args.json else _console()
@@ -154,6 +179,28 @@ def _demo(args: argparse.Namespace) -> int:
         if args.keep:
             console.print(f"kept in {folder}: logits.npy, targets.npy", markup=False)
     return 0 if passed else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    """The benchmarks are no part of the installed package: they lie beside it in the repository."""
+    repository = Path(__file__).resolve().parents[1]
+    if not (repository / "benchmarks" / "compare.py").is_file():
+        raise CommandError(
+            "the benchmarks are in fastxent's repository, not in the installed package: "
+            "clone it and run pip install -e '.[bench]' there"
+        )
+    sys.path.insert(0, str(repository))  # before any other folder called benchmarks
+    with _needs_extra("bench", ("rich", "matplotlib")):
+        from benchmarks.compare import UsageError, bench
+
+        try:
+            return bench(args)
+        except UsageError as error:
+            raise CommandError(str(error)) from error
+        except OSError as error:
+            if error.filename not in map(str, (args.json, args.plot)):
+                raise
+            raise CommandError(f"{error.filename}: {error.strerror}") from error
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -301,15 +348,15 @@ def _one_line(message: str) -> str:
 
 
 @contextlib.contextmanager
-def _needs_extra() -> Iterator[None]:
-    """Imports of the extra ``cli``: where one is missing, say what to do."""
+def _needs_extra(extra: str = "cli", packages: Sequence[str] = ("rich", "scipy", "sklearn")) -> Iterator[None]:
+    """Imports of an extra: where one is missing, say what to do."""
     try:
         yield
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in ("rich", "scipy", "sklearn"):
+        if missing not in packages:
             raise
-        raise CommandError(f"{missing} is missing: pip install 'fastxent[cli]'") from error
+        raise CommandError(f"{missing} is missing: pip install 'fastxent[{extra}]'") from error
 
 
 def _console() -> Console:

@@ -1,0 +1,43 @@
+"""The workflow files are valid, and what they run is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def validate(*files: Path) -> subprocess.CompletedProcess[str]:
+    """Against the schema of GitHub's workflows that comes with check-jsonschema."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *map(str, files)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_valid():
+    assert {file.stem for file in WORKFLOWS} == {"tests", "benchmarks", "dashboard"}
+    done = validate(*WORKFLOWS)
+    assert done.returncode == 0, done.stdout
+
+
+def test_what_is_not_valid_is_refused(tmp_path):
+    wrong = tmp_path / "wrong.yml"
+    wrong.write_text(WORKFLOWS[0].read_text().replace("runs-on:", "runs_on:"))
+    assert validate(wrong).returncode == 1
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_modules_files_and_extras_exist(file):
+    text = file.read_text()
+    for module in re.findall(r"python -m ([\w.]+)", text):
+        assert find_spec(module) is not None, module
+    for path in re.findall(r"\bbenchmarks/[\w/]+\.\w+", text):
+        assert (ROOT / path).is_file(), path
+    extras = set(re.findall(r'-e "\.\[(\w+)\]"', text))
+    assert extras and all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)
