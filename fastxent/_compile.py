@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import pkgutil
 import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
+import llvmlite
+import numba
 from numba import cfunc, types
 from numba.core.caching import FunctionCache
+from numba.core.registry import cpu_target
 
 from fastxent import _kernels, _plan, _simd, _task
 from fastxent._plan import Variant
 
 lock = threading.RLock()
 
+if hasattr(os, "register_at_fork"):
+    # A child that is forked in the midst of compiling would find Numba locked, and for ever: the fork waits.
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+
+
+def _source(module: Any) -> bytes:
+    """What a module was loaded from, in a folder or in a zip archive."""
+    return pkgutil.get_data(__package__, Path(module.__file__).name) or b""
+
+
 # Part of every signature, and so of every key in the disk cache: Numba looks at the file of the task only, and would serve
 # yesterday's kernel after a change in a helper.
-BUILD_ID = hashlib.sha256(
-    b"".join(Path(str(module.__file__)).read_bytes() for module in (_simd, _kernels, _task, _plan))
-).hexdigest()[:16]
+BUILD_ID = hashlib.sha256(b"".join(map(_source, (_simd, _kernels, _task, _plan)))).hexdigest()[:16]
 
 
 def task_type(name: str, variant: Variant) -> _simd.Task:
@@ -56,14 +71,28 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
 
 def compile_task(name: str, variant: Variant) -> Any:
     """Task ``name`` as a C function (``.address``); a cache that cannot be used is no error."""
-    function = getattr(_kernels, name + "_task")
     signature = types.void(task_type(name, variant))
+    function = _with_its_own_files(getattr(_kernels, name + "_task"), signature)
+    with suppress(Exception):
+        return cfunc(signature, cache=True)(function)
     try:
-        compiled = cfunc(signature, cache=True)(function)
-    except Exception as reason:  # read-only home, truncated or unreadable cache file: compile without it
+        FunctionCache(function).flush()  # what lies there may be damaged: start again
+        return cfunc(signature, cache=True)(function)
+    except Exception as reason:  # no folder that can be written to: compile without a cache
         warnings.warn(f"fastxent compiles without its disk cache: {reason}", RuntimeWarning, stacklevel=4)
-        compiled = cfunc(signature)(function)
-    return compiled
+        return cfunc(signature)(function)
+
+
+def _with_its_own_files(function: FunctionType, signature: Any) -> FunctionType:
+    """The function under a name that only this kernel has, and so with cache files of its own.
+
+    Numba keeps the kernels of one function in numbered files. Two processes that compile at once may give the same number to
+    two kernels, and would then run each other's. Under this name all who write to a file write the same.
+    """
+    kernel = (str(signature), cpu_target.target_context.codegen().magic_tuple(), numba.__version__, llvmlite.__version__)
+    own = FunctionType(function.__code__, function.__globals__, function.__name__)
+    own.__qualname__ = f"{function.__name__}_{hashlib.sha256(repr(kernel).encode()).hexdigest()[:16]}"
+    return own
 
 
 def cache_folder() -> str:
