@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -303,7 +304,7 @@ def _one_axis(x: Array, axes: tuple[int, ...]) -> tuple[Array, int]:
         return x, axes[0]
     kept = [i for i in range(x.ndim) if i not in axes]
     moved = np.transpose(x, (*kept, *axes))
-    return moved.reshape(*(x.shape[i] for i in kept), -1), len(kept)
+    return moved.reshape(*(x.shape[i] for i in kept), math.prod(x.shape[i] for i in axes)), len(kept)
 
 
 def _elementwise(name: str, x: object, axis: Axis, out: Array | None, n_threads: int | None) -> Array:
