@@ -166,11 +166,11 @@ def logsumexp(
         except ValueError:
             raise ValueError(f"b has shape {factors.shape}; it cannot be broadcast with that of a, {shape}") from None
         lse, sign = _weighted_logsumexp(x, factors, axes)
+        if not return_sign:
+            lse = np.where(sign < 0, lse.dtype.type(np.nan), lse)
     else:
         lse = _logsumexp(x, axes, n_threads)
-        sign = np.ones_like(lse)
-    if not return_sign:
-        lse = np.where(sign < 0, lse.dtype.type(np.nan), lse)
+        sign = np.ones_like(lse) if return_sign else lse
     if keepdims:
         kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
         lse, sign = lse.reshape(kept), sign.reshape(kept)
