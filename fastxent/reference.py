@@ -304,6 +304,8 @@ def cross_entropy_stats(
         target_prob = p_y               prediction = the first c of the largest x_c
         target_rank = #{c: x_c > x_y} + #{c < y: x_c = x_y}        (0: the prediction is right)
 
+    A nan counts as the largest, as in ``numpy.argmax``.
+
     Parameters
     ----------
     logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, reduction
@@ -325,7 +327,8 @@ def cross_entropy_stats(
     x_y, ahead = np.take_along_axis(x, y, -1), np.arange(x.shape[-1]) < y
     entropies = -np.where(p == 0, 0.0, p * logp).sum(-1)  # 0 log 0 = 0
     p_y = np.take_along_axis(p, y, -1)[..., 0]
-    rank = ((x > x_y) | (ahead & (x == x_y))).sum(-1)
+    nan, nan_y = np.isnan(x), np.isnan(x_y)
+    rank = ((x > x_y) | (nan & ~nan_y) | (ahead & ((x == x_y) | (nan & nan_y)))).sum(-1)
     values = [np.where(r.keep, v, 0.0)[()] for v in (logsumexp(x, -1), entropies, p_y)]
     places = [np.where(r.keep, v, -1)[()] for v in (x.argmax(-1), rank)]
     return CrossEntropyStats(_reduce(_losses(r), r.divisor, reduction), *values, *places)

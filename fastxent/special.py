@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -165,11 +166,11 @@ def logsumexp(
         except ValueError:
             raise ValueError(f"b has shape {factors.shape}; it cannot be broadcast with that of a, {shape}") from None
         lse, sign = _weighted_logsumexp(x, factors, axes)
+        if not return_sign:
+            lse = np.where(sign < 0, lse.dtype.type(np.nan), lse)
     else:
         lse = _logsumexp(x, axes, n_threads)
-        sign = np.ones_like(lse)
-    if not return_sign:
-        lse = np.where(sign < 0, lse.dtype.type(np.nan), lse)
+        sign = np.ones_like(lse) if return_sign else lse
     if keepdims:
         kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
         lse, sign = lse.reshape(kept), sign.reshape(kept)
@@ -303,7 +304,7 @@ def _one_axis(x: Array, axes: tuple[int, ...]) -> tuple[Array, int]:
         return x, axes[0]
     kept = [i for i in range(x.ndim) if i not in axes]
     moved = np.transpose(x, (*kept, *axes))
-    return moved.reshape(*(x.shape[i] for i in kept), -1), len(kept)
+    return moved.reshape(*(x.shape[i] for i in kept), math.prod(x.shape[i] for i in axes)), len(kept)
 
 
 def _elementwise(name: str, x: object, axis: Axis, out: Array | None, n_threads: int | None) -> Array:

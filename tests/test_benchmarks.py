@@ -88,7 +88,6 @@ def test_provider_is_right(provider):
             assert isinstance(made, Call), f"{case.key}: {made}"
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", [TINY, replace(TINY, option="z-loss", mode=LOSS)], ids=lambda c: c.key)
 def test_torch_compile_is_right(case):
@@ -292,7 +291,6 @@ def test_threads_and_training_step():
     assert len(group["entries"]) == 4 and group["missing"] == {}
 
 
-@pytest.mark.slow
 def test_start_and_memory_in_processes_of_their_own():
     group = whole.run_start(silent, times=1)
     assert {entry["name"] for entry in group["entries"]} == {"import fastxent", "first call"}, group["missing"]

@@ -321,7 +321,6 @@ def test_the_progress_bar_goes_to_a_terminal_and_only_there(tmp_path):
     assert b"\x1b[" in b"".join(shown)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory as Linux reports it")
 @pytest.mark.parametrize("how", ["npy", "npz"])
 def test_memory_is_bounded(tmp_path, how):
@@ -607,7 +606,6 @@ def test_flipped_bytes_give_a_result_or_one_line(tmp_path, capsys, kind):
 # demo, info, warmup ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_demo_end_to_end(tmp_path):
     done = run_process("demo", "--keep", tmp_path / "new" / "folder")
     assert (done.returncode, done.stderr) == (0, "")
@@ -620,7 +618,6 @@ def test_demo_end_to_end(tmp_path):
     assert (logits.argmax(1) == targets).mean() > 0.95
 
 
-@pytest.mark.slow
 def test_demo_json(capsys):
     assert cli.main(["demo", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -689,7 +686,6 @@ def test_warmup_passes_its_dtypes_on(monkeypatch, capsys):
     assert "kernels are ready" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_warmup_is_real():
     done = run_process("warmup", "--dtype", "float32")
     assert (done.returncode, done.stderr) == (0, "")

@@ -74,7 +74,6 @@ def digit_batches(x: Tensor, y: Tensor) -> Callable[[], Iterator[tuple[Tensor, T
     return batches
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("criterion", LOSSES.values(), ids=LOSSES)
 def test_digits(criterion):
     x, y = digits()
@@ -119,7 +118,6 @@ def character_batches() -> Iterator[tuple[Tensor, Tensor]]:
         yield windows[:, :-1], windows[:, 1:]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("criterion", LOSSES.values(), ids=LOSSES)
 def test_characters(criterion):
     results = []
@@ -138,7 +136,6 @@ def test_characters(criterion):
 # ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gpt2_of_transformers(dtype):
     """A library that computes its own loss: reached by `installed`, counted, and the same to the last steps."""
@@ -188,7 +185,6 @@ class Weighed(Dataset):
         return self.x[i], self.y[i], fxt.cross_entropy(self.x[rows] @ self.table, self.y[rows])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("installed", [False, True])
 def test_data_loader_with_forked_workers(installed):
     """The parent's pool of threads has run before the fork, and runs while the children compute losses of their own."""
@@ -207,7 +203,6 @@ def test_data_loader_with_forked_workers(installed):
             assert batch == 15
 
 
-@pytest.mark.slow
 def test_training_in_other_threads():
     """Three trainings at once, one of them in the main thread, each as if it were alone."""
     x, y = digits()
@@ -297,7 +292,6 @@ print(json.dumps(curves))
 """
 
 
-@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path):
     """Two processes, gloo over loopback: gradients are averaged while the backward runs, and the ranks stay equal."""
     loopback = dict(GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1")
