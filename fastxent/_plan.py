@@ -158,14 +158,16 @@ def make_plan(
         n_units = units_per_line * (n_rows // innermost.extent)
         per_unit = n_classes * LANES
 
-    kept = not split and not capped and (tiled or n_vectors <= MOST_KEPT and across)
+    kept = not split and not capped and (tiled or (n_vectors <= MOST_KEPT and across))
     large = neighbours and not split and n_rows * n_classes * sizes[0] >= LARGE
     chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
     n_chunks = -(-n_units // chunk)
     planned = (
         n_rows, n_classes, n_vectors, n_units, units_per_line, chunk, n_chunks, segment, n_segments, len(axes), *steps,
     )  # fmt: skip
-    variant = Variant(logits, target, labelled, smooth, across, neighbours, tiled, whole_rows, adjacent, capped, split, kept, large)
+    variant = Variant(
+        logits, target, labelled, smooth, across, neighbours, tiled, whole_rows, adjacent, capped, split, kept, large
+    )
     table = tuple(value for a in axes for value in a)
     return Plan(variant, planned, table, n_units, n_chunks, n_rows * n_classes)
 

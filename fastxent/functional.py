@@ -365,7 +365,9 @@ def _loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labe
     total, divisor = 0.0, p.divisor
     if p.x.size:
         plan = p.plan(g, may_split=name != "stats")
-        total, divisor = _run(name, p, plan, reduction == "mean", labels, g=address(g), loss=address(rows) if reduction == "none" else 0, **more)
+        total, divisor = _run(
+            name, p, plan, reduction == "mean", labels, g=address(g), loss=address(rows) if reduction == "none" else 0, **more
+        )
     return _reduced(total, divisor, reduction, rows)
 
 
