@@ -84,9 +84,7 @@ INF, NAN = float("inf"), float("nan")
 BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
 LINE = 64  # bytes of a cache line
 AHEAD = 4096  # vectors of the next row that are asked for during the gradient: what half a second-level cache holds
-GROUP = (
-    4  # vectors in flight; of float32 ones, the terms added up before they go to the float64 totals: a quarter of the widening
-)
+GROUP = 4  # vectors in flight; float32 terms are added up over them before they go to the float64 totals
 NONE = 1 << 62  # past every class number
 
 # ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastxent import _task
 from fastxent._plan import Plan, Variant
@@ -54,7 +54,7 @@ _kernels: dict[tuple[str, Variant], Kernel] = {}
 # ----------------------------------------------------------------------------------------------------
 
 
-def run(name: str, plan: Plan, n_threads: int | None = None, **arguments: float) -> tuple[float, float, float, float]:
+def run(name: str, plan: Plan, n_threads: int | None = None, **arguments: Any) -> tuple[float, float, float, float]:
     """Run task ``name`` over ``plan``; arguments as in `argument_block`. Returns the sums over all units, and the divisor."""
     block = argument_block(plan, **arguments)
     if plan.variant.split:
@@ -94,7 +94,7 @@ def argument_block(
 class SmallTask:
     """A task over class indices for one thread, called again and again: all but three addresses is packed once."""
 
-    def __init__(self, name: str, plan: Plan, **arguments: float) -> None:
+    def __init__(self, name: str, plan: Plan, **arguments: Any) -> None:
         self.call = kernel(name, plan.variant).call
         self.plan, self.arguments = plan, arguments
         self.blocks: list[ctypes.Array[ctypes.c_char]] = []  # those that no thread is using

@@ -597,7 +597,7 @@ def _if_all(builder, mask, emit):
 
 @intrinsic
 def load_transposed(typingctx, p, stride, mask, columns, tile):
-    """16 rows, ``stride`` bytes apart -> 16 vectors at ``tile``, the j-th element j < columns of each row; 0 where not ``mask``."""
+    """16 rows, ``stride`` bytes apart -> 16 vectors at ``tile``: element j < columns of each row; 0 where not ``mask``."""
 
     def codegen(context, builder, sig, args):
         base, stride, mask, columns, tile = args
@@ -859,7 +859,7 @@ def _tanh(x):
 
 @njit(**INLINE)
 def sech_squared(x):
-    """``1 - tanh(x)^2``, the slope of tanh, by which it would lose its digits at a large |x|: 4 r (1 - r), r = 1 / (1 + e^(2 |x|))."""
+    """``1 - tanh(x)^2``, the slope of tanh, as 4 r (1 - r) with r = 1 / (1 + e^(2 |x|)): it keeps its digits at a large |x|."""
     d = absolute(x) * -2.0
     e = exp_up(d, shift_by(splat(d, 0.0))) / up(d)
     r = e / (e + 1.0)

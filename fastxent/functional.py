@@ -365,9 +365,8 @@ def _loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labe
     total, divisor = 0.0, p.divisor
     if p.x.size:
         plan = p.plan(g, may_split=name != "stats")
-        total, divisor = _run(
-            name, p, plan, reduction == "mean", labels, g=address(g), loss=address(rows) if reduction == "none" else 0, **more
-        )
+        more |= {"g": address(g), "loss": address(rows) if reduction == "none" else 0}
+        total, divisor = _run(name, p, plan, reduction == "mean", labels, **more)
     return _reduced(total, divisor, reduction, rows)
 
 
@@ -386,6 +385,6 @@ def _run(
         w=address(p.w), u=address(p.u), ignore=p.ignore, keep=1.0 - p.smoothing, spread=p.smoothing / p.x.shape[p.axis],
         divisor=(p.divisor or np.nan) if average else 1.0, check=p.divisor is None, average=average, **more,
     )  # fmt: skip
-    if p.divisor is None and bad:
+    if p.y is not None and bad:
         raise out_of_range(p.y, p.x.shape[p.axis], p.ignore)
     return total, divisor

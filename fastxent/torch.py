@@ -333,6 +333,7 @@ class _Call(NamedTuple):
     x: Tensor
     axis: int
     rows: torch.Size
+    target: Tensor  # as it was given
     y: Tensor | None  # int64, contiguous
     t: Tensor | None
     w: Tensor | None  # float64, contiguous
@@ -364,7 +365,7 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
             t = t.to(torch.float64)
         if n_classes > FEW_CLASSES and (t.stride(axis) == 1) != (x.stride(axis) == 1):
             t = torch.empty_like(x, dtype=t.dtype).copy_(t)
-        return _Call(x, axis, rows, None, t, w, u, float(math.prod(rows) if u is None else u.sum()), n_threads, acc)
+        return _Call(x, axis, rows, target, None, t, w, u, float(math.prod(rows) if u is None else u.sum()), n_threads, acc)
     y = target if target.dtype == torch.int64 and target.is_contiguous() else _as_int64(target).contiguous()
     divisor = None
     if not _parallel.small(x.numel()):
@@ -374,7 +375,7 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
         )
         if bad:
             raise _out_of_bounds(target, n_classes, ignore_index)
-    return _Call(x, axis, rows, y, None, w, u, divisor, n_threads, acc)
+    return _Call(x, axis, rows, target, y, None, w, u, divisor, n_threads, acc)
 
 
 def _out_of_bounds(target: Tensor, n_classes: int, ignore_index: int) -> IndexError:
@@ -424,8 +425,8 @@ def _run(name: str, call: _Call, g: Tensor, options: _Options, factor: float = 1
         divisor=(call.divisor or math.nan) if average else 1.0, check=call.divisor is None, average=average,
         **_numbers(options, x.shape[call.axis]),
     )  # fmt: skip
-    if bad and call.divisor is None:
-        raise _out_of_bounds(call.y, x.shape[call.axis], options.ignore_index)
+    if bad:
+        raise _out_of_bounds(call.target, x.shape[call.axis], options.ignore_index)
     return _scalar(total / divisor, call.acc) if loss is None else loss
 
 

@@ -1,4 +1,4 @@
-"""Arrays past the cache: what is read is asked for early, what is written bypasses the cache. Small arrays stand in for them."""
+"""Arrays past the cache: reads are asked for early, writes bypass the cache. Small arrays stand in for large ones."""
 
 from __future__ import annotations
 
