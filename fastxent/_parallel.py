@@ -12,20 +12,23 @@ call it and kills forked children (DESIGN.md, section 5).
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from fastxent import _task
 from fastxent._plan import Plan, Variant
 
 # Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
 WORTH_A_THREAD = 16384
+MOST_THREADS_A_CPU = 4  # whatever a caller asks for: a system refuses thousands, and the OpenMP runtime then ends the process
 
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -40,7 +43,9 @@ class Kernel(NamedTuple):
 
 class _State:
     setting: int | None = None  # set_num_threads
-    in_flight = 0
+    # Who is calling now. add, discard and len are atomic, and unlike a counter and its lock they lose nothing when a signal
+    # handler raises in between.
+    calls: ClassVar[set[object]] = set()
     forked = False
     pool: ThreadPoolExecutor | None = None
 
@@ -122,26 +127,40 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
     if small(plan.elements) or plan.n_chunks == 1 or _State.forked:
         task.call(block)
         return
-    useful = min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD)
-    # Calls in flight at once share the cores. += is no atomic operation, hence the lock.
-    with _lock:
-        _State.in_flight += 1
-        shared_by = _State.in_flight
+    useful = min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD, MOST_THREADS_A_CPU * available_cpus())
+    call = object()
     try:
-        team = min(useful, max(1, (n_threads or get_num_threads()) // shared_by))
+        _State.calls.add(call)
+        # Calls in flight at once share the cores.
+        team = min(useful, max(1, (n_threads or get_num_threads()) // len(_State.calls)))
         openmp = _openmp()
         if team == 1:
             task.call(block)
         elif openmp is not None:
             openmp.GOMP_parallel(task.address, block, team, 0)
         else:
-            others = [_pool().submit(task.call, block) for _ in range(team - 1)]
-            task.call(block)
-            for other in others:
-                other.result()
+            _run_on_threads(task, block, plan, team)
     finally:
-        with _lock:
-            _State.in_flight -= 1
+        _State.calls.discard(call)
+
+
+def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, team: int) -> None:
+    """By the caller and an executor's threads. None of them works on after this has ended, be it by Ctrl-C."""
+    helpers: list[Future[None]] = []
+    interrupt: KeyboardInterrupt | None = None
+    try:
+        with suppress(RuntimeError):  # the interpreter is ending and takes no more work: the caller does it alone
+            helpers.extend(_pool().submit(task.call, block) for _ in range(team - 1))
+        task.call(block)
+    finally:
+        _task.NO_MORE.pack_into(block, 0, plan.n_chunks)
+        while any(not helper.cancel() and not helper.done() for helper in helpers):
+            try:
+                wait(helpers)
+            except KeyboardInterrupt as again:
+                interrupt = again
+    if interrupt is not None:
+        raise interrupt
 
 
 def _pool() -> ThreadPoolExecutor:
@@ -153,7 +172,7 @@ def _pool() -> ThreadPoolExecutor:
 
 def _after_fork() -> None:
     global _lock
-    _State.forked, _State.pool, _State.in_flight = True, None, 0
+    _State.forked, _State.pool, _State.calls = True, None, set()
     _lock = threading.Lock()  # whoever held it does not exist here
 
 
@@ -202,17 +221,28 @@ def openmp_path() -> str:
     return os.fsdecode(info.file) if found and info.file else "unknown"
 
 
-@lru_cache(maxsize=1)
 def available_cpus() -> int:
     """Cores that this process may use: affinity mask and cgroup quota respected."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cpus = min(cpus, max(1, -(-int(quota) // int(period))))
-    except (OSError, ValueError):
-        pass  # no cgroup v2: no quota to respect
-    return cpus
+    return max(1, math.ceil(min(cpus, _cgroup_quota())))
+
+
+@lru_cache(maxsize=1)
+def _cgroup_quota() -> float:
+    """CPUs that the process's control group, and those above it, may use: of version 2, else of version 1, else infinity."""
+    root = Path("/sys/fs/cgroup")
+    quotas = []
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = Path(next(line for line in lines if line.startswith("0::"))[len("0::") :])
+        for folder in (own, *own.parents):
+            with suppress(OSError, ValueError):
+                quota, period = (root / str(folder).lstrip("/") / "cpu.max").read_text().split()
+                quotas.append(float(quota) / float(period))  # "max" is no number
+    with suppress(OSError, ValueError):
+        allowed, a_period = (float((root / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        quotas += [allowed / a_period] if allowed > 0 else []
+    return min(quotas, default=math.inf)
 
 
 def get_num_threads() -> int:

@@ -59,6 +59,6 @@ CALLED = (
 FIELDS = PLANNED + CALLED
 FIRST_SLOT = 16
 BLOCK = struct.Struct("=q56xq56x" + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
-COUNTERS = struct.Struct("=q56xq")
+COUNTERS, NO_MORE = struct.Struct("=q56xq"), struct.Struct("=q")
 OPERANDS, AT_OPERANDS = struct.Struct("=5q"), 8 * (FIRST_SLOT + [name for name, _ in FIELDS].index("x"))  # x, g, h, t, y
 TOTAL = struct.Struct("=4d")

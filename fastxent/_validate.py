@@ -263,7 +263,7 @@ def check_out(out: object, x: Array) -> Array:
         raise TypeError(f"out has dtype {out.dtype}; it must be that of logits, {x.dtype}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
-    if 0 in out.strides and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
+    if out.size and 0 in out.strides and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
         raise ValueError(f"out has strides {out.strides}: several of its elements share one place")
     return out
 

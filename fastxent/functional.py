@@ -350,9 +350,11 @@ def nll_loss(
         raise TypeError("target holds class probabilities; nll_loss takes class indices")
     divisor = check_classes(p.y, p.x.shape[p.axis], p.w, None, p.ignore, None) if p.divisor is None else p.divisor
     kept = p.y != p.ignore
-    y = np.expand_dims(np.where(kept, p.y, 0), p.axis)
-    picked = np.squeeze(np.take_along_axis(p.x, y, p.axis), p.axis) if p.x.size else np.zeros(p.rows)
-    loss = np.where(kept, -picked.astype(np.float64) * (1.0 if p.w is None else p.w[np.where(kept, p.y, 0)]), 0.0)
+    loss = np.zeros(p.rows)
+    if p.x.size:
+        y = np.where(kept, p.y, 0)
+        picked = np.take_along_axis(p.x, np.expand_dims(y, p.axis), p.axis).squeeze(p.axis).astype(np.float64)
+        loss = np.where(kept, -picked * (1.0 if p.w is None else p.w[y]), 0.0)
     return _reduced(loss.sum(), divisor, reduction, loss.astype(p.acc))
 
 

@@ -191,7 +191,7 @@ def _cross_entropy(
     if weight is None and sample_weight is None and not (inplace or _is_out_of_the_ordinary()):
         kind = _kind(input, target, options)
         small = _small.get(kind)
-        if small is not None:
+        if small is not None and _bytes_behind(input) >= small.input_bytes and _bytes_behind(target) >= small.target_bytes:
             if torch.is_grad_enabled() and input.requires_grad:
                 return _apply(input, target, None, None, options, False, small)
             return _small_loss(small.value, options, input, input, target)
@@ -208,7 +208,7 @@ def _cross_entropy(
         else:
             loss = _value_op(input, target, weight, sample_weight, *options)
     elif differentiate:
-        inplace = inplace and _may_be_overwritten(input)
+        inplace = inplace and _may_be_overwritten(input, target, weight, sample_weight)
         loss = _apply(input, target, weight, sample_weight, options, inplace, None)
     else:
         loss = _value(input, target, weight, sample_weight, options)
@@ -221,10 +221,10 @@ def _cross_entropy(
 def _is_out_of_the_ordinary() -> bool:
     """Is somebody tracing, transforming or casting?"""
     return (
-        torch.autograd.forward_ad._current_level >= 0
+        torch.compiler.is_compiling()  # first: Dynamo must not look at the others
+        or torch.autograd.forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
     )
 
@@ -274,9 +274,10 @@ def _as_int64(target: Tensor) -> Tensor:
     return torch.where(y < 0, _PAST_ALL_CLASSES, y) if target.dtype == torch.uint64 else y
 
 
-def _may_be_overwritten(x: Tensor) -> bool:
+def _may_be_overwritten(x: Tensor, *others: Tensor | None) -> bool:
     """Has every logit a place of its own, in which its gradient can lie?"""
-    if x.is_neg():
+    memory = x.untyped_storage().data_ptr()
+    if x.is_neg() or any(t is not None and t.untyped_storage().data_ptr() == memory for t in others):
         return False
     reach = 0  # from the first element to the last, over the axes seen so far
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
@@ -344,14 +345,15 @@ class _Call(NamedTuple):
 
 
 def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, ignore_index: int) -> _Call:
+    _check_memory(input, target, weight, sample_weight)
     axis = 0 if input.dim() == 1 else 1
     rows = input.shape[:axis] + input.shape[axis + 1 :]
     n_classes = input.shape[axis]
     x = input.detach().resolve_neg() if input.is_neg() else input
     if not _walkable(x, axis):
         x = x.detach().movedim(axis, -1).contiguous().movedim(-1, axis)
-    w = None if weight is None else weight.detach().to(torch.float64).contiguous()
-    u = None if sample_weight is None else sample_weight.detach().to(torch.float64).contiguous()
+    w = None if weight is None else weight.detach().to(torch.float64).resolve_neg().contiguous()
+    u = None if sample_weight is None else sample_weight.detach().to(torch.float64).resolve_neg().contiguous()
     n_threads = _parallel.setting() or torch.get_num_threads()
     double = (
         x.dtype == torch.float64
@@ -366,7 +368,9 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
         if n_classes > FEW_CLASSES and (t.stride(axis) == 1) != (x.stride(axis) == 1):
             t = torch.empty_like(x, dtype=t.dtype).copy_(t)
         return _Call(x, axis, rows, target, None, t, w, u, float(math.prod(rows) if u is None else u.sum()), n_threads, acc)
-    y = target if target.dtype == torch.int64 and target.is_contiguous() else _as_int64(target).contiguous()
+    y = target.resolve_neg()
+    if y.dtype != torch.int64 or not y.is_contiguous():
+        y = _as_int64(y).contiguous()
     divisor = None
     if not _parallel.small(x.numel()):
         plan = flat_plan(y.numel(), n_classes, "f32")
@@ -376,6 +380,27 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
         if bad:
             raise _out_of_bounds(target, n_classes, ignore_index)
     return _Call(x, axis, rows, target, y, None, w, u, divisor, n_threads, acc)
+
+
+def _check_memory(*tensors: Tensor | None) -> None:
+    """PyTorch lets the memory of a tensor be freed under it, or cut short."""
+    for t in tensors:
+        if t is not None and _bytes_behind(t) < _reach(t):
+            raise RuntimeError(
+                "The tensor has a non-zero number of elements, but its data is not allocated yet, or not any more."
+            )
+
+
+def _bytes_behind(t: Tensor) -> int:
+    """Bytes of memory from a tensor's first element on."""
+    return t.untyped_storage().nbytes() - int(t.storage_offset()) * t.element_size()
+
+
+def _reach(t: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    if t.numel() == 0:
+        return 0
+    return int(1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
 
 
 def _out_of_bounds(target: Tensor, n_classes: int, ignore_index: int) -> IndexError:
@@ -442,6 +467,8 @@ class _Small(NamedTuple):
 
     value: _parallel.SmallTask
     gradient: _parallel.SmallTask
+    input_bytes: int
+    target_bytes: int
 
 
 _small: dict[tuple[Any, ...], _Small] = {}
@@ -476,7 +503,8 @@ def _remember(kind: tuple[Any, ...], input: Tensor, target: Tensor, options: _Op
     arguments = _numbers(options, input.shape[axis]) | {"average": options.reduction == _MEAN}
     if len(_small) >= 4096:
         _small.clear()
-    _small[kind] = _Small(*(_parallel.SmallTask(name, plan, **arguments) for name in ("value", "value_and_grad")))
+    value, gradient = (_parallel.SmallTask(name, plan, **arguments) for name in ("value", "value_and_grad"))
+    _small[kind] = _Small(value, gradient, _reach(input), _reach(target))
 
 
 def _numbers(options: _Options, n_classes: int) -> dict[str, float]:

@@ -62,7 +62,7 @@ def test_several_python_threads_at_once():
     for t in threads:
         t.join()
     assert not wrong
-    assert _parallel._State.in_flight == 0
+    assert not _parallel._State.calls
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
