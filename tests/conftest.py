@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from compiling import compile_into_cache
@@ -55,6 +56,8 @@ settings.load_profile("fastxent")
 FLOAT16, FLOAT32, FLOAT64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [FLOAT16, BFLOAT16, FLOAT32, FLOAT64]
+# Kernels are compiled dtype by dtype, for seconds each. Where the matter is another one, two dtypes are for every day.
+EVERYDAY_DTYPES = [BFLOAT16, FLOAT32, *(pytest.param(d, marks=pytest.mark.slow) for d in (FLOAT16, FLOAT64))]
 REDUCTIONS = ["none", "mean", "sum"]
 INTEGERS = [np.dtype(s + w) for s in "iu" for w in "1248"]
 

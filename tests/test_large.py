@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import DTYPES, Budget, make_case, make_truth, run_torch
+from conftest import EVERYDAY_DTYPES, Budget, make_case, make_truth, run_torch
 
 import fastxent as fx
 from fastxent import _plan
@@ -36,7 +36,7 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype, offset: int) -> tuple[np.nd
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EVERYDAY_DTYPES, ids=str)
 def test_streamed_gradient(dtype, shape, all_is_large):
     losses, gradients = Budget(), Budget()
     for option in OPTIONS if shape[1] < 1000 else OPTIONS[:1]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import (
     CONTIGUOUS_LAYOUTS,
-    DTYPES,
+    EVERYDAY_DTYPES,
     FLOAT32,
     LAYOUTS,
     REDUCTIONS,
@@ -40,7 +40,7 @@ def native(case: Case) -> Case:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EVERYDAY_DTYPES, ids=str)
 def test_logits_in_any_layout(dtype, layout):
     if layout not in layouts_of(dtype):
         assert dtype.name == "bfloat16"
@@ -65,7 +65,7 @@ def test_logits_in_any_layout(dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EVERYDAY_DTYPES, ids=str)
 def test_statistics_and_hessian_in_any_layout(dtype, layout):
     """They walk over logits by themselves. The order of a sum may follow the layout, hence the last digit."""
     if layout not in layouts_of(dtype):
@@ -109,7 +109,7 @@ def test_targets_and_weights_in_any_layout(layout):
 
 
 @pytest.mark.parametrize("layout", WRITEABLE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EVERYDAY_DTYPES, ids=str)
 def test_out_in_any_layout(dtype, layout):
     """The gradient lands in ``out`` whatever its strides, and its frame stays as it was."""
     for shape in SHAPES:
@@ -129,7 +129,7 @@ def test_out_in_any_layout(dtype, layout):
 
 
 @pytest.mark.parametrize("layout", WRITEABLE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EVERYDAY_DTYPES, ids=str)
 def test_out_may_be_the_logits(dtype, layout):
     for shape in SHAPES:
         for option in TARGETS:
@@ -202,7 +202,7 @@ def test_peak_bytes_sees_a_copy():
 
 @pytest.mark.parametrize("layout", CONTIGUOUS_LAYOUTS)
 @pytest.mark.parametrize("shape", [(256, 4096), (40000, 10)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EVERYDAY_DTYPES, ids=str)
 def test_contiguous_rows_or_columns_are_not_copied(dtype, shape, layout):
     """The loss takes no memory of the size of the logits, the gradient takes one, and with ``out`` none."""
     rng = np.random.default_rng(0)

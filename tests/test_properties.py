@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import DTYPES, FLOAT32, FLOAT64, make_case
+from conftest import EVERYDAY_DTYPES, FLOAT32, FLOAT64, make_case
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -149,7 +149,7 @@ LARGE_SHAPES = [(50000, 3), (3000, 49), (300, 1000), (40, 6500), (2, 70000)]
 
 @pytest.mark.parametrize("option", ["index", "weight ignore smoothing sample_weight", "probabilities weight"])
 @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EVERYDAY_DTYPES, ids=str)
 def test_bits_do_not_depend_on_the_number_of_threads(dtype, shape, option):
     case = make_case(dtype, shape, option)
     for reduction in ("none", "mean", "sum"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, FLOAT16, REDUCTIONS, accumulation
+from conftest import EVERYDAY_DTYPES, FLOAT16, REDUCTIONS, accumulation
 
 import fastxent as fx
 import fastxent.torch as fxt
@@ -63,7 +63,7 @@ def test_empty_tensors(shape, reduction):
         assert ours.shape == theirs.shape and torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EVERYDAY_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 17), (17, 1), (1, 2), (1,), (1, 1, 1)], ids=str)
 def test_one(shape, dtype):
     """One row, one class: where there is one class only, the loss and the gradient are 0 whatever the logit."""
