@@ -358,6 +358,8 @@ class Mapped(FileArray):
         self._array = array.T if header.fortran else array
 
     def _raw(self, index: Index) -> Array:
+        if isinstance(self._buffer, mmap.mmap) and self._buffer.size() < self.header.offset + self.n_bytes:
+            raise InputError(f"{self.name} is cut short")  # since it was opened: to read behind its end would be a SIGBUS
         return np.asarray(self._array[index])  # () gives a scalar
 
     def release(self) -> None:
