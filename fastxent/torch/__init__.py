@@ -1,0 +1,158 @@
+"""PyTorch's cross-entropy on the CPU, through fastxent: replace one import, or call `install`.
+
+    from fastxent.torch import cross_entropy        # instead of torch.nn.functional's
+
+An adapter: shapes, dtypes and autograd are PyTorch's, the maths is in ``fastxent._kernels``. Here are the functions that
+people call; read ``_route`` next. Who does what:
+
+* ``_route`` sorts the calls. What the kernels take goes on; all else (other devices, odd dtypes, wrong shapes) goes to
+  PyTorch itself, whose result or error the caller then gets.
+* ``_calls`` runs the kernels: tensors -> addresses.
+* ``_eager`` is the autograd node of eager mode. mean and sum: the forward makes the gradient, the backward returns it.
+  none: the backward makes it, for only then each row's grad_output is known; it enters as a sample weight.
+* ``_operators``: ``torch.ops.fastxent`` is what ``torch.compile``, ``torch.export`` and dispatch modes see.
+* ``_formula`` says the same in PyTorch's operators. It serves what must be differentiated further: double backward,
+  forward-mode AD, ``torch.func``, probabilities that require a gradient.
+* ``_install`` puts all this in PyTorch's place for the whole process.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from fastxent.torch._calls import Options
+from fastxent.torch._install import install, installed, uninstall
+from fastxent.torch._route import route
+
+__all__ = ["CrossEntropyLoss", "cross_entropy", "install", "installed", "uninstall"]
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    inplace: bool = False,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    r"""``torch.nn.functional.cross_entropy``, with some options more.
+
+    .. math::
+        l_n = u_n \left[-\sum_c q_{nc} \log p_{nc} + z\, \mathrm{lse}_n^2\right], \qquad
+        q_{nc} = w_c \left[(1 - \epsilon)\, t_{nc} + \epsilon / C\right], \qquad
+        p_n = \mathrm{softmax}(x_n)
+
+    Parameters
+    ----------
+    input : Tensor, shape (C,), (N, C) or (N, C, d1, ...)
+        Logits x; float16, bfloat16, float32 or float64, any strides.
+    target : Tensor
+        Class indices (any integer dtype), shape (), (N,) or (N, d1, ...); or class probabilities t, the shape of ``input``.
+    weight, ignore_index, reduction, label_smoothing, size_average, reduce
+        As in PyTorch.
+    inplace : bool
+        The gradient overwrites the logits, when one is needed: no memory of their size is taken. Their version counter goes up,
+        so autograd raises where they are needed elsewhere. Under ``torch.compile`` a permission that is not used.
+    sample_weight : Tensor, shape of the rows, optional
+        Sample weights u. For "mean" the divisor is the sum of u w_y (class indices) or of u (class probabilities).
+    z_loss : float
+        z: pulls the log-normaliser to 0; not multiplied by ``weight``.
+    softcap : float, optional
+        Use softcap * tanh(x / softcap) for x.
+
+    Returns
+    -------
+    Tensor
+        A number, or with ``reduction="none"`` a tensor of the shape of the rows; dtype as PyTorch's.
+
+    Raises
+    ------
+    IndexError, RuntimeError, ValueError
+        Where PyTorch raises them, with its messages; also for ``label_smoothing < 0``.
+
+    References
+    ----------
+    ``torch.nn.functional.cross_entropy``. z-loss: Chowdhery et al., *PaLM*, arXiv:2204.02311, 5. Soft cap: Gemma Team,
+    *Gemma 2*, arXiv:2408.00118, 2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastxent.torch import cross_entropy
+    >>> logits = torch.zeros(2, 4, requires_grad=True)
+    >>> loss = cross_entropy(logits, torch.tensor([1, 3]))
+    >>> loss.backward()
+    >>> print(f"{loss.item():.4f}")
+    1.3863
+    >>> logits.grad
+    tensor([[ 0.1250, -0.3750,  0.1250,  0.1250],
+            [ 0.1250,  0.1250,  0.1250, -0.3750]])
+    """
+    if has_torch_function_variadic(input, target, weight, sample_weight):
+        return handle_torch_function(
+            cross_entropy, (input, target, weight, sample_weight), input, target, weight, size_average, ignore_index,
+            reduce, reduction, label_smoothing, inplace=inplace, sample_weight=sample_weight, z_loss=z_loss, softcap=softcap,
+        )  # fmt: skip
+    if size_average is not None or reduce is not None:
+        reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    number = nn._reduction.get_enum(reduction)
+    options = Options(number, ignore_index, label_smoothing, z_loss, softcap or 0.0)
+    try:
+        return route(input, target, weight, sample_weight, options, inplace)
+    except (AttributeError, TypeError, struct.error):
+        # Is an argument of a wrong type? PyTorch's parser says which one.
+        torch._C._nn.cross_entropy_loss(input, target, weight, number, ignore_index, label_smoothing)  # type: ignore[arg-type]
+        raise
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """``torch.nn.CrossEntropyLoss`` through fastxent; formula, shapes, errors and sources as in `cross_entropy`.
+
+    Parameters
+    ----------
+    weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        As in PyTorch.
+    inplace, z_loss, softcap
+        As in `cross_entropy`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastxent.torch import CrossEntropyLoss
+    >>> loss = CrossEntropyLoss(label_smoothing=0.1)
+    >>> print(f"{loss(torch.tensor([[2.0, 1.0, 0.1]]), torch.tensor([0])).item():.4f}")
+    0.5137
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        inplace: bool = False,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.inplace, self.z_loss, self.softcap = inplace, z_loss, softcap
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(
+            input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
+            label_smoothing=self.label_smoothing, inplace=self.inplace, z_loss=self.z_loss, softcap=self.softcap,
+        )  # fmt: skip

@@ -1,0 +1,267 @@
+"""Runs the kernels: tensors -> addresses, plans, and the tasks of small calls that come again."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false as is_non_overlapping_and_dense
+
+from fastxent import _memory, _parallel
+from fastxent._plan import FEW_CLASSES, Plan, flat_plan, make_plan
+
+STORAGE = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
+INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64}
+NONE, MEAN, SUM = 0, 1, 2  # torch.nn._reduction's numbers
+_PAST_ALL_CLASSES = 2**63 - 1
+
+
+class Options(NamedTuple):
+    """All but the tensors; in the order of the operators' schema."""
+
+    reduction: int
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float  # 0: none
+
+
+class _Call(NamedTuple):
+    """Checked tensors as the kernels take them; they must outlive the addresses."""
+
+    x: Tensor
+    axis: int
+    rows: torch.Size
+    target: Tensor  # as it was given
+    y: Tensor | None  # int64, contiguous
+    t: Tensor | None
+    w: Tensor | None  # float64, contiguous
+    u: Tensor | None  # float64, contiguous
+    divisor: float | None  # None: y is unchecked, and the task checks it
+    n_threads: int
+    acc: torch.dtype
+
+
+def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, ignore_index: int) -> _Call:
+    _check_memory(input, target, weight, sample_weight)
+    axis = 0 if input.dim() == 1 else 1
+    rows = input.shape[:axis] + input.shape[axis + 1 :]
+    n_classes = input.shape[axis]
+    x = input.detach().resolve_neg() if input.is_neg() else input
+    if not _walkable(x, axis):
+        x = x.detach().movedim(axis, -1).contiguous().movedim(-1, axis)
+    w = None if weight is None else weight.detach().to(torch.float64).resolve_neg().contiguous()
+    u = None if sample_weight is None else sample_weight.detach().to(torch.float64).resolve_neg().contiguous()
+    n_threads = _parallel.setting() or torch.get_num_threads()
+    double = (
+        x.dtype == torch.float64
+        or target.dtype == torch.float64
+        or (target.dtype in STORAGE and weight is not None and weight.dtype == torch.float64)
+    )
+    acc = torch.float64 if double else torch.float32
+    if target.shape == input.shape:
+        t = target.resolve_neg().detach()
+        if double and x.dtype != torch.float64:
+            t = t.to(torch.float64)
+        if n_classes > FEW_CLASSES and (t.stride(axis) == 1) != (x.stride(axis) == 1):
+            t = torch.empty_like(x, dtype=t.dtype).copy_(t)
+        return _Call(x, axis, rows, target, None, t, w, u, float(math.prod(rows) if u is None else u.sum()), n_threads, acc)
+    y = target.resolve_neg()
+    if y.dtype != torch.int64 or not y.is_contiguous():
+        y = as_int64(y).contiguous()
+    divisor = None
+    if not _parallel.small(x.numel()):
+        plan = flat_plan(y.numel(), n_classes, "f32")
+        divisor, _, bad, _ = _parallel.run(
+            "check_targets", plan, n_threads, y=y.data_ptr(), w=_address(w), u=_address(u), ignore=ignore_index
+        )
+        if bad:
+            raise _out_of_bounds(target, n_classes, ignore_index)
+    return _Call(x, axis, rows, target, y, None, w, u, divisor, n_threads, acc)
+
+
+def _check_memory(*tensors: Tensor | None) -> None:
+    """PyTorch lets the memory of a tensor be freed under it, or cut short."""
+    for t in tensors:
+        if t is not None and bytes_behind(t) < _reach(t):
+            raise RuntimeError(
+                "The tensor has a non-zero number of elements, but its data is not allocated yet, or not any more."
+            )
+
+
+def bytes_behind(t: Tensor) -> int:
+    """Bytes of memory from a tensor's first element on."""
+    return t.untyped_storage().nbytes() - int(t.storage_offset()) * t.element_size()
+
+
+def _reach(t: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    if t.numel() == 0:
+        return 0
+    return int(1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
+
+
+def as_int64(target: Tensor) -> Tensor:
+    """Class indices as int64. What does not fit stays out of bounds, and must not wrap around to an ignore_index."""
+    y = target.to(torch.int64)
+    return torch.where(y < 0, _PAST_ALL_CLASSES, y) if target.dtype == torch.uint64 else y
+
+
+def _out_of_bounds(target: Tensor, n_classes: int, ignore_index: int) -> IndexError:
+    y = as_int64(target)
+    wrong = target[(y != ignore_index) & ((y < 0) | (y >= n_classes))]
+    return IndexError(f"Target {wrong[0].item()} is out of bounds.")
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _walkable(x: Tensor, axis: int) -> bool:
+    """May a kernel take x as it lies? Else lanes would be gathered for many classes: a copy is faster."""
+    return x.shape[axis] <= FEW_CLASSES or any(s == 1 and n > 1 for n, s in zip(x.shape, x.stride(), strict=True))
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    shape: torch.Size,
+    strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    axis: int,
+    dtype: torch.dtype,
+    probabilities: torch.dtype | None,
+    labelled: bool,
+    smooth: bool,
+    capped: bool,
+) -> Plan:
+    """``make_plan`` for tensors: their strides count elements."""
+    sizes = (dtype.itemsize, dtype.itemsize, (probabilities or dtype).itemsize)
+    x, g, t = (tuple(s * size for s in stride) for stride, size in zip(strides, sizes, strict=True))
+    target = None if probabilities is None else STORAGE[probabilities]
+    return make_plan(tuple(shape), (x, g, t), axis, STORAGE[dtype], target, labelled, smooth, capped)
+
+
+def _run(name: str, call: _Call, g: Tensor, options: Options, factor: float = 1.0) -> Tensor:
+    """Run a task; its loss, reduced."""
+    loss = torch.zeros(call.rows, dtype=call.acc) if options.reduction == NONE else None
+    x, t = call.x, call.t
+    strides = (x.stride(), g.stride(), (x if t is None else t).stride())
+    labelled, smooth = call.y is not None, call.y is not None and options.label_smoothing > 0
+    plan = _plan(x.shape, strides, call.axis, x.dtype, None if t is None else t.dtype, labelled, smooth, options.softcap != 0)
+    average = options.reduction == MEAN
+    total, _, bad, divisor = _parallel.run(
+        name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=_address(t),
+        y=_address(call.y), w=_address(call.w), u=_address(call.u), loss=_address(loss), factor=factor,
+        divisor=(call.divisor or math.nan) if average else 1.0, check=call.divisor is None, average=average,
+        **_numbers(options, x.shape[call.axis]),
+    )  # fmt: skip
+    if bad:
+        raise _out_of_bounds(call.target, x.shape[call.axis], options.ignore_index)
+    return _scalar(total / divisor, call.acc) if loss is None else loss
+
+
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+    try:
+        return torch.scalar_tensor(value, dtype=dtype)
+    except RuntimeError:  # it refuses what float32 rounds to infinity; torch.tensor does not, but takes twice the time
+        return torch.tensor(value, dtype=dtype)
+
+
+class Small(NamedTuple):
+    """Tasks for a kind of call that one thread does, and that was met before."""
+
+    value: _parallel.SmallTask
+    gradient: _parallel.SmallTask
+    input_bytes: int
+    target_bytes: int
+
+
+small_tasks: dict[tuple[Any, ...], Small] = {}
+
+
+def kind_of(input: Tensor, target: Tensor, options: Options) -> tuple[Any, ...]:
+    """All that a call without weights is sorted by. The keys tell device, layout, and whatever else is odd about a tensor."""
+    keys = torch._C._dispatch_keys
+    return (
+        type(input), input.shape, input.stride(), input.dtype, keys(input).raw_repr(),
+        type(target), target.shape, target.stride(), target.dtype, keys(target).raw_repr(), options,
+    )  # fmt: skip
+
+
+def remember(kind: tuple[Any, ...], input: Tensor, target: Tensor, options: Options) -> None:
+    """Keep the tasks of a call that was found good, if they can take its tensors as they lie."""
+    axis = 0 if input.dim() == 1 else 1
+    g = _gradient_like(input)
+    if (
+        input.dtype not in (torch.float32, torch.float64)
+        or target.dtype != torch.int64
+        or not target.is_contiguous()
+        or options.reduction == NONE
+        or input.is_neg()
+        or target.is_neg()
+        or not _walkable(input, axis)
+        or not _lies_well(g, input, axis)
+    ):
+        return
+    strides = (input.stride(), g.stride(), input.stride())
+    plan = _plan(input.shape, strides, axis, input.dtype, None, True, options.label_smoothing > 0, options.softcap != 0)
+    arguments = _numbers(options, input.shape[axis]) | {"average": options.reduction == MEAN}
+    if len(small_tasks) >= 4096:
+        small_tasks.clear()
+    value, gradient = (_parallel.SmallTask(name, plan, **arguments) for name in ("value", "value_and_grad"))
+    small_tasks[kind] = Small(value, gradient, _reach(input), _reach(target))
+
+
+def _numbers(options: Options, n_classes: int) -> dict[str, float]:
+    """The options as the tasks know them."""
+    return {
+        "ignore": options.ignore_index, "keep": 1.0 - options.label_smoothing, "spread": options.label_smoothing / n_classes,
+        "z": options.z_loss, "cap": options.softcap,
+    }  # fmt: skip
+
+
+def _lies_well(g: Tensor, x: Tensor, axis: int) -> bool:
+    """Do the lanes of the gradient lie as those of the logits do?"""
+    return x.shape[axis] <= FEW_CLASSES or (g.stride(axis) == 1) == (x.stride(axis) == 1)
+
+
+def small_loss(task: _parallel.SmallTask, options: Options, input: Tensor, g: Tensor, target: Tensor) -> Tensor:
+    total, _, bad, divisor = task(input.data_ptr(), g.data_ptr(), target.data_ptr())
+    if bad:
+        raise _out_of_bounds(target, input.shape[input.dim() > 1], options.ignore_index)
+    return _scalar(total / divisor, input.dtype)
+
+
+def value(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
+    call = _prepare(input, target, weight, sample_weight, options.ignore_index)
+    return _run("value", call, call.x, options)
+
+
+def value_and_grad(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    options: Options,
+    out: Tensor | None = None,
+    factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Loss, and ``factor`` times its gradient, in ``out`` if given; that may be ``input``."""
+    call = _prepare(input, target, weight, sample_weight, options.ignore_index)
+    result = _gradient_like(input) if out is None else out
+    g = result if _lies_well(result, call.x, call.axis) else torch.empty_like(call.x)
+    loss = _run("value_and_grad", call, g, options, factor)
+    if g is not result:
+        result.copy_(g)
+    return loss, result
+
+
+def _gradient_like(input: Tensor) -> Tensor:
+    """``torch.empty_like``, in recycled memory and huge pages where that counts."""
+    nbytes = input.numel() * input.element_size()
+    if nbytes < _memory.SMALLEST or not is_non_overlapping_and_dense(input):
+        return torch.empty_like(input)
+    flat = torch.from_numpy(_memory.buffer(nbytes)).view(input.dtype)
+    return flat.as_strided(input.shape, input.stride())

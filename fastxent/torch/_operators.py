@@ -1,0 +1,80 @@
+"""The operators ``torch.ops.fastxent``: what tracers see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastxent.torch._calls import NONE, STORAGE, SUM, Options, value, value_and_grad
+from fastxent.torch._formula import differentiable_backward
+
+_ARGUMENTS = (
+    "Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, "
+    "int reduction, int ignore_index, float label_smoothing, float z_loss, float softcap"
+)
+
+
+def _value_impl(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, *options: Any) -> Tensor:
+    return value(input, target, weight, sample_weight, Options(*options))
+
+
+def _value_and_grad_impl(
+    input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    return value_and_grad(input, target, weight, sample_weight, Options(*options))
+
+
+def _value_fake(
+    input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, reduction: int, *_: Any
+) -> Tensor:
+    dim = 0 if input.dim() == 1 else 1
+    rows = (*input.shape[:dim], *input.shape[dim + 1 :]) if reduction == NONE else ()
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    if target.dtype in STORAGE:
+        dtype = torch.promote_types(dtype, target.dtype)
+        if weight is not None:
+            dtype = torch.promote_types(dtype, weight.dtype)
+    return input.new_empty(rows, dtype=dtype)
+
+
+def _value_and_grad_fake(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _value_fake(input, *arguments), torch.empty_like(input)
+
+
+def _operator_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
+    """Of both operators. The second one has made the gradient already."""
+    *tensors, ctx.options = *inputs[:4], Options(*inputs[4:])
+    grad = None
+    if isinstance(output, tuple):
+        _, grad = output
+        ctx.mark_non_differentiable(grad)
+    ctx.save_for_backward(*tensors, grad)
+
+
+def _operator_backward(ctx: Any, grad_output: Tensor, _: None = None) -> tuple[Tensor | None, ...]:
+    *tensors, grad = ctx.saved_tensors
+    none = (None,) * (3 + len(ctx.options))
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return differentiable_backward(tensors, ctx.options, grad_output), *none
+    if ctx.options.reduction == NONE:
+        input, target, weight, sample_weight = tensors
+        rows = grad_output if sample_weight is None else grad_output * sample_weight
+        _, grad = value_and_grad_op(input, target, weight, rows, *ctx.options._replace(reduction=SUM))
+        return grad, *none
+    if grad is None:
+        _, grad = value_and_grad_op(*tensors, *ctx.options)
+    return (grad * grad_output).to(grad.dtype), *none
+
+
+torch.library.define("fastxent::cross_entropy", f"({_ARGUMENTS}) -> Tensor")
+torch.library.define("fastxent::cross_entropy_value_and_grad", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
+torch.library.impl("fastxent::cross_entropy", "CPU", _value_impl)
+torch.library.impl("fastxent::cross_entropy_value_and_grad", "CPU", _value_and_grad_impl)
+torch.library.register_fake("fastxent::cross_entropy", _value_fake)
+torch.library.register_fake("fastxent::cross_entropy_value_and_grad", _value_and_grad_fake)
+for _operator in ("fastxent::cross_entropy", "fastxent::cross_entropy_value_and_grad"):
+    torch.library.register_autograd(_operator, _operator_backward, setup_context=_operator_context)
+value_op = torch.ops.fastxent.cross_entropy
+value_and_grad_op = torch.ops.fastxent.cross_entropy_value_and_grad

@@ -1,0 +1,143 @@
+"""Who computes a call: the kernels (eagerly, or through an operator), the formula, or PyTorch itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastxent import _parallel
+from fastxent.torch._calls import (
+    INTEGERS,
+    NONE,
+    STORAGE,
+    Options,
+    as_int64,
+    bytes_behind,
+    kind_of,
+    remember,
+    small_loss,
+    small_tasks,
+    value,
+)
+from fastxent.torch._eager import apply
+from fastxent.torch._formula import formula, loss_dtype, stock
+from fastxent.torch._operators import value_and_grad_op, value_op
+
+
+def route(
+    input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options, inplace: bool
+) -> Tensor:
+    kind = None
+    if weight is None and sample_weight is None and not (inplace or _is_out_of_the_ordinary()):
+        kind = kind_of(input, target, options)
+        small = small_tasks.get(kind)
+        if small is not None and bytes_behind(input) >= small.input_bytes and bytes_behind(target) >= small.target_bytes:
+            if torch.is_grad_enabled() and input.requires_grad:
+                return apply(input, target, None, None, options, False, small)
+            return small_loss(small.value, options, input, input, target)
+    if options.label_smoothing < 0.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
+    if not _takes(input, target, weight, sample_weight, options):
+        return _by_pytorch(input, target, weight, sample_weight, options)
+    if _must_be_formula(input, target, weight, sample_weight):
+        return formula(input, target, weight, sample_weight, options)
+    differentiate = torch.is_grad_enabled() and input.requires_grad
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        if differentiate and options.reduction != NONE:
+            loss, _ = value_and_grad_op(input, target, weight, sample_weight, *options)
+        else:
+            loss = value_op(input, target, weight, sample_weight, *options)
+    elif differentiate:
+        inplace = inplace and _may_be_overwritten(input, target, weight, sample_weight)
+        loss = apply(input, target, weight, sample_weight, options, inplace, None)
+    else:
+        loss = value(input, target, weight, sample_weight, options)
+    if kind is not None and _parallel.small(input.numel()):
+        remember(kind, input, target, options)
+    dtype = loss_dtype(input, target, weight)
+    return loss if loss.dtype == dtype else loss.to(dtype)
+
+
+def _is_out_of_the_ordinary() -> bool:
+    """Is somebody tracing, transforming or casting?"""
+    return (
+        torch.compiler.is_compiling()  # first: Dynamo must not look at the others
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+def _takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> bool:
+    """Is this a call for the kernels? Else PyTorch computes it, or says what is wrong with it."""
+    shape = input.shape
+    if input.dtype not in STORAGE or not shape or not _on_cpu(input, target) or input.numel() == 0:
+        return False
+    if not options.label_smoothing <= 1.0:
+        return False
+    dim = 0 if len(shape) == 1 else 1
+    probabilities = target.shape == shape
+    if probabilities:
+        if target.dtype not in STORAGE or options.ignore_index >= 0:
+            return False
+    elif target.shape != shape[:dim] + shape[dim + 1 :] or target.dtype not in INTEGERS:
+        return False
+    if weight is not None:
+        if weight.shape != (shape[dim],) or not _on_cpu(weight) or weight.dtype not in STORAGE:
+            return False
+        if not probabilities and (weight.dtype != input.dtype or weight.requires_grad):
+            return False
+    return sample_weight is None or (sample_weight.shape == shape[:dim] + shape[dim + 1 :] and _on_cpu(sample_weight))
+
+
+def _by_pytorch(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
+    """What the kernels do not take, PyTorch computes, or says what is wrong with it."""
+    if target.dtype in INTEGERS and target.shape != input.shape:
+        target = as_int64(target)
+    if sample_weight is None and options.z_loss == 0.0 and options.softcap == 0.0:
+        return stock(input, target, weight, options)
+    with torch.no_grad():
+        stock(input, target, weight, options)  # it refuses what it would refuse without our options
+    dim = 0 if input.dim() == 1 else 1
+    rows = (*input.shape[:dim], *input.shape[dim + 1 :])
+    if sample_weight is not None and sample_weight.shape != rows:
+        raise ValueError(f"sample_weight has shape {tuple(sample_weight.shape)}; it must be {rows}: one weight per row")
+    return formula(input, target, weight, sample_weight, options)
+
+
+def _may_be_overwritten(x: Tensor, *others: Tensor | None) -> bool:
+    """Has every logit a place of its own, in which its gradient can lie?"""
+    memory = x.untyped_storage().data_ptr()
+    if x.is_neg() or any(t is not None and t.untyped_storage().data_ptr() == memory for t in others):
+        return False
+    reach = 0  # from the first element to the last, over the axes seen so far
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    if x.is_leaf or (x._is_view() and x._base.is_leaf and x._base.requires_grad):  # type: ignore[union-attr]
+        raise RuntimeError("a leaf tensor that requires grad cannot be overwritten: inplace=True needs computed logits")
+    return True
+
+
+def _on_cpu(*tensors: Tensor) -> bool:
+    """Are these tensors with memory of their own? Zero tensors have none, wrapper subclasses hide theirs."""
+    if not all([t.is_cpu and t.layout == torch.strided for t in tensors]):
+        return False
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return not any([t._is_zerotensor() or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors])
+
+
+def _must_be_formula(input: Tensor, *others: Tensor | None) -> bool:
+    """Is more asked of the result than a first derivative with respect to the logits?"""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling():
+        return torch.autograd.forward_ad._current_level >= 0 or any(t is not None and t.requires_grad for t in others)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others):
+        return True
+    return torch.autograd.forward_ad._current_level >= 0 and any(
+        t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in (input, *others)
+    )
