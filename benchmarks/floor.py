@@ -20,8 +20,9 @@ from numba import cfunc, njit, types
 from benchmarks.cases import GRAD, Array, Case
 from fastxent import _compile, _parallel, _task
 from fastxent._kernels import walk
+from fastxent._loadstore import load, store, stream
 from fastxent._plan import CHUNK, Plan, Variant
-from fastxent._simd import INLINE, LANES, lane, load, splat, store, stream, sum_across
+from fastxent._simd import INLINE, LANES, lane, splat, sum_across
 
 VECTOR = 4 * LANES  # bytes
 OUT, IN_PLACE, READ = "out=", "in place", "read"  # floors; then the tasks that may be one

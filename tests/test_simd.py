@@ -8,8 +8,10 @@ import pytest
 from numba import cfunc, types
 
 from fastxent import _compile, _kernels, _simd
+from fastxent._elementary import exp_up, log, log1p, shift_by, tanh
+from fastxent._loadstore import itemsize, load, store
 from fastxent._plan import Variant
-from fastxent._simd import exp_up, itemsize, load, log, log1p, narrow, shift_by, store, tanh, widen
+from fastxent._simd import narrow, widen
 
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 

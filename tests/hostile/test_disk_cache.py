@@ -115,12 +115,20 @@ def test_nothing_can_be_written_anywhere(package):
     assert binary("", str(package.parent), **home) == f"{COMPILED} RuntimeWarning"
 
 
-@pytest.mark.parametrize("helper", ["_simd.py", "_kernels.py"])
+CHANGES = {
+    "_simd.py": ("return x + _swap(x, 1)", "return x + _swap(x, 2)"),
+    "_loadstore.py": ("args[1], _zeros(vector)", "_zeros(args[1].type), _zeros(vector)"),
+    "_elementary.py": ("LN2_HIGH - (", "LN2_HIGH + ("),
+    "_kernels.py": ("(negative * (", "(positive * ("),
+}
+
+
+@pytest.mark.parametrize("helper", CHANGES)
 def test_an_upgrade_that_changes_only_a_helper(tmp_path, package, helper):
     """Numba looks at the file of the task alone, and not even at that where its time and size are the same."""
     assert binary(tmp_path / "cache", str(package.parent)) == COMPILED
     file, before = package / helper, (package / helper).stat()
-    old, new = {"_simd.py": ("LN2_HIGH - (", "LN2_HIGH + ("), "_kernels.py": ("(negative * (", "(positive * (")}[helper]
+    old, new = CHANGES[helper]
     source = file.read_text()
     assert source.count(old) == 1
     file.write_text(source.replace(old, new))

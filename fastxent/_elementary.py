@@ -1,0 +1,218 @@
+"""The elementary functions of the kernels, 16 lanes at a time: exp, tanh, log, each with its derivation."""
+
+import math
+from collections import namedtuple
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+from fastxent._simd import F64, I32, I64, INLINE, LANES, SCALAR, absolute, at_least, call_llvm, fma, lanes_of, splat, where
+
+# exp(x - m) for x <= m, with exp(0) exactly 1 and no error from the difference x - m, which is the largest one elsewhere
+# (half an ulp of x - m = -12.3 is 4e-7, and so is then the relative error of the exponential).
+#   k   = round((x - m) / ln 2), from adding 1.5 * 2^(mantissa bits): the sum's low bits are k, rounded by the adder.
+#   r   = x - m - k ln 2, |r| <= ln(2)/2, exact but for three roundings of r's own size: m is split into base + coarse + fine,
+#         and ln 2 into high + low (Cody, Waite), where coarse and high are multiples of so large a power of two (the grid) that
+#         c = coarse + k high is exact; r = ((x - base) - c) - fine - k low. If m is beyond the reach of the grid, all of it is
+#         base: x - base is exact then for every x that matters.
+#   e^r = 1 + r + r^2 q(r), q interpolated at Chebyshev nodes: 0.2 (f32), 0.002 (f64) of a half-ulp.
+#   2^k   is built from k's bits.
+# Softmax needs ratios of exponentials only. So exp_up returns exp(x - m) 2^UP, UP = 24 or 52: the factor cancels, and a
+# probability too small for a normal number keeps its bits until the last multiplication rounds it to a denormal one.
+# Below x - m = -(bias + UP) ln 2 the exponent field is 0 and the result exactly 0, also for x = -inf.
+
+_Q32 = (0.5, 0.16666575, 0.041666552, 0.008363472, 0.0013926551)
+_Q64 = (
+    0.5, 0.1666666666666667, 0.04166666666666667, 0.008333333333325848, 0.0013888888888883544,
+    0.00019841269875819578, 2.4801587326261104e-05, 2.755725413931689e-06, 2.7557272742699346e-07,
+    2.5105739219586713e-08, 2.0915059884917686e-09,
+)  # fmt: skip
+_GRID = {"f32": 2.0**-9, "f64": 2.0**-32}
+_FORMAT = {  # mantissa bits, exponent bias, UP, ln 2 high part (a multiple of the grid), ln 2 low part, q
+    "f32": (23, 127, 24, 0.693359375, -2.1219444005469057e-4, _Q32),
+    "f64": (52, 1023, 52, 6.93147180369123816490e-01, 1.90821492927058770002e-10, _Q64),
+}
+
+
+def _polynomial(coefficients):
+    """A jitted ``c0 + c1 x + c2 x^2 + ...``, by Horner's rule."""
+
+    @intrinsic
+    def polynomial(typingctx, x):
+        vector = lanes_of(SCALAR[x.kind])
+
+        def codegen(context, builder, sig, args):
+            *rest, y = (ir.Constant(vector, [c] * LANES) for c in coefficients)
+            for c in reversed(rest):
+                y = call_llvm(builder, f"llvm.fmuladd.v{LANES}{x.kind}", vector, [y, args[0], c])
+            return y
+
+        return x(x), codegen
+
+    return polynomial
+
+
+@intrinsic
+def _power_of_two(typingctx, shifted):
+    """``2^(k + UP)`` from ``shifted = k + magic``; 0 where k + UP is below the normal numbers."""
+    mantissa, bias, up = _FORMAT[shifted.kind][:3]
+    integer = {"f32": I32, "f64": I64}[shifted.kind]
+    # The bits of a float in [2^mantissa, 2^(mantissa+1)) are those of its first member plus the distance to it.
+    magic_bits = ((bias + mantissa) << mantissa) + (1 << (mantissa - 1))
+
+    def codegen(context, builder, sig, args):
+        ints = lanes_of(integer)
+        bits = builder.bitcast(args[0], ints)
+        exponent = builder.add(bits, ir.Constant(ints, [bias + up - magic_bits] * LANES))
+        field = builder.shl(exponent, ir.Constant(ints, [mantissa] * LANES))
+        return builder.bitcast(field, args[0].type)
+
+    return shifted(shifted), codegen
+
+
+Shift = namedtuple("Shift", "base coarse fine lowest")  # a maximum m in parts; the x below which exp_up is 0
+
+
+def shift_by(m):
+    """What ``exp_up`` needs to know of ``m``; -inf counts as 0, for -inf - -inf would be nan."""
+    raise TypeError("shift_by is for kernels")
+
+
+@overload(shift_by, jit_options=INLINE)
+def _shift_by(m):
+    mantissa, bias, up, *_ = _FORMAT[m.kind]
+    to_grid = 1.5 * 2.0**mantissa * _GRID[m.kind]  # adding and subtracting it rounds to the grid
+    reach = to_grid / 3.0
+    lowest = -(bias + up) * math.log(2.0)
+
+    def shift_by(m):
+        m = where(m == -math.inf, splat(m, 0.0), m)
+        far = absolute(m) >= reach
+        near = where(far, splat(m, 0.0), m)
+        coarse = (near + to_grid) - to_grid
+        return Shift(where(far, m, 0.0), coarse, near - coarse, coarse + lowest)
+
+    return shift_by
+
+
+def exp_up(x, shift):
+    """``exp(x - m) * 2**UP`` for ``x <= m``, -inf and nan; error below 1.5 ulp; ``shift = shift_by(m)``."""
+    raise TypeError("exp_up is for kernels")
+
+
+@overload(exp_up, jit_options=INLINE)
+def _exp_up(x, shift):
+    mantissa, _, _, ln2_high, ln2_low, q = _FORMAT[x.kind]
+    magic = 1.5 * 2.0**mantissa
+    log2e = 1.0 / math.log(2.0)
+    q_of = _polynomial(q)
+
+    def exp_up(x, shift):
+        x = at_least(x - shift.base, shift.lowest)
+        shifted = fma(x - shift.coarse, log2e, splat(x, magic))
+        k = shifted - magic
+        r = x - fma(k, ln2_high, shift.coarse)
+        r = fma(k, -ln2_low, r - shift.fine)
+        e_r = fma(r * r, q_of(r), r) + 1.0
+        return e_r * _power_of_two(shifted)
+
+    return exp_up
+
+
+def tanh(x):
+    """Hyperbolic tangent, relative error of some ulps also near 0: with d = -2 |x|, e^d - 1 = 2^k (e^r - 1) + (2^k - 1)."""
+    raise TypeError("tanh is for kernels")
+
+
+@overload(tanh, jit_options=INLINE)
+def _tanh(x):
+    mantissa, _, up, ln2_high, ln2_low, q = _FORMAT[x.kind]
+    magic = 1.5 * 2.0**mantissa
+    lowest = -1.5 * mantissa  # e^d is nothing beside 1 there
+    log2e = 1.0 / math.log(2.0)
+    down = 2.0**-up
+    q_of = _polynomial(q)
+
+    def tanh(x):
+        d = at_least(absolute(x) * -2.0, lowest)
+        shifted = fma(d, log2e, splat(d, magic))
+        k = shifted - magic
+        r = fma(k, -ln2_high, d)
+        r = fma(k, -ln2_low, r)
+        power = _power_of_two(shifted) * down
+        expm1 = fma(power, fma(r * r, q_of(r), r), power - 1.0)
+        size = (expm1 * -1.0) / (expm1 + 2.0)
+        return where(x < 0.0, size * -1.0, size)
+
+    return tanh
+
+
+@njit(**INLINE)
+def sech_squared(x):
+    """``1 - tanh(x)^2``, the slope of tanh, as 4 r (1 - r) with r = 1 / (1 + e^(2 |x|)): it keeps its digits at a large |x|."""
+    d = absolute(x) * -2.0
+    e = exp_up(d, shift_by(splat(d, 0.0))) / up(d)
+    r = e / (e + 1.0)
+    return r * 4.0 * (splat(r, 1.0) - r)
+
+
+def up(like):
+    """What ``exp_up`` gives for ``exp(0) = 1``: the factor 2**UP of ``like``'s kind (a Vec or a Ptr)."""
+    raise TypeError("up is for kernels")
+
+
+@overload(up, jit_options=INLINE)
+def _up(like):
+    factor = 2.0 ** _FORMAT[like.kind][2]
+    return lambda like: factor
+
+
+# log(x) = k ln 2 + log(m), x = m 2^k with m in [sqrt(1/2), sqrt(2)).
+#   log(m) = 2 atanh(s) = 2 s + 2 s z L(z), with f = m - 1, which is exact, s = f / (2 + f) and z = s^2. The rounding of s would
+#   be that of the result; but 2 s = f - s f = f - f^2/2 + s f^2/2, where it stands in the small terms only.
+
+_LOG = _polynomial((
+    0.3333333333333333, 0.2000000000000047, 0.14285714285382226, 0.1111111120027388,
+    0.090908973504489, 0.07693145267329496, 0.06633709298237442, 0.06550360691751746,
+))  # fmt: skip
+_SQRT_HALF_BITS = 0x3FE6A09E667F3BCD
+_LN2_HIGH, _LN2_LOW = _FORMAT["f64"][3:5]
+
+
+@intrinsic
+def _split_exponent(typingctx, x):
+    """``(k, m)`` with ``x = m * 2**k`` and m in [sqrt(1/2), sqrt(2)); k as float64 lanes."""
+
+    def codegen(context, builder, sig, args):
+        ints = lanes_of(I64)
+        const = lambda v: ir.Constant(ints, [v] * LANES)  # noqa: E731
+        bits = builder.bitcast(args[0], ints)
+        k = builder.ashr(builder.sub(bits, const(_SQRT_HALF_BITS)), const(52))
+        m = builder.bitcast(builder.sub(bits, builder.shl(k, const(52))), args[0].type)
+        k = builder.sitofp(k, args[0].type)
+        return context.make_tuple(builder, sig.return_type, [k, m])
+
+    return types.UniTuple(F64, 2)(x), codegen
+
+
+@njit(**INLINE)
+def log(x):
+    """Natural logarithm of float64 lanes (normal numbers, 0, inf, nan); about 1 ulp."""
+    k, m = _split_exponent(x)
+    f = m - 1.0
+    s = f / (f + 2.0)
+    z = s * s
+    half = f * f * 0.5
+    tail = s * (half + z * 2.0 * _LOG(z)) + k * _LN2_LOW
+    y = k * _LN2_HIGH - ((half - tail) - f)
+    y = where(x == 0.0, splat(x, -math.inf), y)
+    y = where(x == math.inf, x, y)
+    return where(x >= 0.0, y, math.nan)
+
+
+@njit(**INLINE)
+def log1p(e):
+    """``log(1 + e)`` of float64 lanes ``e >= 0``: what rounding 1 + e lost is put back."""
+    u = e + 1.0
+    return log(u) + (e - (u - 1.0)) / u

@@ -1,0 +1,327 @@
+"""Vectors and memory: loads, stores, gathers, transposes; half precision is widened and rounded on the way.
+
+Also what a kernel needs beside vectors: single elements, atomic counters, room on the stack, prefetches. Offsets and strides
+are bytes.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fastxent._simd import BYTES, I8, I16, I32, I64, LANES, NUMBA_SCALAR, SCALAR, Ptr, Vec, broadcast, call_llvm, lanes_of
+
+STORED = {"f16": I16, "bf16": I16, "f32": ir.FloatType(), "f64": ir.DoubleType(), "i64": I64}
+ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "i64": 8}
+
+
+def _bf16_from_f32(builder, x):
+    """Round to nearest even by adding half of what is cut off; a nan is made quiet, or rounding could make it inf."""
+    ints = lanes_of(I32) if isinstance(x.type, ir.VectorType) else I32
+    const = (lambda v: ir.Constant(ints, [v] * LANES)) if isinstance(ints, ir.VectorType) else (lambda v: I32(v))
+    half = lanes_of(I16) if isinstance(ints, ir.VectorType) else I16
+    bits = builder.bitcast(x, ints)
+    odd = builder.and_(builder.lshr(bits, const(16)), const(1))
+    rounded = builder.add(builder.add(bits, const(0x7FFF)), odd)
+    quiet = builder.or_(bits, const(0x400000))
+    chosen = builder.select(builder.fcmp_unordered("uno", x, x), quiet, rounded)
+    return builder.trunc(builder.lshr(chosen, const(16)), half)
+
+
+def _decode(builder, raw, ptr):
+    """Stored bits -> numbers to compute with."""
+    many = isinstance(raw.type, ir.VectorType)
+    shape = lanes_of if many else (lambda t: t)
+    if ptr.storage == "bf16":
+        wide = builder.zext(raw, shape(I32))
+        shift = ir.Constant(shape(I32), [16] * LANES) if many else I32(16)
+        x, have = builder.bitcast(builder.shl(wide, shift), shape(SCALAR["f32"])), "f32"
+    elif ptr.storage == "f16":
+        x, have = builder.fpext(builder.bitcast(raw, shape(ir.HalfType())), shape(SCALAR["f32"])), "f32"
+    else:
+        x, have = raw, ptr.storage
+    if have == ptr.kind:
+        return x
+    return (builder.fpext if ptr.kind == "f64" else builder.fptrunc)(x, shape(SCALAR[ptr.kind]))
+
+
+def _encode(builder, x, ptr):
+    """Numbers -> stored bits, rounded to nearest even; to half precision by way of float32, as PyTorch does."""
+    shape = lanes_of if isinstance(x.type, ir.VectorType) else (lambda t: t)
+    if ptr.storage == ptr.kind:
+        return x
+    if ptr.storage in ("f16", "bf16"):
+        f32 = builder.fptrunc(x, shape(SCALAR["f32"])) if ptr.kind == "f64" else x
+        if ptr.storage == "bf16":
+            return _bf16_from_f32(builder, f32)
+        return builder.bitcast(builder.fptrunc(f32, shape(ir.HalfType())), shape(I16))
+    return (builder.fptrunc if ptr.kind == "f64" else builder.fpext)(x, shape(STORED[ptr.storage]))
+
+
+def _typed(builder, address, element):
+    return builder.bitcast(address, element.as_pointer())
+
+
+def _masked_name(ptr):
+    element = {"f16": "i16", "bf16": "i16"}.get(ptr.storage, ptr.storage)
+    return f"v{LANES}{element}"
+
+
+def _zeros(vector):
+    return ir.Constant(vector, None)
+
+
+@intrinsic
+def load(typingctx, p):
+    """16 neighbours at ``p``."""
+
+    def codegen(context, builder, sig, args):
+        vector = lanes_of(STORED[p.storage])
+        return _decode(builder, builder.load(_typed(builder, args[0], vector), align=1), p)
+
+    return Vec(p.kind)(p), codegen
+
+
+@intrinsic
+def load_masked(typingctx, p, mask):
+    """Neighbours at ``p`` where ``mask``, else 0; nothing is read where it is false."""
+
+    def codegen(context, builder, sig, args):
+        vector = lanes_of(STORED[p.storage])
+        address = _typed(builder, args[0], vector)
+        raw = call_llvm(
+            builder,
+            f"llvm.masked.load.{_masked_name(p)}.p0",
+            vector,
+            [address, I32(1), args[1], _zeros(vector)],
+        )
+        return _decode(builder, raw, p)
+
+    return Vec(p.kind)(p, mask), codegen
+
+
+@intrinsic
+def store(typingctx, p, x):
+    """Write 16 neighbours at ``p``."""
+
+    def codegen(context, builder, sig, args):
+        raw = _encode(builder, args[1], p)
+        builder.store(raw, _typed(builder, args[0], raw.type), align=1)
+        return context.get_dummy_value()
+
+    return types.void(p, x), codegen
+
+
+@intrinsic
+def store_masked(typingctx, p, x, mask):
+    """Write neighbours at ``p`` where ``mask``; nothing is touched where it is false."""
+
+    def codegen(context, builder, sig, args):
+        raw = _encode(builder, args[1], p)
+        address = _typed(builder, args[0], raw.type)
+        call_llvm(builder, f"llvm.masked.store.{_masked_name(p)}.p0", ir.VoidType(), [raw, address, I32(1), args[2]])
+        return context.get_dummy_value()
+
+    return types.void(p, x, mask), codegen
+
+
+@intrinsic
+def stream(typingctx, p, x):
+    """Write 16 neighbours at ``p``, aligned to the vector, past the caches (the array is not read again soon)."""
+
+    def codegen(context, builder, sig, args):
+        raw = _encode(builder, args[1], p)
+        written = builder.store(raw, _typed(builder, args[0], raw.type), align=LANES * ITEMSIZE[p.storage])
+        written.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(p, x), codegen
+
+
+def _lane_addresses(builder, base, offsets):
+    addresses = builder.gep(base, [offsets], source_etype=I8)
+    addresses.type = lanes_of(BYTES)  # an index vector makes a vector of addresses; llvmlite does not work that out
+    return addresses
+
+
+@intrinsic
+def gather(typingctx, p, offsets, mask):
+    """The elements at ``p + offsets`` bytes where ``mask``, else 0."""
+
+    def codegen(context, builder, sig, args):
+        vector = lanes_of(STORED[p.storage])
+        addresses = _lane_addresses(builder, args[0], args[1])
+        name = f"llvm.masked.gather.{_masked_name(p)}.v{LANES}p0"
+        raw = call_llvm(builder, name, vector, [addresses, I32(1), args[2], _zeros(vector)])
+        return _decode(builder, raw, p)
+
+    return Vec(p.kind)(p, offsets, mask), codegen
+
+
+@intrinsic
+def scatter(typingctx, p, offsets, x, mask):
+    """Write lane by lane to ``p + offsets`` bytes where ``mask``."""
+
+    def codegen(context, builder, sig, args):
+        raw = _encode(builder, args[2], p)
+        addresses = _lane_addresses(builder, args[0], args[1])
+        name = f"llvm.masked.scatter.{_masked_name(p)}.v{LANES}p0"
+        call_llvm(builder, name, ir.VoidType(), [raw, addresses, I32(1), args[3]])
+        return context.get_dummy_value()
+
+    return types.void(p, offsets, x, mask), codegen
+
+
+def _transpose(builder, rows):
+    """16 vectors, lane j of vector i -> lane i of vector j: exchange blocks of 1, 2, 4, 8 lanes between pairs of vectors."""
+    rows = list(rows)
+    for block in (1, 2, 4, 8):
+        keep = [lane if not lane & block else LANES + lane - block for lane in range(LANES)]
+        swap = [lane + block if not lane & block else LANES + lane for lane in range(LANES)]
+        for i in range(LANES):
+            if not i & block:
+                a, b = rows[i], rows[i + block]
+                rows[i] = builder.shuffle_vector(a, b, ir.Constant(lanes_of(I32), keep))
+                rows[i + block] = builder.shuffle_vector(a, b, ir.Constant(lanes_of(I32), swap))
+    return rows
+
+
+def _rows(builder, base, stride, mask, columns, vector):
+    """For each of 16 rows its address and the mask of its elements: the first ``columns``, or none."""
+    spread = broadcast(builder, columns, "i64")
+    wanted = builder.icmp_signed("<", ir.Constant(lanes_of(I64), list(range(LANES))), spread)
+    for row in range(LANES):
+        at = builder.gep(base, [builder.mul(stride, I64(row))])
+        live = wanted
+        if mask is not None:
+            live = builder.select(builder.extract_element(mask, I32(row)), wanted, _zeros(wanted.type))
+        yield _typed(builder, at, vector), live
+
+
+def _if_all(builder, mask, emit):
+    """``emit(None)`` where all lanes of ``mask`` are true, which is the common case and cheaper, else ``emit(mask)``."""
+    with builder.if_else(builder.icmp_unsigned("==", builder.bitcast(mask, I16), I16(0xFFFF))) as (all_of_them, some):
+        with all_of_them:
+            emit(None)
+        with some:
+            emit(mask)
+
+
+@intrinsic
+def load_transposed(typingctx, p, stride, mask, columns, tile):
+    """16 rows, ``stride`` bytes apart -> 16 vectors at ``tile``: element j < columns of each row; 0 where not ``mask``."""
+
+    def codegen(context, builder, sig, args):
+        base, stride, mask, columns, tile = args
+        vector = lanes_of(STORED[p.storage])
+        name = f"llvm.masked.load.{_masked_name(p)}.p0"
+
+        def emit(mask):
+            rows = [
+                _decode(builder, call_llvm(builder, name, vector, [at, I32(1), live, _zeros(vector)]), p)
+                for at, live in _rows(builder, base, stride, mask, columns, vector)
+            ]
+            for j, column in enumerate(_transpose(builder, rows)):
+                at = builder.gep(tile, [I64(j * LANES * ITEMSIZE[p.kind])])
+                builder.store(column, _typed(builder, at, column.type), align=1)
+
+        _if_all(builder, mask, emit)
+        return context.get_dummy_value()
+
+    return types.void(p, types.int64, mask, types.int64, tile), codegen
+
+
+@intrinsic
+def store_transposed(typingctx, p, stride, mask, columns, tile):
+    """The other way round; nothing is touched outside the rows in ``mask`` and their first ``columns`` elements."""
+
+    def codegen(context, builder, sig, args):
+        base, stride, mask, columns, tile = args
+        wide = lanes_of(SCALAR[p.kind])
+        name = f"llvm.masked.store.{_masked_name(p)}.p0"
+        vectors = [
+            builder.load(_typed(builder, builder.gep(tile, [I64(j * LANES * ITEMSIZE[p.kind])]), wide), align=1)
+            for j in range(LANES)
+        ]
+        rows = _transpose(builder, vectors)
+
+        def emit(mask):
+            places = _rows(builder, base, stride, mask, columns, lanes_of(STORED[p.storage]))
+            for row, (at, live) in zip(rows, places, strict=True):
+                call_llvm(builder, name, ir.VoidType(), [_encode(builder, row, p), at, I32(1), live])
+
+        _if_all(builder, mask, emit)
+        return context.get_dummy_value()
+
+    return types.void(p, types.int64, mask, types.int64, tile), codegen
+
+
+@intrinsic
+def get(typingctx, p, offset):
+    """The element ``offset`` bytes behind ``p``, as a number."""
+
+    def codegen(context, builder, sig, args):
+        address = _typed(builder, builder.gep(args[0], [args[1]]), STORED[p.storage])
+        return _decode(builder, builder.load(address, align=1), p)
+
+    return NUMBA_SCALAR[p.kind](p, types.int64), codegen
+
+
+@intrinsic
+def put(typingctx, p, offset, value):
+    """Write one element ``offset`` bytes behind ``p``."""
+
+    def codegen(context, builder, sig, args):
+        raw = _encode(builder, args[2], p)
+        builder.store(raw, _typed(builder, builder.gep(args[0], [args[1]]), raw.type), align=1)
+        return context.get_dummy_value()
+
+    return types.void(p, types.int64, NUMBA_SCALAR[p.kind]), codegen
+
+
+@intrinsic
+def fetch_add(typingctx, task, slot):
+    """Add 1 to an integer slot of the task and return what it was, atomically; this thread's earlier writes are seen first."""
+
+    def codegen(context, builder, sig, args):
+        address = builder.gep(args[0], [builder.mul(args[1], I64(8))])
+        return builder.atomic_rmw("add", _typed(builder, address, I64), I64(1), "acq_rel")
+
+    return types.int64(task, types.int64), codegen
+
+
+@intrinsic
+def scratch(typingctx, like, vectors):
+    """Room for ``vectors`` (a literal) vectors of ``like``'s kind on the stack of the running kernel."""
+    if not isinstance(vectors, types.IntegerLiteral):
+        return None
+
+    def codegen(context, builder, sig, args):
+        room = ir.ArrayType(lanes_of(SCALAR[like.kind]), vectors.literal_value)
+        return builder.bitcast(cgutils.alloca_once(builder, room), BYTES)
+
+    return Ptr(like.kind, like.kind)(like, vectors), codegen
+
+
+@intrinsic
+def itemsize(typingctx, p):
+    """Bytes of one stored element."""
+    return types.int64(p), lambda context, builder, sig, args: I64(ITEMSIZE[p.storage])
+
+
+@intrinsic
+def address(typingctx, p):
+    """Where ``p`` points, as a number."""
+    return types.int64(p), lambda context, builder, sig, args: builder.ptrtoint(args[0], I64)
+
+
+@intrinsic
+def prefetch(typingctx, p, offset):
+    """Ask for the cache line ``offset`` bytes behind ``p``, into the second-level cache; never faults."""
+
+    def codegen(context, builder, sig, args):
+        address = builder.gep(args[0], [args[1]])
+        call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(2), I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(p, types.int64), codegen
