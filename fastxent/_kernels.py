@@ -20,10 +20,9 @@ with E = sum_c exp(x_c - m) (x_c - m), from which the entropy comes: log s - E /
 The terms of at most four vectors are added in float32, all further sums are float64 (of float64 logits, compensated), and their
 order follows from the shape alone: same bits at any number of threads.
 
-One maths, two directions. 16 lanes hold either 16 neighbouring classes of one row (``task.across``: many classes, neighbours
-in memory) or one class of 16 rows (few classes, or rows that are neighbours in memory, as in (N, C, H, W)). "Vector j of a
-unit" is classes 16 j ... 16 j + 15 of its row, or class j of its 16 rows. Across, each reduction ends with one over the lanes,
-after which every lane holds the row's value; so all that comes later is the same code.
+One maths, two directions. 16 lanes hold classes of one row (``task.across``) or one class of 16 rows: ``_rows`` says when, and
+reads and writes them. Across, each reduction ends with one over the lanes, after which every lane holds the row's value; so all
+that comes later is the same code.
 
 A kernel trusts its Task: the caller has checked every shape, stride and target. An ignored row is never read.
 """
@@ -33,25 +32,24 @@ from collections import namedtuple
 from numba import njit
 
 from fastxent._elementary import exp_up, log, log1p, sech_squared, shift_by, tanh, up
-from fastxent._loadstore import (
-    address,
-    fetch_add,
-    gather,
-    get,
-    itemsize,
-    load,
-    load_masked,
-    load_transposed,
-    prefetch,
-    put,
-    scatter,
-    scratch,
-    store,
-    store_masked,
-    store_transposed,
-    stream,
+from fastxent._loadstore import fetch_add, gather, get, itemsize, load, load_masked, put, store, store_masked, stream
+from fastxent._rows import (
+    BLOCK,
+    aligned,
+    flush,
+    locate,
+    look_ahead,
+    look_at_next_row,
+    put_rows,
+    raw_logits,
+    read,
+    row_values,
+    streams,
+    sum_rows,
+    write,
+    write_out,
+    write_zeros,
 )
-from fastxent._plan import MOST_KEPT
 from fastxent._simd import (
     INLINE,
     LANES,
@@ -60,7 +58,6 @@ from fastxent._simd import (
     any_lane,
     as_float,
     at_least,
-    every_lane,
     first_lanes,
     fma,
     iota,
@@ -77,178 +74,12 @@ from fastxent._simd import (
 from fastxent._task import FINISHED, NEXT
 
 INF, NAN = float("inf"), float("nan")
-BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
-LINE = 64  # bytes of a cache line
-AHEAD = 4096  # vectors of the next row that are asked for during the gradient: what half a second-level cache holds
 GROUP = 4  # vectors in flight; float32 terms are added up over them before they go to the float64 totals
 NONE = 1 << 62  # past every class number
 
 # ----------------------------------------------------------------------------------------------------
-# A unit: the rows that are worked on together, where they lie, and which lanes hold something
+# Logits and target weights, a vector at a time
 # ----------------------------------------------------------------------------------------------------
-
-Unit = namedtuple(
-    "Unit",
-    "x g t "  # byte offsets of its first row
-    "first "  # across: the class in lane 0 of vector 0
-    "x_lanes g_lanes t_lanes "  # byte offsets of its rows from the first, lane by lane
-    "row row_lanes "  # number of its first row; distance of its rows from it
-    "y "  # class indices
-    "tile "  # its logits, class by class, where they had to be gathered; then, where they are kept, its exponentials
-    "rows "  # mask: lanes that are rows (across: all)
-    "kept "  # mask: rows that are not ignored
-    "start stop "  # its vectors: all, or one segment of a long row
-    "full "  # vectors j < full have 16 live lanes
-    "reads writes",  # masks of the vectors from full on
-)
-
-
-@njit(**INLINE)
-def locate(task, number):
-    """Unit ``number``: its digits in the row axes, innermost first, give its offsets."""
-    start, stop = 0, task.n_vectors
-    if task.split:
-        segment = number % task.n_segments
-        number = number // task.n_segments
-        start = segment * task.segment
-        stop = min(stop, start + task.segment)
-    axes = task.axes  # (n_axes, 5) in: extent, strides in x, g, t, rows
-    line, first = 0, number
-    if task.n_axes > 1:
-        line = number // task.units_per_line
-        first = number - line * task.units_per_line
-    n = 1
-    if not task.across:
-        first *= LANES
-        n = min(LANES, get(axes, 0) - first)
-    x, g, t, row = first * get(axes, 8), first * get(axes, 16), first * get(axes, 24), first * get(axes, 32)
-    for axis in range(1, task.n_axes):
-        at = 40 * axis
-        extent = get(axes, at)
-        digit = line % extent
-        line = line // extent
-        x += digit * get(axes, at + 8)
-        g += digit * get(axes, at + 16)
-        t += digit * get(axes, at + 24)
-        row += digit * get(axes, at + 32)
-
-    lanes = iota()
-    row_lanes = lanes * get(axes, 32)
-    rows = all_lanes() if task.across else first_lanes(n)
-    kept, y = rows, lanes
-    if task.labelled:
-        y = row_values(task, task.y, row, row_lanes, rows)
-        kept = rows & (y != task.ignore)
-    if task.across:
-        full = task.n_classes // LANES
-        reads = writes = first_lanes(task.n_classes - full * LANES)
-    else:
-        full = task.n_vectors if every_lane(kept) else 0
-        reads, writes = kept, rows
-    tile = scratch(task.x, MOST_KEPT)
-    x_lanes = lanes * get(axes, 8)
-    if task.tiled:
-        fill(task, tile, task.x + x, x_lanes, reads)
-    return Unit(
-        x, g, t, 0, x_lanes, lanes * get(axes, 16), lanes * get(axes, 24),
-        row, row_lanes, y, tile, rows, kept, start, stop, full, reads, writes,
-    )  # fmt: skip
-
-
-@njit(**INLINE)
-def from_class(task, unit, first):
-    """The part of a row that begins with class ``first``, whose vectors are all whole or masked by the caller."""
-    return Unit(
-        unit.x + first * itemsize(task.x), unit.g + first * itemsize(task.g), unit.t + first * itemsize(task.t), first,
-        unit.x_lanes, unit.g_lanes, unit.t_lanes, unit.row, unit.row_lanes, unit.y,
-        unit.tile + first * itemsize(unit.tile), unit.rows, unit.kept, 0, 0, 0, unit.reads, unit.writes,
-    )  # fmt: skip
-
-
-@njit(**INLINE)
-def fill(task, tile, p, lanes, mask):
-    """The logits of 16 rows, class by class: neighbours, or rows read whole and transposed, or gathered.
-
-    Of neighbours it is a copy, for their classes often lie a power of two apart, and a cache holds few such lines.
-    """
-    vector = LANES * itemsize(tile)
-    if task.neighbours:
-        for j in range(task.n_vectors):
-            store(tile + j * vector, load_masked(p + j * task.x_step, mask))
-    elif task.whole_rows:
-        for c in range(0, task.n_classes, LANES):
-            columns = min(LANES, task.n_classes - c)
-            load_transposed(p + c * itemsize(p), get(task.axes, 8), mask, columns, tile + c * vector)
-    else:
-        for j in range(task.n_vectors):
-            store(tile + j * vector, gather(p + j * task.x_step, lanes, mask))
-
-
-@njit(**INLINE)
-def flush(task, unit):
-    """What ``write_out`` has put into the tile goes to g."""
-    if task.tiled and not task.neighbours:
-        tile, p = unit.tile, task.g + unit.g
-        vector = LANES * itemsize(tile)
-        if task.whole_rows:
-            for c in range(0, task.n_classes, LANES):
-                columns = min(LANES, task.n_classes - c)
-                store_transposed(p + c * itemsize(p), get(task.axes, 16), unit.rows, columns, tile + c * vector)
-        else:
-            for j in range(task.n_vectors):
-                scatter(p + j * task.g_step, unit.g_lanes, load(tile + j * vector), unit.rows)
-
-
-@njit(**INLINE)
-def row_values(task, p, row, row_lanes, mask):
-    """The values of some rows of an array (rows,), lane by lane."""
-    if task.across:
-        return splat(p, get(p, row * itemsize(p)))
-    if task.adjacent:
-        return load_masked(p + row * itemsize(p), mask)
-    return gather(p + row * itemsize(p), row_lanes * itemsize(p), mask)
-
-
-@njit(**INLINE)
-def put_rows(task, p, unit, values):
-    """Write the values of the unit's rows to an array (rows,)."""
-    if task.across:
-        put(p, unit.row * itemsize(p), lane(values, 0))
-    elif task.adjacent:
-        store_masked(p + unit.row * itemsize(p), values, unit.rows)
-    else:
-        scatter(p + unit.row * itemsize(p), unit.row_lanes * itemsize(p), values, unit.rows)
-
-
-@njit(**INLINE)
-def sum_rows(task, values):
-    """The sum over the unit's rows, as a number."""
-    return lane(values, 0) if task.across else lane(sum_across(values), 0)
-
-
-@njit(**INLINE)
-def read(task, p, lanes, mask):
-    """The vector at ``p``: neighbours, or ``lanes`` bytes apart; 0 where not ``mask``."""
-    if task.neighbours:
-        return load_masked(p, mask)
-    return gather(p, lanes, mask)
-
-
-@njit(**INLINE)
-def write(task, p, lanes, values, mask):
-    """The other way round."""
-    if task.neighbours:
-        store_masked(p, values, mask)
-    else:
-        scatter(p, lanes, values, mask)
-
-
-@njit(**INLINE)
-def raw_logits(task, unit, j, mask):
-    """x, vector j, as it is stored."""
-    if task.tiled:
-        return load(unit.tile + j * LANES * itemsize(unit.tile))
-    return read(task, task.x + (unit.x + j * task.x_step), unit.x_lanes, mask)
 
 
 @njit(**INLINE)
@@ -267,15 +98,6 @@ def through_cap(task, x, g):
 def logits(task, unit, j, mask):
     """x, vector j, as softmax sees it."""
     return capped(task, raw_logits(task, unit, j, mask))
-
-
-@njit(**INLINE)
-def write_out(task, unit, j, values, mask):
-    """g, vector j; what goes into a tile is for ``flush`` to write."""
-    if task.tiled and not task.neighbours:
-        store(unit.tile + j * LANES * itemsize(unit.tile), values)
-    else:
-        write(task, task.g + (unit.g + j * task.g_step), unit.g_lanes, values, mask)
 
 
 @njit(**INLINE)
@@ -389,31 +211,6 @@ def total_over_classes(task, total):
     if task.double:  # of an inf or nan nothing was lost, and inf - inf is nan
         value = where(lost == lost, value + lost, value)
     return sum_across(value) if task.across else value
-
-
-@njit(**INLINE)
-def look_ahead(task, unit, start, n):
-    """Past the cache: while exponentials are computed, ask for what is read a block, a row, or 16 rows later."""
-    if task.large:
-        ahead, t_ahead = LANES * itemsize(task.x), LANES * itemsize(task.t)
-        if task.across:
-            ahead, t_ahead = BLOCK * task.x_step, BLOCK * task.t_step
-        if task.across and task.keeps_e:
-            ahead, t_ahead = get(task.axes, 8), get(task.axes, 24)
-        for j in range(start, start + n):
-            prefetch(task.x + unit.x, j * task.x_step + ahead)
-            if task.double:  # two cache lines a vector
-                prefetch(task.x + unit.x, j * task.x_step + ahead + LINE)
-            if task.soft:
-                prefetch(task.t + unit.t, j * task.t_step + t_ahead)
-
-
-@njit(**INLINE)
-def look_at_next_row(task, unit, j):
-    """Past the cache: ask for the next row while this one's gradient is computed."""
-    if task.large and task.across and not task.keeps_e:
-        if j < AHEAD:
-            prefetch(task.x + unit.x, j * task.x_step + get(task.axes, 8))
 
 
 @njit(**INLINE)
@@ -678,50 +475,6 @@ def write_gradient(task, unit, f):
         write_out(task, unit, j, g, unit.writes)
     put_label(task, unit, f)
     flush(task, unit)
-
-
-@njit(**INLINE)
-def write_zeros(task, unit):
-    """g of rows that are all ignored."""
-    zero = splat(task.x, 0.0)
-    if task.large:
-        if streams(task, unit):
-            head, body, n_whole, tail = aligned(task, unit)
-            write(task, task.g + unit.g, unit.g_lanes, zero, head)
-            for j in range(n_whole):
-                stream(task.g + (body.g + j * task.g_step), zero)
-            write(task, task.g + (body.g + n_whole * task.g_step), unit.g_lanes, zero, tail)
-            return
-    for j in range(unit.start, unit.stop):
-        mask = all_lanes() if task.across and j < unit.full else unit.writes
-        write_out(task, unit, j, zero, mask)
-    flush(task, unit)
-
-
-# A gradient that is past the cache anyhow is written past the cache (``stream``): else each line would be read before it is
-# overwritten. Such stores are of whole vectors at their own alignment. So a row of many classes is taken in three parts, and
-# rows in lanes are streamed where all of their vectors are whole and aligned.
-
-
-@njit(**INLINE)
-def streams(task, unit):
-    """May this unit's g be streamed?"""
-    if task.across:
-        return task.stream != 0
-    astray = (address(task.g + unit.g) | task.g_step) % (LANES * itemsize(task.g))
-    return task.stream != 0 and every_lane(unit.writes) and astray == 0
-
-
-@njit(**INLINE)
-def aligned(task, unit):
-    """First lanes (mask) of a unit; the part that begins where g is aligned, and its whole vectors; last lanes (mask)."""
-    if not task.across:
-        return first_lanes(0), unit, task.n_vectors, first_lanes(0)
-    vector = LANES * itemsize(task.g)
-    before = min(task.n_classes, (-address(task.g + unit.g)) % vector // itemsize(task.g))
-    n_whole = (task.n_classes - before) // LANES
-    tail = task.n_classes - before - n_whole * LANES
-    return first_lanes(before), from_class(task, unit, before), n_whole, first_lanes(tail)
 
 
 @njit(**INLINE)

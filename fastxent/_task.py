@@ -12,7 +12,7 @@ NEXT, FINISHED = 0, 8  # slots of the counters: chunks handed out, chunks done
 PLANNED = (
     ("n_rows", "int"),
     ("n_classes", "int"),
-    ("n_vectors", "int"),  # vectors of a unit: see _kernels
+    ("n_vectors", "int"),  # vectors of a unit: see _rows
     ("n_units", "int"),  # a unit: one row, or up to 16 rows of one line of the innermost row axis, or a segment of a row
     ("units_per_line", "int"),
     ("chunk", "int"),  # units handed out at a time

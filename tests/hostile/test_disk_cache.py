@@ -119,6 +119,7 @@ CHANGES = {
     "_simd.py": ("return x + _swap(x, 1)", "return x + _swap(x, 2)"),
     "_loadstore.py": ("args[1], _zeros(vector)", "_zeros(args[1].type), _zeros(vector)"),
     "_elementary.py": ("LN2_HIGH - (", "LN2_HIGH + ("),
+    "_rows.py": ("LINE = 64", "LINE = 32"),
     "_kernels.py": ("(negative * (", "(positive * ("),
 }
 
@@ -134,7 +135,8 @@ def test_an_upgrade_that_changes_only_a_helper(tmp_path, package, helper):
     file.write_text(source.replace(old, new))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     loss, how = binary(tmp_path / "cache", str(package.parent)).split()
-    assert loss != LOSS and how == "compiled"
+    assert how == "compiled"
+    assert (loss == LOSS) == (helper == "_rows.py")  # the binary loss has no rows
 
 
 def test_from_a_zip_archive(tmp_path, package):
