@@ -20,11 +20,12 @@ from numba import cfunc, njit, types
 from benchmarks.cases import GRAD, Array, Case
 from fastxent import _compile, _parallel, _task
 from fastxent._kernels import walk
-from fastxent._loadstore import load, store, stream
+from fastxent._loadstore import load, prefetch, store, stream
 from fastxent._plan import CHUNK, Plan, Variant
 from fastxent._simd import INLINE, LANES, lane, splat, sum_across
 
 VECTOR = 4 * LANES  # bytes
+AHEAD = 128  # vectors
 OUT, IN_PLACE, READ = "out=", "in place", "read"  # floors; then the tasks that may be one
 TASKS_OF = {OUT: ("streamed", "stored"), IN_PLACE: ("stored",), READ: ("read",)}
 
@@ -32,8 +33,12 @@ TASKS_OF = {OUT: ("streamed", "stored"), IN_PLACE: ("stored",), READ: ("read",)}
 @njit(**INLINE)
 def scaled(task, x, t, j):
     """1.0001 x, vector j of a unit; plus the probabilities where there are some."""
+    prefetch(x, VECTOR * (j + AHEAD))
     y = load(x + VECTOR * j) * 1.0001
-    return y + load(t + VECTOR * j) if task.soft else y
+    if task.soft:
+        prefetch(t, VECTOR * (j + AHEAD))
+        return y + load(t + VECTOR * j)
+    return y
 
 
 @njit(**INLINE)
