@@ -100,7 +100,7 @@ class SmallTask:
     """A task over class indices for one thread, called again and again: all but three addresses is packed once."""
 
     def __init__(self, name: str, plan: Plan, **arguments: Any) -> None:
-        self.call = kernel(name, plan.variant).call
+        self.name, self.call = name, kernel(name, plan.variant).call
         self.plan, self.arguments = plan, arguments
         self.blocks: list[ctypes.Array[ctypes.c_char]] = []  # those that no thread is using
 
@@ -164,10 +164,11 @@ def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan
 
 
 def _pool() -> ThreadPoolExecutor:
-    with _lock:
-        if _State.pool is None:
-            _State.pool = ThreadPoolExecutor(max_workers=available_cpus(), thread_name_prefix="fastxent")
-        return _State.pool
+    if _State.pool is None:
+        with _lock:
+            if _State.pool is None:
+                _State.pool = ThreadPoolExecutor(max_workers=available_cpus(), thread_name_prefix="fastxent")
+    return _State.pool
 
 
 def _after_fork() -> None:

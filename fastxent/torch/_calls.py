@@ -46,7 +46,7 @@ class _Call(NamedTuple):
 
 
 def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, ignore_index: int) -> _Call:
-    _check_memory(input, target, weight, sample_weight)
+    check_memory(input, target, weight, sample_weight)
     axis = 0 if input.dim() == 1 else 1
     rows = input.shape[:axis] + input.shape[axis + 1 :]
     n_classes = input.shape[axis]
@@ -83,7 +83,7 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
     return _Call(x, axis, rows, target, y, None, w, u, divisor, n_threads, acc)
 
 
-def _check_memory(*tensors: Tensor | None) -> None:
+def check_memory(*tensors: Tensor | None) -> None:
     """PyTorch lets the memory of a tensor be freed under it, or cut short."""
     for t in tensors:
         if t is not None and bytes_behind(t) < _reach(t):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxent.torch._calls import NONE, SUM, Options, Small, small_loss, value, value_and_grad
+from fastxent.torch._calls import NONE, SUM, Options, Small, check_memory, small_loss, value, value_and_grad
 from fastxent.torch._formula import differentiable_backward
 
 
@@ -54,6 +54,7 @@ class _Eager(torch.autograd.Function):
             return differentiable_backward(ctx.saved_tensors, ctx.options, grad_output), *none
         if ctx.options.reduction == NONE:
             input, target, weight, sample_weight = ctx.saved_tensors
+            check_memory(sample_weight)
             rows = grad_output if sample_weight is None else grad_output * sample_weight
             out = input.detach() if ctx.inplace else None
             _, grad = value_and_grad(input, target, weight, rows, ctx.options._replace(reduction=SUM), out)

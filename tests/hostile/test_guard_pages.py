@@ -134,7 +134,9 @@ def torch_calls() -> None:
             rooms = Rooms(at_end)
             x, y = (torch.from_numpy(rooms.copy(t.numpy())) for t in case[:2])
             options = {k: torch.from_numpy(rooms.copy(v.numpy())) for k, v in case.options.items()}
-            with patch.object(fxt, "_gradient_like", lambda t, rooms=rooms: torch.from_numpy(rooms.copy(t.detach().numpy()))):
+            with patch.object(
+                fxt._calls, "_gradient_like", lambda t, rooms=rooms: torch.from_numpy(rooms.copy(t.detach().numpy()))
+            ):
                 logits = Same.apply(x.requires_grad_())
                 loss = fxt.cross_entropy(logits, y, reduction=reduction, inplace=inplace, **options)
                 (gradient,) = torch.autograd.grad(loss.sum(), logits)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +20,6 @@ import torch.nn.functional as F
 from conftest import make_rng, widest
 from torch import Tensor
 
-import fastxent
 from fastxent import _parallel
 from fastxent import reference as ref
 
@@ -285,20 +285,18 @@ def one_torch_thread() -> Iterator[None]:
 def counted() -> Iterator[list[str]]:
     """The names of the kernels that run inside, in order; the check of class indices is none."""
     names: list[str] = []
-    run = _parallel.run
+    run, run_small = _parallel.run, _parallel.SmallTask.__call__
 
     def counting(name: str, *args: Any, **kwargs: Any) -> Any:
         names.append(name)
         return run(name, *args, **kwargs)
 
-    users = [m for m in (_parallel, fastxent.torch) if getattr(m, "run", None) is run]
-    for module in users:
-        module.run = counting  # type: ignore[attr-defined]
-    try:
+    def counting_small(task: _parallel.SmallTask, *args: int) -> Any:
+        names.append(task.name)
+        return run_small(task, *args)
+
+    with patch.object(_parallel, "run", counting), patch.object(_parallel.SmallTask, "__call__", counting_small):
         yield names
-    finally:
-        for module in users:
-            module.run = run  # type: ignore[attr-defined]
 
 
 def run_script(code: str, *arguments: str, timeout: float = 300, **environment: str) -> str:
