@@ -1,8 +1,8 @@
 """Runs a task on the host's OpenMP pool, on a thread pool, or serially.
 
 One compiled function per task takes one argument block and works until the block's counter says that nothing is left. So the
-three ways to run it differ in who calls it: ``GOMP_parallel`` calls it in every thread of the team that PyTorch uses too; an
-executor's threads call it where there is no libgomp; or the caller alone calls it, and no parallel runtime is entered at all:
+three ways to run it differ in who calls it: ``GOMP_parallel`` calls it in every thread of the team that PyTorch uses too;
+threads of our own call it where there is no libgomp; or the caller alone calls it, and no parallel runtime is entered at all:
 small work, one thread, and any forked child (libgomp hangs after fork).
 
 ``prange`` is not used: it resets ``torch.get_num_threads()``, freezes multiprocessing's start method, aborts when two threads
@@ -17,10 +17,10 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, ClassVar, NamedTuple
 
 from fastxent import _task
@@ -47,10 +47,9 @@ class _State:
     # handler raises in between.
     calls: ClassVar[set[object]] = set()
     forked = False
-    pool: ThreadPoolExecutor | None = None
+    jobs: SimpleQueue[Callable[[], None]] | None = None
 
 
-_lock = threading.Lock()
 _kernels: dict[tuple[str, Variant], Kernel] = {}
 
 
@@ -145,36 +144,54 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
 
 
 def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, team: int) -> None:
-    """By the caller and an executor's threads. None of them works on after this has ended, be it by Ctrl-C."""
-    helpers: list[Future[None]] = []
+    """By the caller and helping threads. None of them works on after this has ended, be it by Ctrl-C."""
+    entered: list[None] = []
+    left: list[None] = []
+    wake: SimpleQueue[None] = SimpleQueue()
+
+    def help_out() -> None:
+        entered.append(None)
+        task.call(block)
+        left.append(None)
+        wake.put(None)
+
     interrupt: KeyboardInterrupt | None = None
     try:
-        with suppress(RuntimeError):  # the interpreter is ending and takes no more work: the caller does it alone
-            helpers.extend(_pool().submit(task.call, block) for _ in range(team - 1))
+        with suppress(RuntimeError):  # the interpreter is ending and starts no more threads: the caller does it alone
+            for _ in range(team - 1):
+                _jobs().put(help_out)
         task.call(block)
     finally:
-        _task.NO_MORE.pack_into(block, 0, plan.n_chunks)
-        while any(not helper.cancel() and not helper.done() for helper in helpers):
+        while True:
             try:
-                wait(helpers)
+                _task.NO_MORE.pack_into(block, 0, plan.n_chunks)  # who comes too late finds nothing to do
+                while len(left) < len(entered):
+                    with suppress(Empty):
+                        wake.get(timeout=0.1)
+                break
             except KeyboardInterrupt as again:
                 interrupt = again
     if interrupt is not None:
         raise interrupt
 
 
-def _pool() -> ThreadPoolExecutor:
-    if _State.pool is None:
-        with _lock:
-            if _State.pool is None:
-                _State.pool = ThreadPoolExecutor(max_workers=available_cpus(), thread_name_prefix="fastxent")
-    return _State.pool
+def _jobs() -> SimpleQueue[Callable[[], None]]:
+    """What the helping threads take their work from. An executor's locks would not survive Ctrl-C; this queue's are in C."""
+    if _State.jobs is None:
+        jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+
+        def work() -> None:
+            while True:
+                jobs.get()()
+
+        for i in range(available_cpus()):
+            threading.Thread(target=work, name=f"fastxent_{i}", daemon=True).start()
+        _State.jobs = jobs
+    return _State.jobs
 
 
 def _after_fork() -> None:
-    global _lock
-    _State.forked, _State.pool, _State.calls = True, None, set()
-    _lock = threading.Lock()  # whoever held it does not exist here
+    _State.forked, _State.jobs, _State.calls = True, None, set()
 
 
 if hasattr(os, "register_at_fork"):

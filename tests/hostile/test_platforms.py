@@ -80,7 +80,7 @@ from fastxent import _parallel
 assert _parallel._openmp() is None and fx.get_num_threads() >= 1
 fx.set_num_threads(3)
 three = child.result()
-assert _parallel._State.pool is not None  # it was threads of our own
+assert _parallel._State.jobs is not None  # it was threads of our own
 fx.set_num_threads(1)
 assert child.result() == three
 assert fx.show_config()["threads"]["pool"] == "thread pool"
