@@ -120,13 +120,13 @@ def _exp_up(x, shift):
     return exp_up
 
 
-def tanh(x):
-    """Hyperbolic tangent, relative error of some ulps also near 0: with d = -2 |x|, e^d - 1 = 2^k (e^r - 1) + (2^k - 1)."""
+def tanh(x, height):
+    """``height tanh(x)``, relative error of some ulps also near 0: with d = -2 |x|, e^d - 1 = 2^k (e^r - 1) + (2^k - 1)."""
     raise TypeError("tanh is for kernels")
 
 
 @overload(tanh, jit_options=INLINE)
-def _tanh(x):
+def _tanh(x, height):
     mantissa, _, up, ln2_high, ln2_low, q = _FORMAT[x.kind]
     magic = 1.5 * 2.0**mantissa
     lowest = -1.5 * mantissa  # e^d is nothing beside 1 there
@@ -134,7 +134,7 @@ def _tanh(x):
     down = 2.0**-up
     q_of = _polynomial(q)
 
-    def tanh(x):
+    def tanh(x, height):
         d = at_least(absolute(x) * -2.0, lowest)
         shifted = fma(d, log2e, splat(d, magic))
         k = shifted - magic
@@ -142,7 +142,7 @@ def _tanh(x):
         r = fma(k, -ln2_low, r)
         power = _power_of_two(shifted) * down
         expm1 = fma(power, fma(r * r, q_of(r), r), power - 1.0)
-        size = (expm1 * -1.0) / (expm1 + 2.0)
+        size = (expm1 * -height) / (expm1 + 2.0)
         return where(x < 0.0, size * -1.0, size)
 
     return tanh

@@ -85,7 +85,7 @@ NONE = 1 << 62  # past every class number
 @njit(**INLINE)
 def capped(task, x):
     """The logits that softmax sees: x, or cap tanh(x / cap)."""
-    return tanh(x / task.cap) * task.cap if task.capped else x
+    return tanh(x / task.cap, task.cap) if task.capped else x
 
 
 @njit(**INLINE)
@@ -414,7 +414,8 @@ def factors(task, unit, state, y):
     q_sum = q_sum + (widen(state.m) + log_s(state)) * (2.0 * task.z)
     shift = shift_by(state.m)
     inverse_s = where(unit.kept, splat(b, 1.0) / state.s, 0.0)  # s of an ignored row in the lanes is 0
-    a = where(unit.kept, scaled(task, u * q_sum * inverse_s), 0.0)
+    share_of_s = u * q_sum / state.s if task.double else u * q_sum * inverse_s  # float64 logits notice the one rounding more
+    a = where(unit.kept, scaled(task, share_of_s), 0.0)
     g_y = q_y
     if task.labelled:
         p_y = widen(exp_up(capped(task, y.raw_x_y), shift)) * inverse_s
