@@ -7,6 +7,7 @@ are bytes.
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from fastxent._simd import BYTES, I8, I16, I32, I64, LANES, NUMBA_SCALAR, SCALAR, Ptr, Vec, broadcast, call_llvm, lanes_of
@@ -28,6 +29,50 @@ def _bf16_from_f32(builder, x):
     return builder.trunc(builder.lshr(chosen, const(16)), half)
 
 
+# x86 processors before 2012 have no instruction between float16 and float32, and LLVM would call a library that is not there.
+_triple, _, _features = cpu_target.target_context.codegen().magic_tuple()
+HALF_IN_HARDWARE = not _triple.startswith(("x86", "i686")) or "+f16c" in _features
+
+
+def _f32_from_f16(builder, raw):
+    """By hand: the same bits further to the left are the number times 2^-112; of inf and nan the exponent is filled up."""
+    many = isinstance(raw.type, ir.VectorType)
+    shape = lanes_of if many else (lambda t: t)
+    if HALF_IN_HARDWARE:
+        return builder.fpext(builder.bitcast(raw, shape(ir.HalfType())), shape(SCALAR["f32"]))
+    const = (lambda v: ir.Constant(shape(I32), [v] * LANES)) if many else I32
+    wide = builder.zext(raw, shape(I32))
+    size = builder.and_(wide, const(0x7FFF))
+    shifted = builder.bitcast(builder.shl(size, const(13)), shape(SCALAR["f32"]))
+    factor = ir.Constant(shape(SCALAR["f32"]), [2.0**112] * LANES if many else 2.0**112)
+    bits = builder.bitcast(builder.fmul(shifted, factor), shape(I32))
+    full = builder.select(builder.icmp_unsigned(">=", size, const(0x7C00)), const(0x7F800000), const(0))
+    sign = builder.shl(builder.and_(wide, const(0x8000)), const(16))
+    return builder.bitcast(builder.or_(builder.or_(bits, full), sign), shape(SCALAR["f32"]))
+
+
+def _f16_from_f32(builder, x):
+    """By hand: half an ulp less one, and the last bit kept, carry into it; a denormal gets 0.5 added, whose ulp is its own."""
+    many = isinstance(x.type, ir.VectorType)
+    shape = lanes_of if many else (lambda t: t)
+    if HALF_IN_HARDWARE:
+        return builder.bitcast(builder.fptrunc(x, shape(ir.HalfType())), shape(I16))
+    const = (lambda v: ir.Constant(shape(I32), [v] * LANES)) if many else I32
+    bits = builder.bitcast(x, shape(I32))
+    size = builder.and_(bits, const(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(size, const(13)), const(1))
+    carried = builder.add(builder.add(size, const(0xFFF)), odd)
+    normal = builder.lshr(builder.sub(carried, const(0x38000000)), const(13))
+    half = ir.Constant(shape(SCALAR["f32"]), [0.5] * LANES if many else 0.5)
+    denormal = builder.bitcast(builder.fadd(builder.bitcast(size, shape(SCALAR["f32"])), half), shape(I32))
+    denormal = builder.sub(denormal, const(0x3F000000))
+    huge = builder.select(builder.icmp_unsigned(">", size, const(0x7F800000)), const(0x7E00), const(0x7C00))
+    small = builder.select(builder.icmp_unsigned("<", size, const(0x38800000)), denormal, normal)
+    chosen = builder.select(builder.icmp_unsigned(">=", size, const(0x47800000)), huge, small)
+    sign = builder.lshr(builder.and_(bits, const(0x80000000)), const(16))
+    return builder.trunc(builder.or_(chosen, sign), shape(I16))
+
+
 def _decode(builder, raw, ptr):
     """Stored bits -> numbers to compute with."""
     many = isinstance(raw.type, ir.VectorType)
@@ -37,7 +82,7 @@ def _decode(builder, raw, ptr):
         shift = ir.Constant(shape(I32), [16] * LANES) if many else I32(16)
         x, have = builder.bitcast(builder.shl(wide, shift), shape(SCALAR["f32"])), "f32"
     elif ptr.storage == "f16":
-        x, have = builder.fpext(builder.bitcast(raw, shape(ir.HalfType())), shape(SCALAR["f32"])), "f32"
+        x, have = _f32_from_f16(builder, raw), "f32"
     else:
         x, have = raw, ptr.storage
     if have == ptr.kind:
@@ -54,7 +99,7 @@ def _encode(builder, x, ptr):
         f32 = builder.fptrunc(x, shape(SCALAR["f32"])) if ptr.kind == "f64" else x
         if ptr.storage == "bf16":
             return _bf16_from_f32(builder, f32)
-        return builder.bitcast(builder.fptrunc(f32, shape(ir.HalfType())), shape(I16))
+        return _f16_from_f32(builder, f32)
     return (builder.fptrunc if ptr.kind == "f64" else builder.fpext)(x, shape(STORED[ptr.storage]))
 
 

@@ -147,11 +147,13 @@ def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan
     """By the caller and helping threads. None of them works on after this has ended, be it by Ctrl-C."""
     entered: list[None] = []
     left: list[None] = []
+    over: list[None] = []
     wake: SimpleQueue[None] = SimpleQueue()
 
     def help_out() -> None:
         entered.append(None)
-        task.call(block)
+        if not over:  # else this comes too late: the block may be in use for the next task
+            task.call(block)
         left.append(None)
         wake.put(None)
 
@@ -164,7 +166,8 @@ def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan
     finally:
         while True:
             try:
-                _task.NO_MORE.pack_into(block, 0, plan.n_chunks)  # who comes too late finds nothing to do
+                over.append(None)
+                _task.NO_MORE.pack_into(block, 0, plan.n_chunks)
                 while len(left) < len(entered):
                     with suppress(Empty):
                         wake.get(timeout=0.1)
@@ -249,14 +252,14 @@ def available_cpus() -> int:
 def _cgroup_quota() -> float:
     """CPUs that the process's control group, and those above it, may use: of version 2, else of version 1, else infinity."""
     root = Path("/sys/fs/cgroup")
-    quotas = []
-    with suppress(OSError, ValueError, StopIteration):
+    quotas, own = [], Path("/")
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         own = Path(next(line for line in lines if line.startswith("0::"))[len("0::") :])
-        for folder in (own, *own.parents):
-            with suppress(OSError, ValueError):
-                quota, period = (root / str(folder).lstrip("/") / "cpu.max").read_text().split()
-                quotas.append(float(quota) / float(period))  # "max" is no number
+    for folder in (own, *own.parents):
+        with suppress(OSError, ValueError):
+            quota, period = (root / str(folder).lstrip("/") / "cpu.max").read_text().split()
+            quotas.append(float(quota) / float(period))  # "max" is no number
     with suppress(OSError, ValueError):
         allowed, a_period = (float((root / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
         quotas += [allowed / a_period] if allowed > 0 else []

@@ -326,10 +326,9 @@ def cross_entropy_stats(
     x, p, logp, y = r.x, softmax(r.x, -1), log_softmax(r.x, -1), r.t.argmax(-1)[..., None]
     x_y, ahead = np.take_along_axis(x, y, -1), np.arange(x.shape[-1]) < y
     entropies = -np.where(p == 0, 0.0, p * logp).sum(-1)  # 0 log 0 = 0
-    p_y = np.take_along_axis(p, y, -1)[..., 0]
     nan, nan_y = np.isnan(x), np.isnan(x_y)
     rank = ((x > x_y) | (nan & ~nan_y) | (ahead & ((x == x_y) | (nan & nan_y)))).sum(-1)
-    values = [np.where(r.keep, v, 0.0)[()] for v in (logsumexp(x, -1), entropies, p_y)]
+    values = [np.where(r.keep, v, 0.0)[()] for v in (logsumexp(x, -1), entropies, np.take_along_axis(p, y, -1)[..., 0])]
     places = [np.where(r.keep, v, -1)[()] for v in (x.argmax(-1), rank)]
     return CrossEntropyStats(_reduce(_losses(r), r.divisor, reduction), *values, *places)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fastxent._plan import CHUNK, FEW_CLASSES, FEW_ROWS, LANES, flat_plan, make_plan, row_axes
+from fastxent._plan import CHUNK, FEW_CLASSES, FEW_ROWS, LANES, MOST_TILED, flat_plan, make_plan, row_axes
 
 
 def c_strides(shape, itemsize=4):
@@ -31,8 +31,9 @@ def test_axes_are_merged_where_all_operands_allow_it():
 @pytest.mark.parametrize(
     ("shape", "axis", "across", "neighbours"),
     [
-        pytest.param((100, FEW_CLASSES + 1), 1, True, True, id="many classes, side by side"),
-        pytest.param((100, FEW_CLASSES), 1, False, False, id="few classes: rows in lanes, gathered"),
+        pytest.param((100, MOST_TILED + 1), 1, True, True, id="many classes, side by side"),
+        pytest.param((15, FEW_CLASSES + 1), 1, True, True, id="too few rows to fill the lanes"),
+        pytest.param((100, MOST_TILED), 1, False, False, id="few classes: rows in lanes, gathered"),
         pytest.param((16, 150, 128, 128), 1, False, True, id="channels first: rows side by side"),
         pytest.param((5, 7), 0, False, True, id="classes first"),
     ],

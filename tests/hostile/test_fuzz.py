@@ -234,7 +234,7 @@ def check_error(number: int) -> bool:
     if spoilt is None:
         return False
     c, error = spoilt
-    out = np.full(c.logits.shape, 7, c.logits.dtype if c.logits.dtype.kind in "f" else np.float32)
+    out = np.full(c.logits.shape, 7, c.logits.dtype if c.logits.dtype.kind in "fV" else np.float64)
     function = [fx.cross_entropy_value_and_grad, fx.cross_entropy, fx.cross_entropy_stats][number % 3]
     more = dict(out=out) if number % 3 == 0 else {}
     with pytest.raises(error):
@@ -243,8 +243,9 @@ def check_error(number: int) -> bool:
     return True
 
 
-def test_random_calls():
-    for number in range(2500):
+@pytest.mark.parametrize("part", range(4))  # for as many workers: the kernels they meet are compiled one after the other
+def test_random_calls(part):
+    for number in range(part, 1000, 4):
         check(number)
 
 
