@@ -72,10 +72,12 @@ def argument_block(
     plan: Plan, *,
     x: int = 0, g: int = 0, h: int = 0, t: int = 0, y: int = 0, w: int = 0, u: int = 0,
     loss: int = 0, lse: int = 0, entropy: int = 0, target_prob: int = 0, prediction: int = 0, target_rank: int = 0,
-    ignore: int = 0, keep: float = 1.0, spread: float = 0.0, factor: float = 1.0, divisor: float = 1.0,
+    ignore: int = 0, keep: float = 1.0, spread: float = 0.0, factor: float = 1.0, divisor: float | None = 1.0,
     check: bool = False, average: bool = False, z: float = 0.0, cap: float = 0.0,
 ) -> ctypes.Array[ctypes.c_char]:  # fmt: skip
     """What a task reads: addresses and numbers as in ``_task.CALLED``, and behind them room for its sums.
+
+    ``divisor`` 0, a mean over nothing, is nan; None is for the task to make.
 
     ``check``, for `small` work only: the class indices are checked, and with ``average`` the divisor is made, by the task.
     The third sum is then the number of indices out of range; nothing has been written if there are any.
@@ -91,7 +93,7 @@ def argument_block(
         x, g, h, t, y, w, u, loss, lse, entropy, target_prob, prediction, target_rank,
         w != 0, u != 0, loss != 0, g != x and g % plan.itemsize == 0, ignore, keep, spread, factor, check, average, z, cap,
     )  # fmt: skip
-    _task.TOTAL.pack_into(block, total, 0.0, 0.0, 0.0, divisor)
+    _task.TOTAL.pack_into(block, total, 0.0, 0.0, 0.0, divisor or math.nan)
     return block
 
 

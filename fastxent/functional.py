@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastxent._parallel import run
-from fastxent._plan import Plan
+from fastxent._plan import Plan, over
 from fastxent._validate import (
     Array,
     Problem,
@@ -375,7 +375,7 @@ def _loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labe
 def _reduced(total: float, divisor: float | None, reduction: str, rows: Array) -> Any:
     if reduction == "none":
         return rows if rows.ndim else rows[()]
-    return rows.dtype.type(total / (divisor or np.nan) if reduction == "mean" else total)
+    return rows.dtype.type(over(total, divisor or 0.0) if reduction == "mean" else total)
 
 
 def _run(
@@ -385,7 +385,7 @@ def _run(
     total, _, bad, divisor = run(
         name, plan, p.n_threads, x=address(p.x), t=address(p.t), y=address(p.y if labels is None else labels),
         w=address(p.w), u=address(p.u), ignore=p.ignore, keep=1.0 - p.smoothing, spread=p.smoothing / p.x.shape[p.axis],
-        divisor=(p.divisor or np.nan) if average else 1.0, check=p.divisor is None, average=average, **more,
+        divisor=p.divisor if average else 1.0, check=p.divisor is None, average=average, **more,
     )  # fmt: skip
     if p.y is not None and bad:
         raise out_of_range(p.y, p.x.shape[p.axis], p.ignore)

@@ -154,7 +154,7 @@ def _run(name: str, call: _Call, g: Tensor, options: Options, factor: float = 1.
     total, _, bad, divisor = _parallel.run(
         name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=_address(t),
         y=_address(call.y), w=_address(call.w), u=_address(call.u), loss=_address(loss), factor=factor,
-        divisor=(call.divisor or math.nan) if average else 1.0, check=call.divisor is None, average=average,
+        divisor=call.divisor if average else 1.0, check=call.divisor is None, average=average,
         **_numbers(options, x.shape[call.axis]),
     )  # fmt: skip
     if bad:
@@ -193,7 +193,6 @@ def kind_of(input: Tensor, target: Tensor, options: Options) -> tuple[Any, ...]:
 def remember(kind: tuple[Any, ...], input: Tensor, target: Tensor, options: Options) -> None:
     """Keep the tasks of a call that was found good, if they can take its tensors as they lie."""
     axis = 0 if input.dim() == 1 else 1
-    g = _gradient_like(input)
     if (
         input.dtype not in (torch.float32, torch.float64)
         or target.dtype != torch.int64
@@ -202,8 +201,10 @@ def remember(kind: tuple[Any, ...], input: Tensor, target: Tensor, options: Opti
         or input.is_neg()
         or target.is_neg()
         or not _walkable(input, axis)
-        or not _lies_well(g, input, axis)
     ):
+        return
+    g = _gradient_like(input)
+    if not _lies_well(g, input, axis):
         return
     strides = (input.stride(), g.stride(), input.stride())
     plan = _plan(input.shape, strides, axis, input.dtype, None, True, options.label_smoothing > 0, options.softcap != 0)

@@ -19,8 +19,8 @@ import pytest
 import torch
 from conftest import DTYPES, FLOAT32, REDUCTIONS, Case, make_case
 from guarded import Rooms
+from torch_cases import Same, run_script
 from torch_cases import make_case as make_torch_case
-from torch_cases import run_script
 
 import fastxent as fx
 import fastxent.torch as fxt
@@ -145,18 +145,6 @@ def torch_calls() -> None:
             count += 1
         assert len(set(numbers)) == 1, label
     print(count)
-
-
-class Same(torch.autograd.Function):
-    """The same memory as a computed tensor, which may be overwritten."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
-        return g
 
 
 def run(function: str, *arguments: object) -> int:

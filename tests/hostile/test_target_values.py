@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import INTEGERS, REDUCTIONS
-from torch_cases import run_script
+from torch_cases import Same, run_script
 
 import fastxent as fx
 import fastxent.torch as fxt
@@ -128,18 +128,6 @@ def test_what_is_no_integer(target):
 # ----------------------------------------------------------------------------------------------------
 # Memory that is not what it seems
 # ----------------------------------------------------------------------------------------------------
-
-
-class Same(torch.autograd.Function):
-    """The same memory as a computed tensor, which may be overwritten."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
-        return g
 
 
 def gradient_in_place(x: torch.Tensor, y: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -268,6 +268,18 @@ def run_torch(case: Case, reduction: str) -> tuple[np.ndarray, np.ndarray]:
     return array(loss.to(case.x.dtype)), array(grad.to(case.x.dtype))
 
 
+class Same(torch.autograd.Function):
+    """The same memory as a computed tensor, which may be overwritten."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        return g
+
+
 def one_torch_thread() -> Iterator[None]:
     """A fixture for each module: for arrays as small as ours threads cost PyTorch 10 x what they bring."""
     before = torch.get_num_threads()
