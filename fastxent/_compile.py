@@ -18,7 +18,7 @@ from numba import cfunc, types
 from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
 
-from fastxent import _elementary, _kernels, _loadstore, _plan, _rows, _simd, _task
+from fastxent import _elementary, _kernels, _loadstore, _maths, _plan, _rows, _simd, _task
 from fastxent._plan import Variant
 
 lock = threading.RLock()
@@ -35,7 +35,7 @@ def _source(module: Any) -> bytes:
 
 # Part of every signature, and so of every key in the disk cache: Numba looks at the file of the task only, and would serve
 # yesterday's kernel after a change in a helper.
-_COMPILED_FROM = (_simd, _loadstore, _elementary, _rows, _kernels, _task, _plan)
+_COMPILED_FROM = (_simd, _loadstore, _elementary, _rows, _maths, _kernels, _task, _plan)
 BUILD_ID = hashlib.sha256(b"".join(map(_source, _COMPILED_FROM))).hexdigest()[:16]
 
 

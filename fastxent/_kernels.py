@@ -1,69 +1,36 @@
-"""The maths of fastxent: derived on top, then one unit of rows at a time, then the tasks that walk over all units.
-
-Letters (a row is one position of the axes other than the class axis; C classes, logits x)
-    m = max_c x_c        s = sum_c exp(x_c - m)        lse = m + log s        p_c = exp(x_c - m) / s
-
-Cross-entropy against target weights q_c (a row's class probabilities t, smoothed by eps, times class weights w)
-    q_c = w_c ((1 - eps) t_c + eps / C)        Q = sum_c q_c        D = sum_c q_c (x_c - m)
-    l          = -sum_c q_c log p_c = sum_c q_c (m + log s - x_c) = Q log s - D
-    dl/dx_c    = Q p_c - q_c
-    d2l/dx_c^2 = Q p_c (1 - p_c)
-A class index y is t = onehot(y). Without smoothing only q_y = w_y is left:
-    l          = w_y (log s + (m - x_y))
-    dl/dx_c    = w_y (p_c - [c = y])
-z-loss adds z lse^2 to l and 2 z lse p_c to the gradient (Q becomes Q + 2 z lse there). Softcap puts cap tanh(x / cap) for x.
-A sample weight u multiplies a row's l and gradient; the gradient of a mean is divided by its divisor (``scaled``).
-
-Online softmax (Milakov, Gimelshein 2018): a row is read once, in blocks; when a block raises the maximum from m to m',
-    s' = f s        D' = D + Q (m - m')        E' = f (E + s (m - m'))        f = exp(m - m')
-with E = sum_c exp(x_c - m) (x_c - m), from which the entropy comes: log s - E / s.
-The terms of at most four vectors are added in float32, all further sums are float64 (of float64 logits, compensated), and their
-order follows from the shape alone: same bits at any number of threads.
-
-One maths, two directions. 16 lanes hold classes of one row (``task.across``) or one class of 16 rows: ``_rows`` says when, and
-reads and writes them. Across, each reduction ends with one over the lanes, after which every lane holds the row's value; so all
-that comes later is the same code.
-
-A kernel trusts its Task: the caller has checked every shape, stride and target. An ignored row is never read.
-"""
-
-from collections import namedtuple
+"""The kernels: what each does with one unit of rows, by the maths of ``_maths``, and the tasks that walk over all units."""
 
 from numba import njit
 
-from fastxent._elementary import exp_up, log, log1p, sech_squared, shift_by, tanh, up
-from fastxent._loadstore import fetch_add, gather, get, itemsize, load, load_masked, put, store, store_masked, stream
-from fastxent._rows import (
-    BLOCK,
-    aligned,
-    flush,
-    locate,
-    look_ahead,
-    look_at_next_row,
-    put_rows,
-    raw_logits,
-    read,
-    row_values,
-    streams,
-    sum_rows,
-    write,
-    write_out,
-    write_zeros,
+from fastxent._elementary import exp_up, log1p, shift_by, up
+from fastxent._loadstore import fetch_add, gather, get, itemsize, load_masked, put, store_masked
+from fastxent._maths import (
+    add,
+    exponentials,
+    factors,
+    label,
+    log_s,
+    logits,
+    row_label,
+    row_loss,
+    row_state,
+    save_segment,
+    scaled,
+    span_state,
+    whole,
+    write_gradient,
 )
+from fastxent._rows import flush, locate, put_rows, row_values, sum_rows, write, write_out, write_zeros
 from fastxent._simd import (
     INLINE,
     LANES,
     absolute,
     all_lanes,
     any_lane,
-    as_float,
     at_least,
     first_lanes,
-    fma,
     iota,
     lane,
-    max_across,
-    maximum,
     min_across,
     narrow,
     splat,
@@ -73,427 +40,11 @@ from fastxent._simd import (
 )
 from fastxent._task import FINISHED, NEXT
 
-INF, NAN = float("inf"), float("nan")
-GROUP = 4  # vectors in flight; float32 terms are added up over them before they go to the float64 totals
+NAN = float("nan")
 NONE = 1 << 62  # past every class number
 
 # ----------------------------------------------------------------------------------------------------
-# Logits and target weights, a vector at a time
-# ----------------------------------------------------------------------------------------------------
-
-
-@njit(**INLINE)
-def capped(task, x):
-    """The logits that softmax sees: x, or cap tanh(x / cap)."""
-    return tanh(x / task.cap, task.cap) if task.capped else x
-
-
-@njit(**INLINE)
-def through_cap(task, x, g):
-    """The gradient with respect to the stored x, from that with respect to the capped x: times 1 - tanh^2(x / cap)."""
-    return g * sech_squared(x / task.cap) if task.capped else g
-
-
-@njit(**INLINE)
-def logits(task, unit, j, mask):
-    """x, vector j, as softmax sees it."""
-    return capped(task, raw_logits(task, unit, j, mask))
-
-
-@njit(**INLINE)
-def target_weights(task, unit, j, mask):
-    """q / ``share``, vector j: w ((1 - eps) t + eps / C), or w. What a class index adds at y is not in it: see ``Label``."""
-    if task.soft:
-        t = read(task, task.t + (unit.t + j * task.t_step), unit.t_lanes, mask)
-        q = fma(t, task.keep, splat(t, task.spread))
-    else:
-        q = splat(task.x, 1.0)
-    if task.weighted != 0:
-        if task.across:
-            q = q * narrow(q, load_masked(task.w + 8 * (unit.first + LANES * j), mask))
-        else:
-            q = q * get(task.w, 8 * j)
-    return where(mask, q, 0.0)
-
-
-@njit(**INLINE)
-def share(task):
-    """What is common to all q of a smoothed class index, eps / C: multiplied, and rounded, once."""
-    return 1.0 if task.soft else task.spread
-
-
-# ----------------------------------------------------------------------------------------------------
-# First trip: the statistics of a unit
-# ----------------------------------------------------------------------------------------------------
-
-# m in the logits' precision; the sums s, Q, D, E in float64, of which s and E carry exp_up's factor 2**UP.
-State = namedtuple("State", "m s q_sum q_dot e_dot")
-
-
-@njit(**INLINE)
-def block_max(task, unit, start, stop):
-    """m; four maxima at a time, or each would wait for the one before."""
-    a = b = c = d = splat(task.x, -INF)
-    n_whole = max(start, min(stop, unit.full))
-    grouped = start + (n_whole - start) // GROUP * GROUP
-    for j in range(start, grouped, GROUP):
-        a = maximum(a, logits(task, unit, j, all_lanes()))
-        b = maximum(b, logits(task, unit, j + 1, all_lanes()))
-        c = maximum(c, logits(task, unit, j + 2, all_lanes()))
-        d = maximum(d, logits(task, unit, j + 3, all_lanes()))
-    m = maximum(maximum(a, b), maximum(c, d))
-    for j in range(grouped, n_whole):
-        m = maximum(m, logits(task, unit, j, all_lanes()))
-    for j in range(n_whole, stop):
-        m = maximum(m, where(unit.reads, logits(task, unit, j, unit.reads), -INF))
-    return max_across(m) if task.across else m
-
-
-@njit(**INLINE)
-def add_vector(task, unit, j, mask, m, shift, sums):
-    """The sums s, Q, D, E with vector j added."""
-    s, q_sum, q_dot, e_dot = sums
-    x = logits(task, unit, j, mask)
-    e = where(mask, exp_up(x, shift), 0.0)
-    d = x - m
-    s = s + e
-    if task.keeps_e:
-        store(unit.tile + j * LANES * itemsize(unit.tile), e)
-    if task.dense:
-        q = target_weights(task, unit, j, mask)
-        q_sum = q_sum + q
-        q_dot = q_dot + where(mask, q * d, 0.0)
-    if task.entropic:
-        e_dot = e_dot + where(e == 0.0, e, e * d)
-    return s, q_sum, q_dot, e_dot
-
-
-@njit(**INLINE)
-def add(total, lost, x):
-    """total + x, and what its rounding has lost added to ``lost`` (Knuth's two-sum)."""
-    new = total + x
-    there = new - total
-    return new, lost + ((total - (new - there)) + (x - there))
-
-
-@njit(**INLINE)
-def whole(total, lost):
-    """The sum; of an inf or nan nothing was lost, and inf - inf is nan."""
-    return total + lost if lost == lost else total
-
-
-@njit(**INLINE)
-def widen_add(task, total, x):
-    """A sum and what it has lost, with a vector's terms added; float32 terms lose nothing that counts."""
-    value, lost = total
-    if task.double:
-        return add(value, lost, widen(x))
-    return value + widen(x), lost
-
-
-@njit(**INLINE)
-def add_sums(task, totals, sums):
-    """The float64 totals with the sums of some vectors added."""
-    s, q_sum, q_dot, e_dot = totals
-    ds, dq_sum, dq_dot, de_dot = sums
-    s = widen_add(task, s, ds)
-    if task.dense:
-        q_sum, q_dot = widen_add(task, q_sum, dq_sum), widen_add(task, q_dot, dq_dot)
-    if task.entropic:
-        e_dot = widen_add(task, e_dot, de_dot)
-    return s, q_sum, q_dot, e_dot
-
-
-@njit(**INLINE)
-def total_over_classes(task, total):
-    """The sum over the vectors' classes: over the lanes too, if they are classes."""
-    value, lost = total
-    if task.double:  # of an inf or nan nothing was lost, and inf - inf is nan
-        value = where(lost == lost, value + lost, value)
-    return sum_across(value) if task.across else value
-
-
-@njit(**INLINE)
-def block_state(task, unit, start, stop):
-    """The statistics of vectors start ... stop - 1: twice through a block that the first-level cache holds."""
-    m = block_max(task, unit, start, stop)
-    shift = shift_by(m)
-    finite = where(m == -INF, splat(m, 0.0), m)
-    zero, wide = splat(m, 0.0), (splat(task.w, 0.0), splat(task.w, 0.0))
-    nothing, totals = (zero, zero, zero, zero), (wide, wide, wide, wide)
-    n_whole = max(start, min(stop, unit.full))
-    grouped = start if task.double else start + (n_whole - start) // GROUP * GROUP
-    for j in range(start, grouped, GROUP):
-        look_ahead(task, unit, j, GROUP)
-        sums = add_vector(task, unit, j, all_lanes(), finite, shift, nothing)
-        sums = add_vector(task, unit, j + 1, all_lanes(), finite, shift, sums)
-        sums = add_vector(task, unit, j + 2, all_lanes(), finite, shift, sums)
-        sums = add_vector(task, unit, j + 3, all_lanes(), finite, shift, sums)
-        totals = add_sums(task, totals, sums)
-    for j in range(grouped, n_whole):
-        look_ahead(task, unit, j, 1)
-        totals = add_sums(task, totals, add_vector(task, unit, j, all_lanes(), finite, shift, nothing))
-    for j in range(n_whole, stop):
-        totals = add_sums(task, totals, add_vector(task, unit, j, unit.reads, finite, shift, nothing))
-    s, q_sum, q_dot, e_dot = totals
-    return State(
-        m,
-        total_over_classes(task, s),
-        total_over_classes(task, q_sum) if task.dense else q_sum[0],
-        total_over_classes(task, q_dot) if task.dense else q_dot[0],
-        total_over_classes(task, e_dot) if task.entropic else e_dot[0],
-    )
-
-
-@njit(**INLINE)
-def merge(a, b):
-    """The statistics of two parts of a row, from those of each."""
-    m = maximum(a.m, b.m)
-    shift = shift_by(widen(m))
-    f_a = exp_up(widen(a.m), shift) / up(shift.base)
-    f_b = exp_up(widen(b.m), shift) / up(shift.base)
-    down_a = where(a.m == -INF, splat(f_a, 0.0), widen(a.m) - widen(m))
-    down_b = where(b.m == -INF, splat(f_b, 0.0), widen(b.m) - widen(m))
-    return State(
-        m,
-        f_a * a.s + f_b * b.s,
-        a.q_sum + b.q_sum,
-        (a.q_dot + a.q_sum * down_a) + (b.q_dot + b.q_sum * down_b),
-        f_a * (a.e_dot + a.s * down_a) + f_b * (b.e_dot + b.s * down_b),
-    )
-
-
-@njit(**INLINE)
-def span_state(task, unit):
-    """The statistics of the unit's vectors, in one trip through memory."""
-    if task.tiled or task.keeps_e:
-        return block_state(task, unit, unit.start, unit.stop)
-    state = block_state(task, unit, unit.start, min(unit.stop, unit.start + BLOCK))
-    for at in range(unit.start + BLOCK, unit.stop, BLOCK):
-        state = merge(state, block_state(task, unit, at, min(unit.stop, at + BLOCK)))
-    return state
-
-
-# A row of many classes, and few of them: its segments are shared out over the threads. First task: ``save_segment`` for
-# each segment; second task: ``row_state`` puts them together, in order, wherever the row's statistics are needed.
-
-
-@njit(**INLINE)
-def save_segment(task, number):
-    """First task of a split row; returns the three sums that every unit returns, all 0."""
-    unit = locate(task, number)
-    if any_lane(unit.kept):
-        state = span_state(task, unit)
-        at = task.segments + 48 * number  # (segments, 6) out: m, s, Q, D, E, x_y
-        put(at, 0, lane(widen(state.m), 0))
-        put(at, 8, lane(state.s, 0))
-        put(at, 16, lane(state.q_sum, 0))
-        put(at, 24, lane(state.q_dot, 0))
-        put(at, 32, lane(state.e_dot, 0))
-        if task.labelled:
-            put(at, 40, lane(widen(label(task, unit).raw_x_y), 0))
-    return 0.0, 0.0, 0.0
-
-
-@njit(**INLINE)
-def load_segment(task, at):
-    f64 = task.segments
-    m = narrow(task.x, splat(f64, get(at, 0)))
-    return State(m, splat(f64, get(at, 8)), splat(f64, get(at, 16)), splat(f64, get(at, 24)), splat(f64, get(at, 32)))
-
-
-@njit(**INLINE)
-def row_state(task, unit, number):
-    """The statistics of whole rows."""
-    if not task.split:
-        return span_state(task, unit)
-    at = task.segments + 48 * (number - number % task.n_segments)
-    state = load_segment(task, at)
-    for segment in range(1, task.n_segments):
-        state = merge(state, load_segment(task, at + 48 * segment))
-    return state
-
-
-@njit(**INLINE)
-def log_s(state):
-    return log(state.s / up(state.m))
-
-
-# ----------------------------------------------------------------------------------------------------
-# Class indices, loss, gradient
-# ----------------------------------------------------------------------------------------------------
-
-Label = namedtuple("Label", "raw_x_y w_y")  # stored logit (in the logits' precision) and class weight (float64) of class y
-
-
-@njit(**INLINE)
-def label(task, unit):
-    """What the class indices point at; taken before anything is written, for g may be x."""
-    w_y = splat(task.w, 1.0)
-    if not task.labelled:
-        return Label(splat(task.x, 0.0), w_y)
-    if task.across:
-        y = lane(unit.y, 0)
-        x_y = splat(task.x, get(task.x + unit.x, y * itemsize(task.x)))
-        if task.weighted != 0:
-            w_y = splat(w_y, get(task.w, 8 * y))
-    else:
-        x_y = gather(task.x + unit.x, unit.x_lanes + unit.y * task.x_step, unit.kept)
-        if task.weighted != 0:
-            w_y = gather(task.w, unit.y * 8, unit.kept)
-    return Label(x_y, w_y)
-
-
-@njit(**INLINE)
-def row_label(task, unit, number):
-    """The label of whole rows: of a split row another thread may already have overwritten x_y, so it was saved."""
-    if task.split:
-        at = task.segments + 48 * (number - number % task.n_segments)
-        return Label(narrow(task.x, splat(task.w, get(at, 40))), label(task, unit).w_y)
-    return label(task, unit)
-
-
-@njit(**INLINE)
-def sample_weights(task, unit):
-    if task.sampled != 0:
-        return row_values(task, task.u, unit.row, unit.row_lanes, unit.kept)
-    return splat(task.w, 1.0)
-
-
-@njit(**INLINE)
-def row_loss(task, unit, state, y):
-    """l of every row, float64; 0 for an ignored one."""
-    log_sum = log_s(state)
-    lse = widen(state.m) + log_sum
-    x_y = capped(task, y.raw_x_y)
-    if task.dense:
-        q_sum, q_dot = state.q_sum * share(task), state.q_dot * share(task)
-        if task.labelled:
-            q_sum = q_sum + y.w_y * task.keep
-            q_dot = q_dot + (y.w_y * task.keep) * (widen(x_y) - widen(state.m))
-        loss = q_sum * log_sum - q_dot
-    else:
-        loss = y.w_y * (log_sum + (widen(state.m) - widen(x_y)))
-    loss = loss + lse * (lse * task.z)
-    return where(unit.kept, loss * sample_weights(task, unit), 0.0)
-
-
-@njit(**INLINE)
-def deliver_loss(task, unit, loss):
-    """Store the rows' losses if they are wanted; return their sum, as the first of a unit's three sums."""
-    if task.store_loss != 0:
-        put_rows(task, task.loss, unit, narrow(task.loss, loss))
-    return sum_rows(task, loss), 0.0, 0.0
-
-
-# g_c = a e_c - b (q_c / share) and, at y, g_y = scaled(u (Q p_y - q_y)) computed from registers in float64: p_y - 1 cancels,
-# and must not be made from rounded parts. e = exp(x - m), a = scaled(u) Q / s, b = scaled(u) share.
-# h_c = a e_c (1 - p_c), p_c = e_c / s.
-Factors = namedtuple("Factors", "shift a b inverse_s g_y")
-
-
-@njit(**INLINE)
-def scaled(task, x):
-    """x factor / divisor; float64 logits notice that 1 / divisor would be rounded."""
-    divisor = get(task.total, 24)
-    return x * task.factor / divisor if task.double else x * (task.factor / divisor)
-
-
-@njit(**INLINE)
-def factors(task, unit, state, y):
-    u = sample_weights(task, unit)
-    b = where(unit.kept, scaled(task, u), 0.0)
-    q_sum, q_y = state.q_sum * share(task), splat(b, 0.0)
-    if task.labelled:
-        q_y = y.w_y
-        if task.dense:
-            q_sum = q_sum + y.w_y * task.keep
-            q_y = y.w_y * (task.keep + task.spread)
-        else:
-            q_sum = y.w_y
-    q_sum = q_sum + (widen(state.m) + log_s(state)) * (2.0 * task.z)
-    shift = shift_by(state.m)
-    inverse_s = where(unit.kept, splat(b, 1.0) / state.s, 0.0)  # s of an ignored row in the lanes is 0
-    share_of_s = u * q_sum / state.s if task.double else u * q_sum * inverse_s  # float64 logits notice the one rounding more
-    a = where(unit.kept, scaled(task, share_of_s), 0.0)
-    g_y = q_y
-    if task.labelled:
-        p_y = widen(exp_up(capped(task, y.raw_x_y), shift)) * inverse_s
-        g_y = where(unit.kept, scaled(task, u * (q_sum * p_y - q_y)), 0.0)
-    x = task.x
-    b = b * share(task)
-    return Factors(shift, narrow(x, a), narrow(x, b), narrow(x, inverse_s), through_cap(task, y.raw_x_y, narrow(x, g_y)))
-
-
-@njit(**INLINE)
-def with_label(task, unit, j, g, f):
-    """Rows in lanes: g_y takes its place in the register."""
-    if task.labelled and not task.across:
-        if task.tiled:  # few classes: their numbers are compared as floats, 16 at once
-            return where(as_float(g, unit.y) == float(j), f.g_y, g)
-        return where(unit.y == j, f.g_y, g)
-    return g
-
-
-@njit(**INLINE)
-def put_label(task, unit, f):
-    """Across: g_y, over what the sweep wrote there."""
-    if task.labelled and task.across:
-        y = lane(unit.y, 0)
-        if not task.split or unit.start * LANES <= y < unit.stop * LANES:
-            put(task.g + unit.g, y * itemsize(task.g), lane(f.g_y, 0))
-
-
-@njit(**INLINE)
-def exponentials(task, unit, j, mask, shift):
-    """exp(x - m), vector j: out of the tile, if it was kept there."""
-    if task.keeps_e:
-        return load(unit.tile + j * LANES * itemsize(unit.tile))
-    return exp_up(logits(task, unit, j, mask), shift)
-
-
-@njit(**INLINE)
-def gradient_vector(task, unit, j, mask, f):
-    g = exponentials(task, unit, j, mask, f.shift) * f.a
-    if task.dense:
-        g = g - target_weights(task, unit, j, mask) * f.b
-    return through_cap(task, raw_logits(task, unit, j, mask), g) if task.capped else g
-
-
-@njit(**INLINE)
-def write_gradient(task, unit, f):
-    """Second trip: g."""
-    if task.large:
-        if streams(task, unit):
-            stream_gradient(task, unit, f)
-            return
-    for j in range(unit.start, min(unit.stop, unit.full)):
-        look_at_next_row(task, unit, j)
-        g = with_label(task, unit, j, gradient_vector(task, unit, j, all_lanes(), f), f)
-        write_out(task, unit, j, g, all_lanes())
-    for j in range(max(unit.start, unit.full), unit.stop):
-        g = with_label(task, unit, j, gradient_vector(task, unit, j, unit.reads, f), f)
-        write_out(task, unit, j, g, unit.writes)
-    put_label(task, unit, f)
-    flush(task, unit)
-
-
-@njit(**INLINE)
-def stream_gradient(task, unit, f):
-    head, body, n_whole, tail = aligned(task, unit)
-    mask = all_lanes() if task.across else unit.reads
-    write(task, task.g + unit.g, unit.g_lanes, gradient_vector(task, unit, 0, head, f), head)
-    for j in range(n_whole):
-        look_at_next_row(task, body, j)
-        g = with_label(task, body, j, gradient_vector(task, body, j, mask, f), f)
-        stream(task.g + (body.g + j * task.g_step), g)
-    g = gradient_vector(task, body, n_whole, tail, f)
-    write(task, task.g + (body.g + n_whole * task.g_step), unit.g_lanes, g, tail)
-    put_label(task, unit, f)
-
-
-# ----------------------------------------------------------------------------------------------------
-# What each task does with unit ``number``; returns three numbers to be summed over all units
+# What each kernel does with unit ``number``; it returns three numbers to be summed over all units
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -531,6 +82,14 @@ def check_first(task):
         put(task.total, 24, weight if weight != 0.0 else NAN)
     put(task.total, 16, bad)
     return bad == 0.0
+
+
+@njit(**INLINE)
+def deliver_loss(task, unit, loss):
+    """Store the rows' losses if they are wanted; return their sum, as the first of a unit's three sums."""
+    if task.store_loss != 0:
+        put_rows(task, task.loss, unit, narrow(task.loss, loss))
+    return sum_rows(task, loss), 0.0, 0.0
 
 
 @njit(**INLINE)

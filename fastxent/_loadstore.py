@@ -4,6 +4,8 @@ Also what a kernel needs beside vectors: single elements, atomic counters, room 
 are bytes.
 """
 
+from functools import partial
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -16,17 +18,25 @@ STORED = {"f16": I16, "bf16": I16, "f32": ir.FloatType(), "f64": ir.DoubleType()
 ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "i64": 8}
 
 
+def _shape(like, element):
+    """``element``, or 16 lanes of it where ``like`` is 16 lanes."""
+    return lanes_of(element) if isinstance(like.type, ir.VectorType) else element
+
+
+def _constant(shape, value):
+    return ir.Constant(shape, [value] * LANES if isinstance(shape, ir.VectorType) else value)
+
+
 def _bf16_from_f32(builder, x):
     """Round to nearest even by adding half of what is cut off; a nan is made quiet, or rounding could make it inf."""
-    ints = lanes_of(I32) if isinstance(x.type, ir.VectorType) else I32
-    const = (lambda v: ir.Constant(ints, [v] * LANES)) if isinstance(ints, ir.VectorType) else (lambda v: I32(v))
-    half = lanes_of(I16) if isinstance(ints, ir.VectorType) else I16
+    ints = _shape(x, I32)
+    const = partial(_constant, ints)
     bits = builder.bitcast(x, ints)
     odd = builder.and_(builder.lshr(bits, const(16)), const(1))
     rounded = builder.add(builder.add(bits, const(0x7FFF)), odd)
     quiet = builder.or_(bits, const(0x400000))
     chosen = builder.select(builder.fcmp_unordered("uno", x, x), quiet, rounded)
-    return builder.trunc(builder.lshr(chosen, const(16)), half)
+    return builder.trunc(builder.lshr(chosen, const(16)), _shape(x, I16))
 
 
 # x86 processors before 2012 have no instruction between float16 and float32, and LLVM would call a library that is not there.
@@ -36,71 +46,62 @@ HALF_IN_HARDWARE = not _triple.startswith(("x86", "i686")) or "+f16c" in _featur
 
 def _f32_from_f16(builder, raw):
     """By hand: the same bits further to the left are the number times 2^-112; of inf and nan the exponent is filled up."""
-    many = isinstance(raw.type, ir.VectorType)
-    shape = lanes_of if many else (lambda t: t)
+    floats, ints = _shape(raw, SCALAR["f32"]), _shape(raw, I32)
     if HALF_IN_HARDWARE:
-        return builder.fpext(builder.bitcast(raw, shape(ir.HalfType())), shape(SCALAR["f32"]))
-    const = (lambda v: ir.Constant(shape(I32), [v] * LANES)) if many else I32
-    wide = builder.zext(raw, shape(I32))
+        return builder.fpext(builder.bitcast(raw, _shape(raw, ir.HalfType())), floats)
+    const = partial(_constant, ints)
+    wide = builder.zext(raw, ints)
     size = builder.and_(wide, const(0x7FFF))
-    shifted = builder.bitcast(builder.shl(size, const(13)), shape(SCALAR["f32"]))
-    factor = ir.Constant(shape(SCALAR["f32"]), [2.0**112] * LANES if many else 2.0**112)
-    bits = builder.bitcast(builder.fmul(shifted, factor), shape(I32))
+    shifted = builder.bitcast(builder.shl(size, const(13)), floats)
+    bits = builder.bitcast(builder.fmul(shifted, _constant(floats, 2.0**112)), ints)
     full = builder.select(builder.icmp_unsigned(">=", size, const(0x7C00)), const(0x7F800000), const(0))
     sign = builder.shl(builder.and_(wide, const(0x8000)), const(16))
-    return builder.bitcast(builder.or_(builder.or_(bits, full), sign), shape(SCALAR["f32"]))
+    return builder.bitcast(builder.or_(builder.or_(bits, full), sign), floats)
 
 
 def _f16_from_f32(builder, x):
     """By hand: half an ulp less one, and the last bit kept, carry into it; a denormal gets 0.5 added, whose ulp is its own."""
-    many = isinstance(x.type, ir.VectorType)
-    shape = lanes_of if many else (lambda t: t)
+    floats, ints, halves = _shape(x, SCALAR["f32"]), _shape(x, I32), _shape(x, I16)
     if HALF_IN_HARDWARE:
-        return builder.bitcast(builder.fptrunc(x, shape(ir.HalfType())), shape(I16))
-    const = (lambda v: ir.Constant(shape(I32), [v] * LANES)) if many else I32
-    bits = builder.bitcast(x, shape(I32))
+        return builder.bitcast(builder.fptrunc(x, _shape(x, ir.HalfType())), halves)
+    const = partial(_constant, ints)
+    bits = builder.bitcast(x, ints)
     size = builder.and_(bits, const(0x7FFFFFFF))
     odd = builder.and_(builder.lshr(size, const(13)), const(1))
     carried = builder.add(builder.add(size, const(0xFFF)), odd)
     normal = builder.lshr(builder.sub(carried, const(0x38000000)), const(13))
-    half = ir.Constant(shape(SCALAR["f32"]), [0.5] * LANES if many else 0.5)
-    denormal = builder.bitcast(builder.fadd(builder.bitcast(size, shape(SCALAR["f32"])), half), shape(I32))
+    denormal = builder.bitcast(builder.fadd(builder.bitcast(size, floats), _constant(floats, 0.5)), ints)
     denormal = builder.sub(denormal, const(0x3F000000))
     huge = builder.select(builder.icmp_unsigned(">", size, const(0x7F800000)), const(0x7E00), const(0x7C00))
     small = builder.select(builder.icmp_unsigned("<", size, const(0x38800000)), denormal, normal)
     chosen = builder.select(builder.icmp_unsigned(">=", size, const(0x47800000)), huge, small)
     sign = builder.lshr(builder.and_(bits, const(0x80000000)), const(16))
-    return builder.trunc(builder.or_(chosen, sign), shape(I16))
+    return builder.trunc(builder.or_(chosen, sign), halves)
 
 
 def _decode(builder, raw, ptr):
     """Stored bits -> numbers to compute with."""
-    many = isinstance(raw.type, ir.VectorType)
-    shape = lanes_of if many else (lambda t: t)
     if ptr.storage == "bf16":
-        wide = builder.zext(raw, shape(I32))
-        shift = ir.Constant(shape(I32), [16] * LANES) if many else I32(16)
-        x, have = builder.bitcast(builder.shl(wide, shift), shape(SCALAR["f32"])), "f32"
+        ints = _shape(raw, I32)
+        bits = builder.shl(builder.zext(raw, ints), _constant(ints, 16))
+        x, have = builder.bitcast(bits, _shape(raw, SCALAR["f32"])), "f32"
     elif ptr.storage == "f16":
         x, have = _f32_from_f16(builder, raw), "f32"
     else:
         x, have = raw, ptr.storage
     if have == ptr.kind:
         return x
-    return (builder.fpext if ptr.kind == "f64" else builder.fptrunc)(x, shape(SCALAR[ptr.kind]))
+    return (builder.fpext if ptr.kind == "f64" else builder.fptrunc)(x, _shape(raw, SCALAR[ptr.kind]))
 
 
 def _encode(builder, x, ptr):
     """Numbers -> stored bits, rounded to nearest even; to half precision by way of float32, as PyTorch does."""
-    shape = lanes_of if isinstance(x.type, ir.VectorType) else (lambda t: t)
     if ptr.storage == ptr.kind:
         return x
     if ptr.storage in ("f16", "bf16"):
-        f32 = builder.fptrunc(x, shape(SCALAR["f32"])) if ptr.kind == "f64" else x
-        if ptr.storage == "bf16":
-            return _bf16_from_f32(builder, f32)
-        return _f16_from_f32(builder, f32)
-    return (builder.fptrunc if ptr.kind == "f64" else builder.fpext)(x, shape(STORED[ptr.storage]))
+        f32 = builder.fptrunc(x, _shape(x, SCALAR["f32"])) if ptr.kind == "f64" else x
+        return (_bf16_from_f32 if ptr.storage == "bf16" else _f16_from_f32)(builder, f32)
+    return (builder.fptrunc if ptr.kind == "f64" else builder.fpext)(x, _shape(x, STORED[ptr.storage]))
 
 
 def _typed(builder, address, element):
@@ -127,27 +128,22 @@ def load(typingctx, p):
     return Vec(p.kind)(p), codegen
 
 
+def _load_masked(builder, ptr, address, mask):
+    vector = lanes_of(STORED[ptr.storage])
+    name = f"llvm.masked.load.{_masked_name(ptr)}.p0"
+    raw = call_llvm(builder, name, vector, [_typed(builder, address, vector), I32(1), mask, _zeros(vector)])
+    x = _decode(builder, raw, ptr)
+    if ptr.kind == "i64":
+        return x
+    # LLVM 20 makes a plain load of a masked one whose lanes are selected by the same mask later on, and that reads past
+    # the end of arrays. It does not look through a fence.
+    return call_llvm(builder, f"llvm.arithmetic.fence.v{LANES}{ptr.kind}", x.type, [x])
+
+
 @intrinsic
 def load_masked(typingctx, p, mask):
     """Neighbours at ``p`` where ``mask``, else 0; nothing is read where it is false."""
-
-    def codegen(context, builder, sig, args):
-        vector = lanes_of(STORED[p.storage])
-        address = _typed(builder, args[0], vector)
-        raw = call_llvm(
-            builder,
-            f"llvm.masked.load.{_masked_name(p)}.p0",
-            vector,
-            [address, I32(1), args[1], _zeros(vector)],
-        )
-        x = _decode(builder, raw, p)
-        if p.kind == "i64":
-            return x
-        # LLVM 20 makes a plain load of a masked one whose lanes are selected by the same mask later on, and that reads past
-        # the end of arrays. It does not look through a fence.
-        return call_llvm(builder, f"llvm.arithmetic.fence.v{LANES}{p.kind}", x.type, [x])
-
-    return Vec(p.kind)(p, mask), codegen
+    return Vec(p.kind)(p, mask), lambda context, builder, sig, args: _load_masked(builder, p, *args)
 
 
 @intrinsic
@@ -162,14 +158,18 @@ def store(typingctx, p, x):
     return types.void(p, x), codegen
 
 
+def _store_masked(builder, ptr, address, x, mask):
+    raw = _encode(builder, x, ptr)
+    name = f"llvm.masked.store.{_masked_name(ptr)}.p0"
+    call_llvm(builder, name, ir.VoidType(), [raw, _typed(builder, address, raw.type), I32(1), mask])
+
+
 @intrinsic
 def store_masked(typingctx, p, x, mask):
     """Write neighbours at ``p`` where ``mask``; nothing is touched where it is false."""
 
     def codegen(context, builder, sig, args):
-        raw = _encode(builder, args[1], p)
-        address = _typed(builder, args[0], raw.type)
-        call_llvm(builder, f"llvm.masked.store.{_masked_name(p)}.p0", ir.VoidType(), [raw, address, I32(1), args[2]])
+        _store_masked(builder, p, *args)
         return context.get_dummy_value()
 
     return types.void(p, x, mask), codegen
@@ -236,7 +236,7 @@ def _transpose(builder, rows):
     return rows
 
 
-def _rows(builder, base, stride, mask, columns, vector):
+def _rows(builder, base, stride, mask, columns):
     """For each of 16 rows its address and the mask of its elements: the first ``columns``, or none."""
     spread = broadcast(builder, columns, "i64")
     wanted = builder.icmp_signed("<", ir.Constant(lanes_of(I64), list(range(LANES))), spread)
@@ -245,7 +245,7 @@ def _rows(builder, base, stride, mask, columns, vector):
         live = wanted
         if mask is not None:
             live = builder.select(builder.extract_element(mask, I32(row)), wanted, _zeros(wanted.type))
-        yield _typed(builder, at, vector), live
+        yield at, live
 
 
 def _if_all(builder, mask, emit):
@@ -263,14 +263,9 @@ def load_transposed(typingctx, p, stride, mask, columns, tile):
 
     def codegen(context, builder, sig, args):
         base, stride, mask, columns, tile = args
-        vector = lanes_of(STORED[p.storage])
-        name = f"llvm.masked.load.{_masked_name(p)}.p0"
 
         def emit(mask):
-            rows = [
-                _decode(builder, call_llvm(builder, name, vector, [at, I32(1), live, _zeros(vector)]), p)
-                for at, live in _rows(builder, base, stride, mask, columns, vector)
-            ]
+            rows = [_load_masked(builder, p, at, live) for at, live in _rows(builder, base, stride, mask, columns)]
             for j, column in enumerate(_transpose(builder, rows)):
                 at = builder.gep(tile, [I64(j * LANES * ITEMSIZE[p.kind])])
                 builder.store(column, _typed(builder, at, column.type), align=1)
@@ -288,7 +283,6 @@ def store_transposed(typingctx, p, stride, mask, columns, tile):
     def codegen(context, builder, sig, args):
         base, stride, mask, columns, tile = args
         wide = lanes_of(SCALAR[p.kind])
-        name = f"llvm.masked.store.{_masked_name(p)}.p0"
         vectors = [
             builder.load(_typed(builder, builder.gep(tile, [I64(j * LANES * ITEMSIZE[p.kind])]), wide), align=1)
             for j in range(LANES)
@@ -296,9 +290,8 @@ def store_transposed(typingctx, p, stride, mask, columns, tile):
         rows = _transpose(builder, vectors)
 
         def emit(mask):
-            places = _rows(builder, base, stride, mask, columns, lanes_of(STORED[p.storage]))
-            for row, (at, live) in zip(rows, places, strict=True):
-                call_llvm(builder, name, ir.VoidType(), [_encode(builder, row, p), at, I32(1), live])
+            for row, (at, live) in zip(rows, _rows(builder, base, stride, mask, columns), strict=True):
+                _store_masked(builder, p, at, row, live)
 
         _if_all(builder, mask, emit)
         return context.get_dummy_value()

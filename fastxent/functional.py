@@ -1,7 +1,7 @@
 """Softmax cross-entropy of NumPy arrays: read first.
 
 A call goes two hops: these functions check their arguments (``_validate``), plan the walk over the rows (``_plan``) and hand
-addresses to a compiled task (``_parallel.run``), whose maths is in ``_kernels``.
+addresses to a compiled task (``_parallel.run``), whose maths is in ``_maths``.
 
 Notation of all docstrings: N rows (the product of all axes but ``axis``), C classes, logits x, probabilities p = softmax(x),
 class indices y or class probabilities t, class weights w, sample weights u, label smoothing eps.

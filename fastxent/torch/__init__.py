@@ -2,7 +2,7 @@
 
     from fastxent.torch import cross_entropy        # instead of torch.nn.functional's
 
-An adapter: shapes, dtypes and autograd are PyTorch's, the maths is in ``fastxent._kernels``. Here are the functions that
+An adapter: shapes, dtypes and autograd are PyTorch's, the maths is in ``fastxent._maths``. Here are the functions that
 people call; read ``_route`` next. Who does what:
 
 * ``_route`` sorts the calls. What the kernels take goes on; all else (other devices, odd dtypes, wrong shapes) goes to
