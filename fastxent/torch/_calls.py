@@ -182,11 +182,11 @@ small_tasks: dict[tuple[Any, ...], Small] = {}
 
 
 def kind_of(input: Tensor, target: Tensor, options: Options) -> tuple[Any, ...]:
-    """All that a call without weights is sorted by. The keys tell device, layout, and whatever else is odd about a tensor."""
+    """All that a call without weights is sorted by. The keys tell device, layout, and all that is odd about a tensor."""
     keys = torch._C._dispatch_keys
     return (
-        type(input), input.shape, input.stride(), input.dtype, keys(input).raw_repr(),
-        type(target), target.shape, target.stride(), target.dtype, keys(target).raw_repr(), options,
+        input.shape, input.stride(), input.dtype, keys(input).raw_repr(),
+        target.shape, target.stride(), target.dtype, keys(target).raw_repr(), options,
     )  # fmt: skip
 
 

@@ -47,8 +47,7 @@ class _Eager(torch.autograd.Function):
         none = (None,) * 6
         if grad_output is None:
             return None, *none
-        batched = _is_batched(grad_output)
-        if torch.is_grad_enabled() or (batched and ctx.options.reduction == NONE):
+        if torch.is_grad_enabled() or (ctx.options.reduction == NONE and _is_batched(grad_output)):
             if ctx.inplace:
                 raise RuntimeError("inplace=True has overwritten the logits: there is no double backward through it")
             return differentiable_backward(ctx.saved_tensors, ctx.options, grad_output), *none
@@ -67,12 +66,13 @@ class _Eager(torch.autograd.Function):
                 "Trying to backward through the graph a second time: the gradient was handed over by the first backward. "
                 "Specify retain_graph=True there."
             )
-        if batched:
+        try:
+            factor = grad_output.item()
+        except RuntimeError:  # one of vmap's tensors: batched gradients
             return grad * grad_output, *none
         ours = not torch._C._autograd._get_current_graph_task_keep_graph()
         if ours:
             ctx.grad = None
-        factor = grad_output.item()
         if factor == 1.0:  # kept for another backward, it must not become somebody's .grad, which is added to in place
             return (grad if ours else grad.clone()), *none
         if grad.element_size() == 2 and not ctx.inplace:
@@ -83,8 +83,10 @@ class _Eager(torch.autograd.Function):
         return (grad.mul_(factor) if ours else grad * factor), *none
 
 
-# Function.apply without its look for functorch's tensors: `route` has sent those elsewhere.
+# Function.apply without its look for functorch's tensors: `route` has sent those elsewhere. And the engine calls the backward
+# itself, not a method that looks for it: half a microsecond of 23.
 apply = super(torch.autograd.Function, _Eager).apply
+_Eager._backward_cls.apply = _Eager.backward  # type: ignore[attr-defined]
 
 
 def _is_batched(t: Tensor) -> bool:

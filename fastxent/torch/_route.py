@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastxent import _parallel
 from fastxent.torch._calls import (
@@ -62,10 +63,10 @@ def _is_out_of_the_ordinary() -> bool:
     """Is somebody tracing, transforming or casting?"""
     return (
         torch.compiler.is_compiling()  # first: Dynamo must not look at the others
-        or torch.autograd.forward_ad._current_level >= 0
+        or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.is_autocast_enabled("cpu")
+        or torch._C._is_any_autocast_enabled()
     )
 
 
@@ -135,9 +136,9 @@ def _must_be_formula(input: Tensor, *others: Tensor | None) -> bool:
     if torch._C._are_functorch_transforms_active():
         return True
     if torch.compiler.is_compiling():
-        return torch.autograd.forward_ad._current_level >= 0 or any(t is not None and t.requires_grad for t in others)
+        return forward_ad._current_level >= 0 or any(t is not None and t.requires_grad for t in others)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others):
         return True
-    return torch.autograd.forward_ad._current_level >= 0 and any(
-        t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in (input, *others)
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (input, *others)
     )

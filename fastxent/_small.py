@@ -1,0 +1,82 @@
+"""Small calls that come again: their checks cost more than their work, so arrays that look as checked ones did pass unchecked.
+
+Class indices are not taken on trust: the task itself checks them, before it writes anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastxent._parallel import SmallTask
+from fastxent._plan import over
+from fastxent._validate import Array, Problem, address
+
+
+class _Known(NamedTuple):
+    task: SmallTask
+    loss: type[np.floating[Any]]
+    x_bytes: int
+    y_bytes: int
+
+
+_known: dict[tuple[Any, ...], _Known] = {}
+MOST_KNOWN = 4096
+
+
+def _kind_of(name: str, logits: Array, target: Array, out: Array | None, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All that the checks depend on. The types are there because True == 1 == 1.0."""
+    axis, ignore, smoothing, _ = options
+    return (
+        name, logits.shape, logits.strides, logits.dtype, target.shape, target.strides, target.dtype,
+        None if out is None else (out is logits or (out.shape, out.strides, out.dtype), out.flags.writeable),
+        options, type(axis), type(ignore), type(smoothing),
+    )  # fmt: skip
+
+
+def recall(name: str, logits: object, target: object, out: object, options: tuple[Any, ...]) -> tuple[Any, Any] | None:
+    """Loss, and gradient if ``name`` is "value_and_grad"; None where all has to be checked.
+
+    ``options``: axis, ignore_index, label_smoothing, reduction.
+    """
+    if type(logits) is not np.ndarray or type(target) is not np.ndarray or (out is not None and type(out) is not np.ndarray):
+        return None
+    try:
+        known = _known[_kind_of(name, logits, target, out, options)]
+    except (KeyError, TypeError):  # TypeError: an option of a type that has no hash
+        return None
+    g = np.empty_like(logits) if out is None and name == "value_and_grad" else out
+    x_at, y_at = address(logits), address(target)
+    g_at = x_at if g is None or g is logits else address(g)
+    if out is not None:
+        g_end = g_at + known.x_bytes
+        if (g_at != x_at and g_at < x_at + known.x_bytes and x_at < g_end) or (g_at < y_at + known.y_bytes and y_at < g_end):
+            return None  # memory is shared
+    total, _, bad, divisor = known.task(x_at, g_at, y_at)
+    return None if bad else (known.loss(over(total, divisor)), g)
+
+
+def remember(
+    name: str, p: Problem, logits: object, target: object, out: Array | None, g: Array | None, options: tuple[Any, ...]
+) -> None:
+    """Know this call again, if its arrays were taken as they are and lie in one piece."""
+    x = p.x
+    if (
+        p.divisor is not None  # not small
+        or x is not logits
+        or type(x) is not np.ndarray
+        or type(target) is not np.ndarray
+        or target.dtype != np.int64
+        or not (target.dtype.isnative and target.flags.c_contiguous and x.flags.forc)
+        or not (g is None or g is out or (out is None and g.strides == x.strides))
+        or not (g is None or g.flags.forc)
+    ):
+        return
+    if len(_known) >= MOST_KNOWN:
+        _known.clear()
+    _, ignore, smoothing, reduction = options
+    task = SmallTask(
+        name, p.plan(g), ignore=ignore, keep=1.0 - smoothing, spread=smoothing / x.shape[p.axis], average=reduction == "mean"
+    )
+    _known[_kind_of(name, x, target, out, options)] = _Known(task, p.acc.type, x.nbytes, target.nbytes)
