@@ -24,7 +24,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, ClassVar, NamedTuple
 
 from fastxent import _task
-from fastxent._plan import Plan, Variant
+from fastxent._plan import Plan, Variant, flat_plan
 
 # Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
 WORTH_A_THREAD = 16384
@@ -93,33 +93,49 @@ def argument_block(
         x, g, h, t, y, w, u, loss, lse, entropy, target_prob, prediction, target_rank,
         w != 0, u != 0, loss != 0, g != x and g % plan.itemsize == 0, ignore, keep, spread, factor, check, average, z, cap,
     )  # fmt: skip
-    _task.TOTAL.pack_into(block, total, 0.0, 0.0, 0.0, divisor or math.nan)
+    _set_totals(block, total, 0.0, 0.0, 0.0, divisor or math.nan)
     return block
 
 
 # Looked up once: a small call is a few microseconds.
-_reset, _set_operands, _totals_of = _task.COUNTERS.pack_into, _task.OPERANDS.pack_into, _task.TOTAL.unpack_from
+_reset, _set_operands = _task.COUNTERS.pack_into, _task.OPERANDS.pack_into
+_set_totals, _totals_of = _task.TOTAL.pack_into, _task.TOTAL.unpack_from
 _AT_OPERANDS, _AT_TOTAL = _task.AT_OPERANDS, _task.BLOCK.size
 
 
-class SmallTask:
-    """A task over class indices for one thread, called again and again: all but three addresses is packed once."""
+class PackedTask:
+    """A task over class indices, called again and again: all but three addresses is packed once.
+
+    The class indices are checked first, by the task itself if one thread is enough for it: then ``alone`` is true.
+    """
 
     def __init__(self, name: str, plan: Plan, **arguments: Any) -> None:
-        self.name, self.call = name, kernel(name, plan.variant).call
-        self.plan, self.arguments = plan, arguments
+        self.name, self.kernel, self.plan, self.arguments = name, kernel(name, plan.variant), plan, arguments
+        self.alone = small(plan.elements)
         self.blocks: list[tuple[ctypes.Array[ctypes.c_char], int]] = []  # those that no thread is using; their addresses
+        self.check = None
+        if not self.alone and name != "check_targets":
+            n_rows, n_classes, *_ = plan.planned
+            self.check = PackedTask("check_targets", flat_plan(n_rows, n_classes, "f32"), ignore=arguments["ignore"])
 
-    def __call__(self, x: int, g: int, y: int) -> tuple[float, float, float, float]:
+    def __call__(self, x: int, g: int, y: int, n_threads: int | None = None) -> tuple[float, float, float, float]:
         """As `run`."""
         try:
             block, at = self.blocks.pop()
         except IndexError:
-            block = argument_block(self.plan, check=True, **self.arguments)
+            block = argument_block(self.plan, check=self.alone, **self.arguments)
             at = ctypes.addressof(block)
         _reset(block, 0, 0, 0)
         _set_operands(block, _AT_OPERANDS, x, g, 0, 0, y)
-        self.call(at)
+        if self.alone:
+            self.kernel.call(at)
+        else:
+            if self.check:
+                weight, _, bad, _ = self.check(0, 0, y, n_threads)
+                if bad:
+                    return 0.0, 0.0, bad, math.nan
+                _set_totals(block, _AT_TOTAL, 0.0, 0.0, 0.0, (weight or math.nan) if self.arguments["average"] else 1.0)
+            _launch(self.kernel, block, self.plan, n_threads)
         result = _totals_of(block, _AT_TOTAL)
         self.blocks.append((block, at))
         return result

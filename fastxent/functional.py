@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastxent._known import recall, remember
 from fastxent._parallel import run
 from fastxent._plan import Plan, over
-from fastxent._small import recall, remember
 from fastxent._validate import (
     Array,
     Problem,

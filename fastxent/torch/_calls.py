@@ -55,7 +55,7 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
         x = x.detach().movedim(axis, -1).contiguous().movedim(-1, axis)
     w = None if weight is None else weight.detach().to(torch.float64).resolve_neg().contiguous()
     u = None if sample_weight is None else sample_weight.detach().to(torch.float64).resolve_neg().contiguous()
-    n_threads = _parallel.setting() or torch.get_num_threads()
+    n_threads = _n_threads()
     double = (
         x.dtype == torch.float64
         or target.dtype == torch.float64
@@ -81,6 +81,10 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
         if bad:
             raise _out_of_bounds(target, n_classes, ignore_index)
     return _Call(x, axis, rows, target, y, None, w, u, divisor, n_threads, acc)
+
+
+def _n_threads() -> int:
+    return _parallel.setting() or torch.get_num_threads()
 
 
 def check_memory(*tensors: Tensor | None) -> None:
@@ -169,16 +173,16 @@ def _scalar(value: float, dtype: torch.dtype) -> Tensor:
         return torch.tensor(value, dtype=dtype)
 
 
-class Small(NamedTuple):
-    """Tasks for a kind of call that one thread does, and that was met before."""
+class Known(NamedTuple):
+    """Tasks for a kind of call that was met before."""
 
-    value: _parallel.SmallTask
-    gradient: _parallel.SmallTask
+    value: _parallel.PackedTask
+    gradient: _parallel.PackedTask
     input_bytes: int
     target_bytes: int
 
 
-small_tasks: dict[tuple[Any, ...], Small] = {}
+known_calls: dict[tuple[Any, ...], Known | None] = {}
 
 
 def kind_of(input: Tensor, target: Tensor, options: Options) -> tuple[Any, ...]:
@@ -191,7 +195,13 @@ def kind_of(input: Tensor, target: Tensor, options: Options) -> tuple[Any, ...]:
 
 
 def remember(kind: tuple[Any, ...], input: Tensor, target: Tensor, options: Options) -> None:
-    """Keep the tasks of a call that was found good, if they can take its tensors as they lie."""
+    """Keep the tasks of a call that was found good, or None if they cannot take its tensors as they lie."""
+    if len(known_calls) >= 4096:
+        known_calls.clear()
+    known_calls[kind] = _known(input, target, options)
+
+
+def _known(input: Tensor, target: Tensor, options: Options) -> Known | None:
     axis = 0 if input.dim() == 1 else 1
     if (
         input.dtype not in (torch.float32, torch.float64)
@@ -202,17 +212,17 @@ def remember(kind: tuple[Any, ...], input: Tensor, target: Tensor, options: Opti
         or target.is_neg()
         or not _walkable(input, axis)
     ):
-        return
-    g = _gradient_like(input)
+        return None
+    g = gradient_like(input)
     if not _lies_well(g, input, axis):
-        return
+        return None
     strides = (input.stride(), g.stride(), input.stride())
     plan = _plan(input.shape, strides, axis, input.dtype, None, True, options.label_smoothing > 0, options.softcap != 0)
+    if plan.variant.large or plan.variant.split:  # these have more to pack, and take longer anyway
+        return None
     arguments = _numbers(options, input.shape[axis]) | {"average": options.reduction == MEAN}
-    if len(small_tasks) >= 4096:
-        small_tasks.clear()
-    value, gradient = (_parallel.SmallTask(name, plan, **arguments) for name in ("value", "value_and_grad"))
-    small_tasks[kind] = Small(value, gradient, _reach(input), _reach(target))
+    value, gradient = (_parallel.PackedTask(name, plan, **arguments) for name in ("value", "value_and_grad"))
+    return Known(value, gradient, _reach(input), _reach(target))
 
 
 def _numbers(options: Options, n_classes: int) -> dict[str, float]:
@@ -228,8 +238,9 @@ def _lies_well(g: Tensor, x: Tensor, axis: int) -> bool:
     return x.shape[axis] <= FEW_CLASSES or (g.stride(axis) == 1) == (x.stride(axis) == 1)
 
 
-def small_loss(task: _parallel.SmallTask, options: Options, input: Tensor, g: Tensor, target: Tensor) -> Tensor:
-    total, _, bad, divisor = task(input.data_ptr(), g.data_ptr(), target.data_ptr())
+def known_loss(task: _parallel.PackedTask, options: Options, input: Tensor, g: Tensor, target: Tensor) -> Tensor:
+    n_threads = None if task.alone else _n_threads()
+    total, _, bad, divisor = task(input.data_ptr(), g.data_ptr(), target.data_ptr(), n_threads)
     if bad:
         raise _out_of_bounds(target, input.shape[input.dim() > 1], options.ignore_index)
     return _scalar(total / divisor, input.dtype)
@@ -251,7 +262,7 @@ def value_and_grad(
 ) -> tuple[Tensor, Tensor]:
     """Loss, and ``factor`` times its gradient, in ``out`` if given; that may be ``input``."""
     call = _prepare(input, target, weight, sample_weight, options.ignore_index)
-    result = _gradient_like(input) if out is None else out
+    result = gradient_like(input) if out is None else out
     g = result if _lies_well(result, call.x, call.axis) else torch.empty_like(call.x)
     loss = _run("value_and_grad", call, g, options, factor)
     if g is not result:
@@ -259,10 +270,10 @@ def value_and_grad(
     return loss, result
 
 
-def _gradient_like(input: Tensor) -> Tensor:
+def gradient_like(input: Tensor) -> Tensor:
     """``torch.empty_like``, in recycled memory and huge pages where that counts."""
     nbytes = input.numel() * input.element_size()
-    if nbytes < _memory.SMALLEST or not is_non_overlapping_and_dense(input):
+    if nbytes < _memory.SMALLEST or not (input.is_contiguous() or is_non_overlapping_and_dense(input)):
         return torch.empty_like(input)
     flat = torch.from_numpy(_memory.buffer(nbytes)).view(input.dtype)
     return flat.as_strided(input.shape, input.stride())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxent.torch._calls import NONE, SUM, Options, Small, check_memory, small_loss, value, value_and_grad
+from fastxent.torch._calls import NONE, SUM, Known, Options, check_memory, gradient_like, known_loss, value, value_and_grad
 from fastxent.torch._formula import differentiable_backward
 
 
@@ -23,16 +23,16 @@ class _Eager(torch.autograd.Function):
         sample_weight: Tensor | None,
         options: Options,
         inplace: bool,
-        small: Small | None,
+        known: Known | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.inplace, ctx.grad = options, inplace, None
         if options.reduction == NONE:
             ctx.save_for_backward(input, target, weight, sample_weight)
             return value(input, target, weight, sample_weight, options)
-        if small is not None:
-            ctx.grad = torch.empty_like(input)
-            loss = small_loss(small.gradient, options, input, ctx.grad, target)
+        if known is not None:
+            ctx.grad = torch.empty_like(input) if known.gradient.alone else gradient_like(input)
+            loss = known_loss(known.gradient, options, input, ctx.grad, target)
         else:
             out = input.detach() if inplace else None
             loss, ctx.grad = value_and_grad(input, target, weight, sample_weight, options, out)

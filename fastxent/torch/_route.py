@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastxent import _parallel
 from fastxent.torch._calls import (
     INTEGERS,
     NONE,
@@ -15,9 +14,9 @@ from fastxent.torch._calls import (
     as_int64,
     bytes_behind,
     kind_of,
+    known_calls,
+    known_loss,
     remember,
-    small_loss,
-    small_tasks,
     value,
 )
 from fastxent.torch._eager import apply
@@ -31,11 +30,11 @@ def route(
     kind = None
     if weight is None and sample_weight is None and not (inplace or _is_out_of_the_ordinary()):
         kind = kind_of(input, target, options)
-        small = small_tasks.get(kind)
-        if small is not None and bytes_behind(input) >= small.input_bytes and bytes_behind(target) >= small.target_bytes:
+        known = known_calls.get(kind)
+        if known is not None and bytes_behind(input) >= known.input_bytes and bytes_behind(target) >= known.target_bytes:
             if torch.is_grad_enabled() and input.requires_grad:
-                return apply(input, target, None, None, options, False, small)
-            return small_loss(small.value, options, input, input, target)
+                return apply(input, target, None, None, options, False, known)
+            return known_loss(known.value, options, input, input, target)
     if options.label_smoothing < 0.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
     if not _takes(input, target, weight, sample_weight, options):
@@ -53,7 +52,7 @@ def route(
         loss = apply(input, target, weight, sample_weight, options, inplace, None)
     else:
         loss = value(input, target, weight, sample_weight, options)
-    if kind is not None and _parallel.small(input.numel()):
+    if kind is not None and kind not in known_calls:
         remember(kind, input, target, options)
     dtype = loss_dtype(input, target, weight)
     return loss if loss.dtype == dtype else loss.to(dtype)

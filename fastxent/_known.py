@@ -1,6 +1,6 @@
-"""Small calls that come again: their checks cost more than their work, so arrays that look as checked ones did pass unchecked.
+"""Calls that come again: the checks of a small one cost more than its work, so arrays that look as checked ones did pass.
 
-Class indices are not taken on trust: the task itself checks them, before it writes anything.
+Class indices are never taken on trust: the task checks them, before it writes anything.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastxent._parallel import SmallTask
+from fastxent._parallel import PackedTask
 from fastxent._plan import over
 from fastxent._validate import Array, Problem, address
 
 
 class _Known(NamedTuple):
-    task: SmallTask
+    task: PackedTask
     loss: type[np.floating[Any]]
     x_bytes: int
     y_bytes: int
@@ -63,8 +63,8 @@ def remember(
     """Know this call again, if its arrays were taken as they are and lie in one piece."""
     x = p.x
     if (
-        p.divisor is not None  # not small
-        or x is not logits
+        x is not logits
+        or p.y is None
         or type(x) is not np.ndarray
         or type(target) is not np.ndarray
         or target.dtype != np.int64
@@ -73,10 +73,13 @@ def remember(
         or not (g is None or g.flags.forc)
     ):
         return
+    plan = p.plan(g)
+    if plan.variant.large or plan.variant.split:  # these have more to pack, and take longer anyway
+        return
     if len(_known) >= MOST_KNOWN:
         _known.clear()
     _, ignore, smoothing, reduction = options
-    task = SmallTask(
-        name, p.plan(g), ignore=ignore, keep=1.0 - smoothing, spread=smoothing / x.shape[p.axis], average=reduction == "mean"
+    task = PackedTask(
+        name, plan, ignore=ignore, keep=1.0 - smoothing, spread=smoothing / x.shape[p.axis], average=reduction == "mean"
     )
     _known[_kind_of(name, x, target, out, options)] = _Known(task, p.acc.type, x.nbytes, target.nbytes)
