@@ -40,12 +40,12 @@ def _polynomial(coefficients):
 
     @intrinsic
     def polynomial(typingctx, x):
-        vector = lanes_of(SCALAR[x.kind])
+        vector = lanes_of(SCALAR[x.kind], x.lanes)
 
         def codegen(context, builder, sig, args):
-            *rest, y = (ir.Constant(vector, [c] * LANES) for c in coefficients)
+            *rest, y = (ir.Constant(vector, [c] * x.lanes) for c in coefficients)
             for c in reversed(rest):
-                y = call_llvm(builder, f"llvm.fmuladd.v{LANES}{x.kind}", vector, [y, args[0], c])
+                y = call_llvm(builder, f"llvm.fmuladd.v{x.lanes}{x.kind}", vector, [y, args[0], c])
             return y
 
         return x(x), codegen
@@ -62,10 +62,10 @@ def _power_of_two(typingctx, shifted):
     magic_bits = ((bias + mantissa) << mantissa) + (1 << (mantissa - 1))
 
     def codegen(context, builder, sig, args):
-        ints = lanes_of(integer)
+        ints = lanes_of(integer, shifted.lanes)
         bits = builder.bitcast(args[0], ints)
-        exponent = builder.add(bits, ir.Constant(ints, [bias + up - magic_bits] * LANES))
-        field = builder.shl(exponent, ir.Constant(ints, [mantissa] * LANES))
+        exponent = builder.add(bits, ir.Constant(ints, [bias + up - magic_bits] * shifted.lanes))
+        field = builder.shl(exponent, ir.Constant(ints, [mantissa] * shifted.lanes))
         return builder.bitcast(field, args[0].type)
 
     return shifted(shifted), codegen

@@ -64,6 +64,7 @@ def remember(
     x = p.x
     if (
         x is not logits
+        or x.size == 0
         or p.y is None
         or type(x) is not np.ndarray
         or type(target) is not np.ndarray

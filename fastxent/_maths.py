@@ -17,8 +17,8 @@ A sample weight u multiplies a row's l and gradient; the gradient of a mean is d
 Online softmax (Milakov, Gimelshein 2018): a row is read once, in blocks; when a block raises the maximum from m to m',
     s' = f s        D' = D + Q (m - m')        E' = f (E + s (m - m'))        f = exp(m - m')
 with E = sum_c exp(x_c - m) (x_c - m), from which the entropy comes: log s - E / s.
-The terms of at most four vectors are added in float32, all further sums are float64 (of float64 logits, compensated), and their
-order follows from the shape alone: same bits at any number of threads.
+The terms of at most eight vectors are added in float32, pairwise; all further sums are float64 (of float64 logits,
+compensated), and their order follows from the shape alone: same bits at any number of threads.
 
 One maths, two directions. 16 lanes hold classes of one row (``task.across``) or one class of 16 rows: ``_rows`` says when, and
 reads and writes them. Across, each reduction ends with one over the lanes, after which every lane holds the row's value; so all
@@ -31,7 +31,7 @@ from collections import namedtuple
 
 from numba import njit
 
-from fastxent._elementary import exp_up, log, sech_squared, shift_by, tanh, up
+from fastxent._elementary import Shift, exp_up, log, sech_squared, shift_by, tanh, up
 from fastxent._loadstore import gather, get, itemsize, load, load_masked, put, store, stream
 from fastxent._rows import (
     BLOCK,
@@ -53,11 +53,14 @@ from fastxent._simd import (
     all_lanes,
     any_lane,
     as_float,
+    beside,
     fma,
+    fold,
     lane,
     max_across,
     maximum,
     narrow,
+    repeat,
     splat,
     sum_across,
     where,
@@ -65,7 +68,7 @@ from fastxent._simd import (
 )
 
 INF = float("inf")
-GROUP = 4  # vectors in flight; float32 terms are added up over them before they go to the float64 totals
+GROUP = 8  # vectors in flight; float32 terms are added up over them, pairwise, before they go to the float64 totals
 
 # ----------------------------------------------------------------------------------------------------
 # Logits and target weights, a vector at a time
@@ -125,8 +128,8 @@ def block_max(task, unit, start, stop):
     """m; four maxima at a time, or each would wait for the one before."""
     a = b = c = d = splat(task.x, -INF)
     n_whole = max(start, min(stop, unit.full))
-    grouped = start + (n_whole - start) // GROUP * GROUP
-    for j in range(start, grouped, GROUP):
+    grouped = start + (n_whole - start) // 4 * 4
+    for j in range(start, grouped, 4):
         a = maximum(a, logits(task, unit, j, all_lanes()))
         b = maximum(b, logits(task, unit, j + 1, all_lanes()))
         c = maximum(c, logits(task, unit, j + 2, all_lanes()))
@@ -140,22 +143,48 @@ def block_max(task, unit, start, stop):
 
 
 @njit(**INLINE)
-def add_vector(task, unit, j, mask, m, shift, sums):
-    """The sums s, Q, D, E with vector j added."""
-    s, q_sum, q_dot, e_dot = sums
-    x = logits(task, unit, j, mask)
-    e = where(mask, exp_up(x, shift), 0.0)
-    d = x - m
-    s = s + e
+def group(vector, task, unit, j):
+    """Vectors j ... j + GROUP - 1 of what ``vector`` gives, beside each other."""
+    every = all_lanes()
+    a = beside(vector(task, unit, j, every), vector(task, unit, j + 1, every))
+    b = beside(vector(task, unit, j + 2, every), vector(task, unit, j + 3, every))
+    c = beside(vector(task, unit, j + 4, every), vector(task, unit, j + 5, every))
+    d = beside(vector(task, unit, j + 6, every), vector(task, unit, j + 7, every))
+    return beside(beside(a, b), beside(c, d))
+
+
+@njit(**INLINE)
+def group_shift(shift):
+    return Shift(repeat(shift.base, GROUP), repeat(shift.coarse, GROUP), repeat(shift.fine, GROUP), repeat(shift.lowest, GROUP))
+
+
+@njit(**INLINE)
+def sums_of(task, unit, j, x, e, q, m):
+    """The sums s, Q, D, E over vector j, or over the group that begins there."""
     if task.keeps_e:
         store(unit.tile + j * LANES * itemsize(unit.tile), e)
+    d = x - m
+    s = q_sum = q_dot = e_dot = fold(e)
     if task.dense:
-        q = target_weights(task, unit, j, mask)
-        q_sum = q_sum + q
-        q_dot = q_dot + where(mask, q * d, 0.0)
+        q_sum, q_dot = fold(q), fold(q * d)
     if task.entropic:
-        e_dot = e_dot + where(e == 0.0, e, e * d)
+        e_dot = fold(where(e == 0.0, e, e * d))
     return s, q_sum, q_dot, e_dot
+
+
+@njit(**INLINE)
+def vector_sums(task, unit, j, mask, m, shift):
+    x = logits(task, unit, j, mask)
+    return sums_of(task, unit, j, x, where(mask, exp_up(x, shift), 0.0), target_weights(task, unit, j, mask), m)
+
+
+@njit(**INLINE)
+def group_sums(task, unit, j, m, shift):
+    x = group(logits, task, unit, j)
+    q = x
+    if task.dense:
+        q = group(target_weights, task, unit, j)
+    return sums_of(task, unit, j, x, exp_up(x, shift), q, m)
 
 
 @njit(**INLINE)
@@ -209,22 +238,21 @@ def block_state(task, unit, start, stop):
     m = block_max(task, unit, start, stop)
     shift = shift_by(m)
     finite = where(m == -INF, splat(m, 0.0), m)
-    zero, wide = splat(m, 0.0), (splat(task.w, 0.0), splat(task.w, 0.0))
-    nothing, totals = (zero, zero, zero, zero), (wide, wide, wide, wide)
+    zero = (splat(task.w, 0.0), splat(task.w, 0.0))
+    totals = (zero, zero, zero, zero)
     n_whole = max(start, min(stop, unit.full))
-    grouped = start if task.double else start + (n_whole - start) // GROUP * GROUP
-    for j in range(start, grouped, GROUP):
-        look_ahead(task, unit, j, GROUP)
-        sums = add_vector(task, unit, j, all_lanes(), finite, shift, nothing)
-        sums = add_vector(task, unit, j + 1, all_lanes(), finite, shift, sums)
-        sums = add_vector(task, unit, j + 2, all_lanes(), finite, shift, sums)
-        sums = add_vector(task, unit, j + 3, all_lanes(), finite, shift, sums)
-        totals = add_sums(task, totals, sums)
+    grouped = start
+    if not task.double:
+        grouped = start + (n_whole - start) // GROUP * GROUP
+        m_of_group, shift_of_group = repeat(finite, GROUP), group_shift(shift)
+        for j in range(start, grouped, GROUP):
+            look_ahead(task, unit, j, GROUP)
+            totals = add_sums(task, totals, group_sums(task, unit, j, m_of_group, shift_of_group))
     for j in range(grouped, n_whole):
         look_ahead(task, unit, j, 1)
-        totals = add_sums(task, totals, add_vector(task, unit, j, all_lanes(), finite, shift, nothing))
+        totals = add_sums(task, totals, vector_sums(task, unit, j, all_lanes(), finite, shift))
     for j in range(n_whole, stop):
-        totals = add_sums(task, totals, add_vector(task, unit, j, unit.reads, finite, shift, nothing))
+        totals = add_sums(task, totals, vector_sums(task, unit, j, unit.reads, finite, shift))
     s, q_sum, q_dot, e_dot = totals
     return State(
         m,
@@ -393,7 +421,8 @@ def factors(task, unit, state, y):
             q_y = y.w_y * (task.keep + task.spread)
         else:
             q_sum = y.w_y
-    q_sum = q_sum + (widen(state.m) + log_s(state)) * (2.0 * task.z)
+    if task.z != 0.0:  # not always: the gradient would have to wait for the log
+        q_sum = q_sum + (widen(state.m) + log_s(state)) * (2.0 * task.z)
     shift = shift_by(state.m)
     inverse_s = where(unit.kept, splat(b, 1.0) / state.s, 0.0)  # s of an ignored row in the lanes is 0
     share_of_s = u * q_sum / state.s if task.double else u * q_sum * inverse_s  # float64 logits notice the one rounding more

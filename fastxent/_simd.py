@@ -39,9 +39,9 @@ SCALAR = {"f32": ir.FloatType(), "f64": ir.DoubleType(), "i64": I64, "mask": I1}
 NUMBA_SCALAR = {"f32": types.float32, "f64": types.float64, "i64": types.int64, "mask": types.boolean}
 
 
-def lanes_of(scalar):
-    """The LLVM type of 16 lanes."""
-    return ir.VectorType(scalar, LANES)
+def lanes_of(scalar, lanes=LANES):
+    """The LLVM type of 16 lanes, or more."""
+    return ir.VectorType(scalar, lanes)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -50,11 +50,11 @@ def lanes_of(scalar):
 
 
 class Vec(types.Type):
-    """16 lanes of one kind, held in registers."""
+    """16 lanes of one kind, held in registers; or a multiple: vectors that are worked on together (see ``beside``)."""
 
-    def __init__(self, kind):
-        self.kind = kind
-        super().__init__(name=f"Vec({kind})")
+    def __init__(self, kind, lanes=LANES):
+        self.kind, self.lanes = kind, lanes
+        super().__init__(name=f"Vec({kind} x {lanes})")
 
 
 class Ptr(types.Type):
@@ -81,7 +81,7 @@ class Task(types.Type):
 @register_default(Vec)
 class _VecModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, lanes_of(SCALAR[fe_type.kind]))
+        super().__init__(dmm, fe_type, lanes_of(SCALAR[fe_type.kind], fe_type.lanes))
 
 
 register_default(Ptr)(models.OpaqueModel)
@@ -123,14 +123,21 @@ def _read_field(context, builder, task, address, attr):
 # ----------------------------------------------------------------------------------------------------
 
 
-def broadcast(builder, value, kind):
+def broadcast(builder, value, kind, lanes=LANES):
     """A number in every lane."""
-    vector = lanes_of(SCALAR[kind])
+    vector = lanes_of(SCALAR[kind], lanes)
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
-    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(lanes_of(I32), [0] * LANES))
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(lanes_of(I32, lanes), [0] * lanes))
 
 
-def _define(op, emit, result=None, kinds=("f32", "f64", "i64")):
+def _spread(builder, args, sig, vec):
+    """The arguments, with numbers put in every lane of a ``vec``."""
+    return [
+        v if isinstance(t, Vec) else broadcast(builder, v, vec.kind, vec.lanes) for v, t in zip(args, sig.args, strict=True)
+    ]
+
+
+def _define(op, emit, compares=False, kinds=("f32", "f64", "i64")):
     """Let ``op`` take two vectors of one kind, or a vector and a number (which is spread over the lanes)."""
 
     class Template(AbstractTemplate):
@@ -142,14 +149,14 @@ def _define(op, emit, result=None, kinds=("f32", "f64", "i64")):
             if not all(isinstance(a, Vec | types.Number) for a in args):
                 return None
             scalar = NUMBA_SCALAR[vec.kind]
-            return signature(result or vec, *(vec if isinstance(a, Vec) else scalar for a in args))
+            result = Vec("mask", vec.lanes) if compares else vec
+            return signature(result, *(vec if isinstance(a, Vec) else scalar for a in args))
 
     infer_global(op)(Template)
 
     def lower(context, builder, sig, args):
-        kind = next(a.kind for a in sig.args if isinstance(a, Vec))
-        spread = [v if isinstance(t, Vec) else broadcast(builder, v, kind) for v, t in zip(args, sig.args, strict=True)]
-        return emit(builder, kind, *spread)
+        vec = next(a for a in sig.args if isinstance(a, Vec))
+        return emit(builder, vec.kind, *_spread(builder, args, sig, vec))
 
     for pattern in ((Vec, Vec), (Vec, types.Number), (types.Number, Vec)):
         lower_builtin(op, *pattern)(lower)
@@ -174,7 +181,7 @@ _define(operator.sub, _arithmetic("sub"))
 _define(operator.mul, _arithmetic("mul"))
 _define(operator.truediv, lambda b, kind, x, y: b.fdiv(x, y), kinds=("f32", "f64"))
 for _op, _sign in (("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="), ("eq", "=="), ("ne", "!=")):
-    _define(getattr(operator, _op), _comparison(_sign), result=MASK)
+    _define(getattr(operator, _op), _comparison(_sign), compares=True)
 _define(operator.and_, lambda b, kind, x, y: b.and_(x, y), kinds=("mask",))
 _define(operator.or_, lambda b, kind, x, y: b.or_(x, y), kinds=("mask",))
 
@@ -206,10 +213,10 @@ def call_llvm(builder, name, result, args):
 @intrinsic
 def splat(typingctx, like, value):
     """``value`` in every lane of a vector of ``like``'s kind; ``like`` is a Vec or a Ptr."""
-    vec = Vec(like.kind)
+    vec = Vec(like.kind, getattr(like, "lanes", LANES))
 
     def codegen(context, builder, sig, args):
-        return broadcast(builder, args[1], vec.kind)
+        return broadcast(builder, args[1], vec.kind, vec.lanes)
 
     return vec(like, NUMBA_SCALAR[vec.kind]), codegen
 
@@ -229,12 +236,12 @@ def all_lanes(typingctx):
 @intrinsic
 def where(typingctx, mask, a, b):
     """``a`` where ``mask``, else ``b``, lane by lane; b may be a number."""
-    if not (mask == MASK and isinstance(a, Vec)):
+    if not (isinstance(a, Vec) and mask == Vec("mask", a.lanes)):
         return None
     scalar = not isinstance(b, Vec)
 
     def codegen(context, builder, sig, args):
-        other = broadcast(builder, args[2], a.kind) if scalar else args[2]
+        other = broadcast(builder, args[2], a.kind, a.lanes) if scalar else args[2]
         return builder.select(args[0], args[1], other)
 
     return a(mask, a, NUMBA_SCALAR[a.kind] if scalar else a), codegen
@@ -256,7 +263,7 @@ def at_least(typingctx, x, low):
     scalar = not isinstance(low, Vec)
 
     def codegen(context, builder, sig, args):
-        bound = broadcast(builder, args[1], x.kind) if scalar else args[1]
+        bound = broadcast(builder, args[1], x.kind, x.lanes) if scalar else args[1]
         return builder.select(builder.fcmp_ordered(">", bound, args[0]), bound, args[0])
 
     return x(x, NUMBA_SCALAR[x.kind] if scalar else x), codegen
@@ -269,8 +276,8 @@ def fma(typingctx, a, b, c):
     sig = vec(*(t if isinstance(t, Vec) else NUMBA_SCALAR[vec.kind] for t in (a, b, c)))
 
     def codegen(context, builder, sig, args):
-        spread = [v if isinstance(t, Vec) else broadcast(builder, v, vec.kind) for v, t in zip(args, sig.args, strict=True)]
-        return call_llvm(builder, f"llvm.fmuladd.v{LANES}{vec.kind}", lanes_of(SCALAR[vec.kind]), spread)
+        spread = _spread(builder, args, sig, vec)
+        return call_llvm(builder, f"llvm.fmuladd.v{vec.lanes}{vec.kind}", spread[0].type, spread)
 
     return sig, codegen
 
@@ -337,6 +344,46 @@ def every_lane(typingctx, mask):
         return builder.icmp_unsigned("==", builder.bitcast(args[0], I16), I16(0xFFFF))
 
     return types.boolean(mask), codegen
+
+
+def _pick(builder, x, y, order):
+    """Lanes of ``x`` and, behind them, ``y``, by number."""
+    return builder.shuffle_vector(x, y, ir.Constant(lanes_of(I32, len(order)), order))
+
+
+@intrinsic
+def beside(typingctx, a, b):
+    """Two vectors as one of twice the lanes.
+
+    What is done to it is done to each part, step by step, so that none waits for the result of its own last step.
+    """
+    order = list(range(2 * a.lanes))
+    return Vec(a.kind, 2 * a.lanes)(a, b), lambda context, builder, sig, args: _pick(builder, *args, order)
+
+
+@intrinsic
+def repeat(typingctx, x, times):
+    """``x`` beside itself, ``times`` (a literal) of it."""
+    if not isinstance(times, types.IntegerLiteral):
+        return None
+    order = list(range(x.lanes)) * times.literal_value
+    return Vec(x.kind, len(order))(x, times), lambda context, builder, sig, args: _pick(builder, args[0], args[0], order)
+
+
+@intrinsic
+def fold(typingctx, x):
+    """The vectors of which ``x`` was made, added up, pairwise."""
+
+    def codegen(context, builder, sig, args):
+        (total,) = args
+        lanes = x.lanes
+        while lanes > LANES:
+            lanes //= 2
+            low, high = (_pick(builder, total, total, list(range(first, first + lanes))) for first in (0, lanes))
+            total = builder.fadd(low, high)
+        return total
+
+    return Vec(x.kind)(x), codegen
 
 
 @intrinsic
