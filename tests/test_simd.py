@@ -8,10 +8,10 @@ import pytest
 from numba import cfunc, types
 
 from fastxent import _compile, _kernels, _simd
-from fastxent._elementary import exp_up, log, log1p, shift_by, tanh
+from fastxent._elementary import Shift, exp_up, log, log1p, shift_by, tanh
 from fastxent._loadstore import itemsize, load, store
 from fastxent._plan import Variant
-from fastxent._simd import narrow, widen
+from fastxent._simd import beside, fold, narrow, repeat, where, widen
 
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -35,6 +35,19 @@ def apply_log1p(task):
 def apply_tanh(task):
     for i in range(0, task.n, 16):
         store(task.y + i * itemsize(task.y), tanh(load(task.x + i * itemsize(task.x)), 1.0))
+
+
+def four_at_once(task):
+    """exp_up of four vectors beside each other, and their sum behind them."""
+    for i in range(0, task.n, 64):
+        at = i * itemsize(task.x)
+        a, b = load(task.x + at), load(task.x + (at + 16 * itemsize(task.x)))
+        c, d = load(task.x + (at + 32 * itemsize(task.x))), load(task.x + (at + 48 * itemsize(task.x)))
+        s = shift_by(load(task.m))
+        shift = Shift(repeat(s.base, 4), repeat(s.coarse, 4), repeat(s.fine, 4), repeat(s.lowest, 4))
+        e = exp_up(beside(beside(a, b), beside(c, d)), shift)
+        store(task.y + at, e)
+        store(task.y + task.n * itemsize(task.y), fold(where(e == 0.0, e, e * 2.0)))
 
 
 def copy(task):
@@ -77,6 +90,18 @@ def test_exp_up_has_no_error_from_the_difference(kind, dtype, wide, m):
     up = wide(2) ** {"f32": 24, "f64": 52}[kind]
     truth = np.exp(x.astype(wide) - m.astype(wide)) * up
     assert in_ulps(run(apply_exp_up, x, np.empty_like(x), kind, kind, kind, m), truth, dtype) < 1.6
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("f32", np.float32), ("f64", np.float64)])
+def test_vectors_beside_each_other(kind, dtype):
+    """The bits of one vector at a time; a sum pair by pair."""
+    m = np.full(64, 2.5, dtype)
+    x = np.linspace(-900, 2.5, 64).astype(dtype)
+    one = run(apply_exp_up, x, np.empty_like(x), kind, kind, kind, m)
+    four = run(four_at_once, x, np.empty(80, dtype), kind, kind, kind, m)
+    np.testing.assert_array_equal(four[:64], one)
+    a, b, c, d = (2 * one).reshape(4, 16)
+    np.testing.assert_array_equal(four[64:], (a + c) + (b + d))
 
 
 @pytest.mark.parametrize(("kind", "dtype", "up"), [("f32", np.float32, 2.0**24), ("f64", np.float64, 2.0**52)])

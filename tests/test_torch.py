@@ -88,3 +88,35 @@ def test_errors_are_pytorchs():
         with pytest.raises(theirs.type) as ours:
             ft.cross_entropy(*arguments)
         assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(5, 3), (700, 30), (40, 2000), (3, 30, 25, 25)], ids=str)
+def test_calls_that_come_again(shape, smoothing):
+    """They run tasks that are packed already: other values, the same checks."""
+
+    def f(loss, x, y):
+        return loss(x, y, label_smoothing=smoothing)
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x, y = torch.randn(shape, requires_grad=True), torch.randint(shape[1], (shape[0], *shape[2:]))
+        y.view(-1)[seed] = -100
+        for _ in range(2):
+            ours, theirs = f(ft.cross_entropy, x, y), f(F.cross_entropy, x, y)
+            torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (ours, theirs)))
+            with torch.no_grad():
+                assert f(ft.cross_entropy, x, y) == ours
+    y.view(-1)[-1] = shape[1]
+    for logits in (x, x.detach()):
+        with pytest.raises(IndexError, match=f"Target {shape[1]} is out of bounds"):
+            f(ft.cross_entropy, logits, y)
+    y.fill_(-100)
+    loss = f(ft.cross_entropy, x, y)
+    loss.backward()
+    assert loss.isnan() and not x.grad.any()
+    short = x.detach()
+    short.untyped_storage().resize_(short.untyped_storage().nbytes() - 4)
+    with pytest.raises(RuntimeError, match="data is not allocated"):
+        f(ft.cross_entropy, short, y.fill_(0))

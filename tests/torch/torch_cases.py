@@ -297,17 +297,17 @@ def one_torch_thread() -> Iterator[None]:
 def counted() -> Iterator[list[str]]:
     """The names of the kernels that run inside, in order; the check of class indices is none."""
     names: list[str] = []
-    run, run_small = _parallel.run, _parallel.PackedTask.__call__
+    run, run_packed = _parallel.run, _parallel.PackedTask.__call__
 
     def counting(name: str, *args: Any, **kwargs: Any) -> Any:
-        names.append(name)
+        names.extend({name} - {"check_targets"})
         return run(name, *args, **kwargs)
 
-    def counting_small(task: _parallel.PackedTask, *args: int) -> Any:
-        names.append(task.name)
-        return run_small(task, *args)
+    def counting_packed(task: _parallel.PackedTask, *args: Any) -> Any:
+        names.extend({task.name} - {"check_targets"})
+        return run_packed(task, *args)
 
-    with patch.object(_parallel, "run", counting), patch.object(_parallel.PackedTask, "__call__", counting_small):
+    with patch.object(_parallel, "run", counting), patch.object(_parallel.PackedTask, "__call__", counting_packed):
         yield names
 
 
