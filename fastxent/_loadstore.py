@@ -8,7 +8,6 @@ from functools import partial
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
@@ -341,7 +340,9 @@ def scratch(typingctx, like, vectors):
 
     def codegen(context, builder, sig, args):
         room = ir.ArrayType(lanes_of(SCALAR[like.kind]), vectors.literal_value)
-        return builder.bitcast(cgutils.alloca_once(builder, room), BYTES)
+        with builder.goto_entry_block():  # not cgutils.alloca_once: that fills it with zeros
+            place = builder.alloca(room)
+        return builder.bitcast(place, BYTES)
 
     return Ptr(like.kind, like.kind)(like, vectors), codegen
 

@@ -31,6 +31,7 @@ from fastxent._simd import INLINE, LANES, all_lanes, every_lane, first_lanes, io
 
 BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
 LINE = 64  # bytes of a cache line
+LATER = 8192  # bytes between the short rows that are worked on and those that are asked for
 AHEAD = 4096  # vectors of the next row that are asked for during the gradient: what half a second-level cache holds
 
 # ----------------------------------------------------------------------------------------------------
@@ -126,6 +127,7 @@ def fill(task, tile, p, lanes, mask):
         for j in range(task.n_vectors):
             store(tile + j * vector, load_masked(p + j * task.x_step, mask))
     elif task.whole_rows:
+        look_at_later_rows(task, p, get(task.axes, 8))
         for c in range(0, task.n_classes, LANES):
             columns = min(LANES, task.n_classes - c)
             load_transposed(p + c * itemsize(p), get(task.axes, 8), mask, columns, tile + c * vector)
@@ -135,12 +137,22 @@ def fill(task, tile, p, lanes, mask):
 
 
 @njit(**INLINE)
+def look_at_later_rows(task, p, row):
+    """Ask for as much as 16 rows of ``row`` bytes are, later on. Short rows are read and written in pieces, so no processor
+    does it by itself; in the cache it costs next to nothing."""
+    if row == task.n_classes * itemsize(p):
+        for at in range(LATER, LATER + LANES * row, LINE):
+            prefetch(p, at)
+
+
+@njit(**INLINE)
 def flush(task, unit):
     """What ``write_out`` has put into the tile goes to g."""
     if task.tiled and not task.neighbours:
         tile, p = unit.tile, task.g + unit.g
         vector = LANES * itemsize(tile)
         if task.whole_rows:
+            look_at_later_rows(task, p, get(task.axes, 16))
             for c in range(0, task.n_classes, LANES):
                 columns = min(LANES, task.n_classes - c)
                 store_transposed(p + c * itemsize(p), get(task.axes, 16), unit.rows, columns, tile + c * vector)
