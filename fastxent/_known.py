@@ -75,7 +75,7 @@ def remember(
     ):
         return
     plan = p.plan(g)
-    if plan.variant.large or plan.variant.split:  # these have more to pack, and take longer anyway
+    if plan.variant.large:  # it has more to pack, and takes longer anyway
         return
     if len(_known) >= MOST_KNOWN:
         _known.clear()

@@ -111,8 +111,9 @@ class PackedTask:
 
     def __init__(self, name: str, plan: Plan, **arguments: Any) -> None:
         self.name, self.kernel, self.plan, self.arguments = name, kernel(name, plan.variant), plan, arguments
-        self.alone = small(plan.elements)
+        self.alone = small(plan.elements) and not plan.variant.split
         self.blocks: list[tuple[ctypes.Array[ctypes.c_char], int]] = []  # those that no thread is using; their addresses
+        self.segments = kernel("save_segment", plan.variant) if plan.variant.split else None
         self.check = None
         if not self.alone and name != "check_targets":
             n_rows, n_classes, *_ = plan.planned
@@ -135,6 +136,9 @@ class PackedTask:
                 if bad:
                     return 0.0, 0.0, bad, math.nan
                 _set_totals(block, _AT_TOTAL, 0.0, 0.0, 0.0, (weight or math.nan) if self.arguments["average"] else 1.0)
+            if self.segments:
+                _launch(self.segments, block, self.plan, n_threads)
+                _reset(block, 0, 0, 0)
             _launch(self.kernel, block, self.plan, n_threads)
         result = _totals_of(block, _AT_TOTAL)
         self.blocks.append((block, at))

@@ -91,7 +91,7 @@ def test_errors_are_pytorchs():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("shape", [(5, 3), (700, 30), (40, 2000), (3, 30, 25, 25)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3), (700, 30), (40, 2000), (3, 70000), (3, 30, 25, 25)], ids=str)
 def test_calls_that_come_again(shape, smoothing):
     """They run tasks that are packed already: other values, the same checks."""
 

@@ -180,6 +180,7 @@ class Known(NamedTuple):
     gradient: _parallel.PackedTask
     input_bytes: int
     target_bytes: int
+    in_place: bool  # may the gradient be written where the logits are?
 
 
 known_calls: dict[tuple[Any, ...], Known | None] = {}
@@ -218,11 +219,11 @@ def _known(input: Tensor, target: Tensor, options: Options) -> Known | None:
         return None
     strides = (input.stride(), g.stride(), input.stride())
     plan = _plan(input.shape, strides, axis, input.dtype, None, True, options.label_smoothing > 0, options.softcap != 0)
-    if plan.variant.large or plan.variant.split:  # these have more to pack, and take longer anyway
+    if plan.variant.large:  # it has more to pack, and takes longer anyway
         return None
     arguments = _numbers(options, input.shape[axis]) | {"average": options.reduction == MEAN}
     value, gradient = (_parallel.PackedTask(name, plan, **arguments) for name in ("value", "value_and_grad"))
-    return Known(value, gradient, _reach(input), _reach(target))
+    return Known(value, gradient, _reach(input), _reach(target), g.stride() == input.stride())
 
 
 def _numbers(options: Options, n_classes: int) -> dict[str, float]:

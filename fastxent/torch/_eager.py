@@ -31,7 +31,10 @@ class _Eager(torch.autograd.Function):
             ctx.save_for_backward(input, target, weight, sample_weight)
             return value(input, target, weight, sample_weight, options)
         if known is not None:
-            ctx.grad = torch.empty_like(input) if known.gradient.alone else gradient_like(input)
+            if inplace:
+                ctx.grad = input.detach()
+            else:
+                ctx.grad = torch.empty_like(input) if known.gradient.alone else gradient_like(input)
             loss = known_loss(known.gradient, options, input, ctx.grad, target)
         else:
             out = input.detach() if inplace else None

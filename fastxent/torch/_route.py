@@ -28,13 +28,15 @@ def route(
     input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options, inplace: bool
 ) -> Tensor:
     kind = None
-    if weight is None and sample_weight is None and not (inplace or _is_out_of_the_ordinary()):
+    if weight is None and sample_weight is None and not _is_out_of_the_ordinary():
         kind = kind_of(input, target, options)
         known = known_calls.get(kind)
         if known is not None and bytes_behind(input) >= known.input_bytes and bytes_behind(target) >= known.target_bytes:
-            if torch.is_grad_enabled() and input.requires_grad:
-                return apply(input, target, None, None, options, False, known)
-            return known_loss(known.value, options, input, input, target)
+            if not (torch.is_grad_enabled() and input.requires_grad):
+                return known_loss(known.value, options, input, input, target)
+            inplace = inplace and _may_be_overwritten(input, target)
+            if not inplace or known.in_place:
+                return apply(input, target, None, None, options, inplace, known)
     if options.label_smoothing < 0.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
     if not _takes(input, target, weight, sample_weight, options):
