@@ -42,7 +42,7 @@ def scaled(task, x, t, j):
 
 
 @njit(**INLINE)
-def streamed(task, number):
+def streamed(task, tile, number):
     """Unit ``number``: n_vectors vectors; zeros without a look at x from unit n_rows on, as for ignored rows."""
     at = number * task.n_vectors * VECTOR
     x, t, g = task.x + at, task.t + at, task.g + at
@@ -56,7 +56,7 @@ def streamed(task, number):
 
 
 @njit(**INLINE)
-def stored(task, number):
+def stored(task, tile, number):
     """The same through the caches; g may be x."""
     at = number * task.n_vectors * VECTOR
     x, t, g = task.x + at, task.t + at, task.g + at
@@ -70,7 +70,7 @@ def stored(task, number):
 
 
 @njit(**INLINE)
-def read(task, number):
+def read(task, tile, number):
     """A sum, so that nothing is left out; in four parts, so that no addition waits for the one before."""
     at = number * task.n_vectors * VECTOR
     x, t = task.x + at, task.t + at
@@ -148,7 +148,7 @@ class Floor:
             self.task = min(TASKS_OF[which], key=self._best_time)
 
     def run(self) -> None:
-        ctypes.memset(self.block, 0, 8 * _task.FIRST_SLOT)  # the two counters
+        ctypes.memset(self.block, 0, 8 * _task.FIRST_SLOT)  # the counters
         self.launch(self.task)
 
     def restore(self) -> None:

@@ -20,6 +20,7 @@ from fastxent._maths import (
     whole,
     write_gradient,
 )
+from fastxent._plan import TILE
 from fastxent._rows import flush, locate, put_rows, row_values, sum_rows, write, write_out, write_zeros
 from fastxent._simd import (
     INLINE,
@@ -38,7 +39,7 @@ from fastxent._simd import (
     where,
     widen,
 )
-from fastxent._task import FINISHED, NEXT
+from fastxent._task import ENTERED, FINISHED, NEXT
 
 NAN = float("nan")
 NONE = 1 << 62  # past every class number
@@ -49,7 +50,7 @@ NONE = 1 << 62  # past every class number
 
 
 @njit(**INLINE)
-def check_targets(task, number):
+def check_targets(task, tile, number):
     """16 rows' class indices -> sum of their weights (the divisor of the mean), rows kept, rows out of range."""
     row = number * LANES
     rows = first_lanes(task.n_rows - row)
@@ -74,7 +75,7 @@ def check_first(task):
     """All class indices, by one thread: are they in range? Else nothing is to be read or written by them."""
     weight, lost, bad = 0.0, 0.0, 0.0
     for number in range((task.n_rows + LANES - 1) // LANES):
-        dw, _, db = check_targets(task, number)
+        dw, _, db = check_targets(task, task.tiles, number)
         weight, lost = add(weight, lost, dw)
         bad += db
     weight = whole(weight, lost)
@@ -93,9 +94,9 @@ def deliver_loss(task, unit, loss):
 
 
 @njit(**INLINE)
-def value(task, number):
+def value(task, tile, number):
     """Loss."""
-    unit = locate(task, number)
+    unit = locate(task, tile, number)
     if task.split and unit.start > 0:
         return 0.0, 0.0, 0.0
     if not any_lane(unit.kept):
@@ -105,9 +106,9 @@ def value(task, number):
 
 
 @njit(**INLINE)
-def value_and_grad(task, number):
+def value_and_grad(task, tile, number):
     """Loss and gradient."""
-    unit = locate(task, number)
+    unit = locate(task, tile, number)
     loss = splat(task.w, 0.0)
     if any_lane(unit.kept):
         y = row_label(task, unit, number)
@@ -128,9 +129,9 @@ def hessian_vector(task, unit, j, mask, f):
 
 
 @njit(**INLINE)
-def grad_hess(task, number):
+def grad_hess(task, tile, number):
     """Gradient and Hessian diagonal, which has the strides of the gradient."""
-    unit = locate(task, number)
+    unit = locate(task, tile, number)
     zero = splat(task.x, 0.0)
     if not any_lane(unit.kept):
         write_zeros(task, unit)
@@ -158,14 +159,14 @@ def class_numbers(task, j):
 
 
 @njit(**INLINE)
-def stats(task, number):
+def stats(task, tile, number):
     """Loss, log-sum-exp, entropy, and how the target class stands among the others.
 
     lse = m + log s;  entropy = -sum_c p_c log p_c = log s - E / s;  target_prob = exp(x_y - m) / s;  prediction = first class
     with x_c = m (the first nan, if there is one, as argmax has it);  target_rank = classes that come before y when classes are
     sorted by falling logit, equal ones by number.
     """
-    unit = locate(task, number)
+    unit = locate(task, tile, number)
     zero, nothing = splat(task.w, 0.0), splat(task.y, -1)
     if not any_lane(unit.kept):
         for p in (task.lse, task.entropy, task.target_prob):
@@ -207,9 +208,9 @@ def stats(task, number):
 
 
 @njit(**INLINE)
-def softmax(task, number):
+def softmax(task, tile, number):
     """p_c = exp(x_c - m) / s."""
-    unit = locate(task, number)
+    unit = locate(task, tile, number)
     state = row_state(task, unit, number)
     shift, inverse_s = shift_by(state.m), narrow(task.x, splat(task.w, 1.0) / state.s)
     for j in range(unit.start, unit.stop):
@@ -220,9 +221,9 @@ def softmax(task, number):
 
 
 @njit(**INLINE)
-def log_softmax(task, number):
+def log_softmax(task, tile, number):
     """log p_c = (x_c - m) - log s, in float64. Not x_c - lse: beside a large m, lse has no digits left for log s."""
-    unit = locate(task, number)
+    unit = locate(task, tile, number)
     state = row_state(task, unit, number)
     m, log_sum = widen(state.m), log_s(state)
     for j in range(unit.start, unit.stop):
@@ -234,9 +235,9 @@ def log_softmax(task, number):
 
 
 @njit(**INLINE)
-def logsumexp(task, number):
+def logsumexp(task, tile, number):
     """lse = m + log s."""
-    unit = locate(task, number)
+    unit = locate(task, tile, number)
     state = row_state(task, unit, number)
     if not task.split or unit.start == 0:
         put_rows(task, task.lse, unit, narrow(task.lse, widen(state.m) + log_s(state)))
@@ -244,7 +245,7 @@ def logsumexp(task, number):
 
 
 @njit(**INLINE)
-def binary(task, number):
+def binary(task, tile, number):
     """Cross-entropy of two classes from the logit x of one, t its probability, P its extra weight, w the element's weight.
 
     softplus(x) = log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)),  sigmoid(x) = exp(x - softplus(x))
@@ -293,11 +294,12 @@ def walk(task, visit):
             return
     n_chunks = task.n_chunks
     partial = task.partial  # (n_chunks, 3) out
+    tile = task.tiles + fetch_add(task, ENTERED) * TILE  # this thread's
     chunk = fetch_add(task, NEXT)
     while chunk < n_chunks:
         a, a_lost, b, b_lost, c = 0.0, 0.0, 0.0, 0.0, 0.0
         for number in range(chunk * task.chunk, min(task.n_units, (chunk + 1) * task.chunk)):
-            da, db, dc = visit(task, number)
+            da, db, dc = visit(task, tile, number)
             a, a_lost = add(a, a_lost, da)
             b, b_lost = add(b, b_lost, db)
             c += dc

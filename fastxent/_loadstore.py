@@ -1,6 +1,6 @@
 """Vectors and memory: loads, stores, gathers, transposes; half precision is widened and rounded on the way.
 
-Also what a kernel needs beside vectors: single elements, atomic counters, room on the stack, prefetches. Offsets and strides
+Also what a kernel needs beside vectors: single elements, atomic counters, prefetches. Offsets and strides
 are bytes.
 """
 
@@ -11,7 +11,7 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from fastxent._simd import BYTES, I8, I16, I32, I64, LANES, NUMBA_SCALAR, SCALAR, Ptr, Vec, broadcast, call_llvm, lanes_of
+from fastxent._simd import BYTES, I8, I16, I32, I64, LANES, NUMBA_SCALAR, SCALAR, Vec, broadcast, call_llvm, lanes_of
 
 STORED = {"f16": I16, "bf16": I16, "f32": ir.FloatType(), "f64": ir.DoubleType(), "i64": I64}
 ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "i64": 8}
@@ -330,21 +330,6 @@ def fetch_add(typingctx, task, slot):
         return builder.atomic_rmw("add", _typed(builder, address, I64), I64(1), "acq_rel")
 
     return types.int64(task, types.int64), codegen
-
-
-@intrinsic
-def scratch(typingctx, like, vectors):
-    """Room for ``vectors`` (a literal) vectors of ``like``'s kind on the stack of the running kernel."""
-    if not isinstance(vectors, types.IntegerLiteral):
-        return None
-
-    def codegen(context, builder, sig, args):
-        room = ir.ArrayType(lanes_of(SCALAR[like.kind]), vectors.literal_value)
-        with builder.goto_entry_block():  # not cgutils.alloca_once: that fills it with zeros
-            place = builder.alloca(room)
-        return builder.bitcast(place, BYTES)
-
-    return Ptr(like.kind, like.kind)(like, vectors), codegen
 
 
 @intrinsic

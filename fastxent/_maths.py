@@ -297,9 +297,9 @@ def span_state(task, unit):
 
 
 @njit(**INLINE)
-def save_segment(task, number):
+def save_segment(task, tile, number):
     """First task of a split row; returns the three sums that every unit returns, all 0."""
-    unit = locate(task, number)
+    unit = locate(task, tile, number)
     if any_lane(unit.kept):
         state = span_state(task, unit)
         at = task.segments + 48 * number  # (segments, 6) out: m, s, Q, D, E, x_y

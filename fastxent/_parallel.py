@@ -23,12 +23,16 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from fastxent import _task
-from fastxent._plan import Plan, Variant, flat_plan
+from fastxent._plan import TILE, Plan, Variant, flat_plan
 
 # Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
 WORTH_A_THREAD = 16384
 MOST_THREADS_A_CPU = 4  # whatever a caller asks for: a system refuses thousands, and the OpenMP runtime then ends the process
+
+_MOST_THREADS = MOST_THREADS_A_CPU * (os.cpu_count() or 1)  # of all CPUs, whichever are allowed now
 
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -47,8 +51,14 @@ class _State:
     # handler raises in between.
     calls: ClassVar[set[object]] = set()
     forked = False
+    tiles: ClassVar[list[tuple[np.ndarray[Any, Any], int]]] = []  # that no call is using; their addresses
     jobs: SimpleQueue[Callable[[], None]] | None = None
 
+
+# Looked up once: a small call is a few microseconds.
+_reset, _set_operands = _task.COUNTERS.pack_into, _task.OPERANDS.pack_into
+_set_totals, _totals_of = _task.TOTAL.pack_into, _task.TOTAL.unpack_from
+_AT_OPERANDS, _AT_TOTAL = _task.AT_OPERANDS, _task.BLOCK.size
 
 _kernels: dict[tuple[str, Variant], Kernel] = {}
 
@@ -60,17 +70,33 @@ _kernels: dict[tuple[str, Variant], Kernel] = {}
 
 def run(name: str, plan: Plan, n_threads: int | None = None, **arguments: Any) -> tuple[float, float, float, float]:
     """Run task ``name`` over ``plan``; arguments as in `argument_block`. Returns the sums over all units, and the divisor."""
-    block = argument_block(plan, **arguments)
-    if plan.variant.split:
-        _launch(kernel("save_segment", plan.variant), block, plan, n_threads)
-        _task.COUNTERS.pack_into(block, 0, 0, 0)
-    _launch(kernel(name, plan.variant), block, plan, n_threads)
-    return _task.TOTAL.unpack_from(block, _task.BLOCK.size)
+    tiles = _take_tiles()
+    try:
+        block = argument_block(plan, tiles=tiles[1], **arguments)
+        if plan.variant.split:
+            _launch(kernel("save_segment", plan.variant), block, plan, n_threads)
+            _reset(block, 0, 0, 0, 0)
+        _launch(kernel(name, plan.variant), block, plan, n_threads)
+        return _totals_of(block, _AT_TOTAL)
+    finally:
+        _State.tiles.append(tiles)
+
+
+def _take_tiles() -> tuple[np.ndarray[Any, Any], int]:
+    """A tile for each thread that may ever work at one call. Not on the threads' stacks: those may be as small as 64 KB.
+
+    What is not written to takes no memory.
+    """
+    try:
+        return _State.tiles.pop()
+    except IndexError:
+        tiles = np.empty(_MOST_THREADS * TILE + 64, np.uint8)
+        return tiles, tiles.ctypes.data + -tiles.ctypes.data % 64
 
 
 def argument_block(
     plan: Plan, *,
-    x: int = 0, g: int = 0, h: int = 0, t: int = 0, y: int = 0, w: int = 0, u: int = 0,
+    x: int = 0, g: int = 0, h: int = 0, t: int = 0, y: int = 0, tiles: int = 0, w: int = 0, u: int = 0,
     loss: int = 0, lse: int = 0, entropy: int = 0, target_prob: int = 0, prediction: int = 0, target_rank: int = 0,
     ignore: int = 0, keep: float = 1.0, spread: float = 0.0, factor: float = 1.0, divisor: float | None = 1.0,
     check: bool = False, average: bool = False, z: float = 0.0, cap: float = 0.0,
@@ -89,18 +115,12 @@ def argument_block(
     at_partial = at_total + _task.TOTAL.size
     at_segments = at_partial + 24 * plan.n_chunks
     _task.BLOCK.pack_into(
-        block, 0, 0, 0, *plan.planned, ctypes.addressof(plan.table), at_partial, at_segments, at_total,
-        x, g, h, t, y, w, u, loss, lse, entropy, target_prob, prediction, target_rank,
+        block, 0, 0, 0, 0, *plan.planned, ctypes.addressof(plan.table), at_partial, at_segments, at_total,
+        x, g, h, t, y, tiles, w, u, loss, lse, entropy, target_prob, prediction, target_rank,
         w != 0, u != 0, loss != 0, g != x and g % plan.itemsize == 0, ignore, keep, spread, factor, check, average, z, cap,
     )  # fmt: skip
     _set_totals(block, total, 0.0, 0.0, 0.0, divisor or math.nan)
     return block
-
-
-# Looked up once: a small call is a few microseconds.
-_reset, _set_operands = _task.COUNTERS.pack_into, _task.OPERANDS.pack_into
-_set_totals, _totals_of = _task.TOTAL.pack_into, _task.TOTAL.unpack_from
-_AT_OPERANDS, _AT_TOTAL = _task.AT_OPERANDS, _task.BLOCK.size
 
 
 class PackedTask:
@@ -126,23 +146,26 @@ class PackedTask:
         except IndexError:
             block = argument_block(self.plan, check=self.alone, **self.arguments)
             at = ctypes.addressof(block)
-        _reset(block, 0, 0, 0)
-        _set_operands(block, _AT_OPERANDS, x, g, 0, 0, y)
-        if self.alone:
-            self.kernel.call(at)
-        else:
-            if self.check:
-                weight, _, bad, _ = self.check(0, 0, y, n_threads)
-                if bad:
-                    return 0.0, 0.0, bad, math.nan
-                _set_totals(block, _AT_TOTAL, 0.0, 0.0, 0.0, (weight or math.nan) if self.arguments["average"] else 1.0)
-            if self.segments:
-                _launch(self.segments, block, self.plan, n_threads)
-                _reset(block, 0, 0, 0)
-            _launch(self.kernel, block, self.plan, n_threads)
-        result = _totals_of(block, _AT_TOTAL)
-        self.blocks.append((block, at))
-        return result
+        tiles = _take_tiles()
+        try:
+            _reset(block, 0, 0, 0, 0)
+            _set_operands(block, _AT_OPERANDS, x, g, 0, 0, y, tiles[1])
+            if self.alone:
+                self.kernel.call(at)
+            else:
+                if self.check:
+                    weight, _, bad, _ = self.check(0, 0, y, n_threads)
+                    if bad:
+                        return 0.0, 0.0, bad, math.nan
+                    _set_totals(block, _AT_TOTAL, 0.0, 0.0, 0.0, (weight or math.nan) if self.arguments["average"] else 1.0)
+                if self.segments:
+                    _launch(self.segments, block, self.plan, n_threads)
+                    _reset(block, 0, 0, 0, 0)
+                _launch(self.kernel, block, self.plan, n_threads)
+            return _totals_of(block, _AT_TOTAL)
+        finally:
+            self.blocks.append((block, at))
+            _State.tiles.append(tiles)
 
 
 def small(elements: int) -> bool:
@@ -154,7 +177,7 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
     if small(plan.elements) or plan.n_chunks == 1 or _State.forked:
         task.call(block)
         return
-    useful = min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD, MOST_THREADS_A_CPU * available_cpus())
+    useful = min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD, MOST_THREADS_A_CPU * available_cpus(), _MOST_THREADS)
     call = object()
     try:
         _State.calls.add(call)

@@ -14,9 +14,10 @@ ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
 # A row of this many classes or fewer is worked on with its 15 neighbours, a class a vector; a longer one by itself. Up to
 # MOST_TILED classes if the rows need not be gathered: those are read whole, or lie side by side.
 FEW_CLASSES, MOST_TILED = 48, 256  # multiples of 16
-# Vectors of a row whose exponentials are kept on the stack until the row's sum is known (128 KB of float32, in the second-level
-# cache); those of a longer row are computed twice.
+# Vectors of a row whose exponentials are kept in a thread's tile until the row's sum is known (128 KB of float32, in the
+# second-level cache); those of a longer row are computed twice.
 MOST_KEPT = 2048
+TILE = MOST_KEPT * LANES * 8  # bytes
 # Elements handed to a thread at a time: long enough to hide the counter, short enough to share out evenly.
 CHUNK = 16384
 # Fewer rows than this, and each longer than two segments: the row is split, or threads would have nothing to do.

@@ -20,13 +20,11 @@ from fastxent._loadstore import (
     prefetch,
     put,
     scatter,
-    scratch,
     store,
     store_masked,
     store_transposed,
     stream,
 )
-from fastxent._plan import MOST_KEPT
 from fastxent._simd import INLINE, LANES, all_lanes, every_lane, first_lanes, iota, lane, splat, sum_across
 
 BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
@@ -55,7 +53,7 @@ Unit = namedtuple(
 
 
 @njit(**INLINE)
-def locate(task, number):
+def locate(task, tile, number):
     """Unit ``number``: its digits in the row axes, innermost first, give its offsets."""
     start, stop = 0, task.n_vectors
     if task.split:
@@ -96,7 +94,6 @@ def locate(task, number):
     else:
         full = task.n_vectors if every_lane(kept) else 0
         reads, writes = kept, rows
-    tile = scratch(task.x, MOST_KEPT)
     x_lanes = lanes * get(axes, 8)
     if task.tiled:
         fill(task, tile, task.x + x, x_lanes, reads)

@@ -1,12 +1,12 @@
 """The argument block of a kernel: one contract, read by the kernels (as a Numba type) and written by ``_parallel``.
 
-8-byte slots: two counters that the threads of a team share, each alone on its cache line, then the arguments in this order.
+8-byte slots: three counters that the threads of a team share, each alone on its cache line, then the arguments in this order.
 "axis" is the class axis, the others are the row axes; strides and steps are bytes, pointers are addresses.
 """
 
 import struct
 
-NEXT, FINISHED = 0, 8  # slots of the counters: chunks handed out, chunks done
+NEXT, FINISHED, ENTERED = 0, 8, 16  # slots of the counters: chunks handed out, chunks done, threads at work
 
 # What the plan knows: (name, kind)
 PLANNED = (
@@ -35,6 +35,7 @@ CALLED = (
     ("h", "x"),  # (rows, C) out: Hessian diagonal, with the strides of g
     ("t", "t"),  # (rows, C) in: class probabilities
     ("y", "i64"),  # (rows,) in: class indices
+    ("tiles", "acc"),  # (threads, TILE bytes) scratch
     ("w", "f64"),  # (C,) in: class weights
     ("u", "f64"),  # (rows,) in: sample weights
     ("loss", "acc"),  # (rows,) out
@@ -57,8 +58,8 @@ CALLED = (
     ("cap", "float"),  # softcap
 )
 FIELDS = PLANNED + CALLED
-FIRST_SLOT = 16
-BLOCK = struct.Struct("=q56xq56x" + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
-COUNTERS, NO_MORE = struct.Struct("=q56xq"), struct.Struct("=q")
-OPERANDS, AT_OPERANDS = struct.Struct("=5q"), 8 * (FIRST_SLOT + [name for name, _ in FIELDS].index("x"))  # x, g, h, t, y
+FIRST_SLOT = 24
+BLOCK = struct.Struct("=q56xq56xq56x" + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
+COUNTERS, NO_MORE = struct.Struct("=q56xq56xq"), struct.Struct("=q")
+OPERANDS, AT_OPERANDS = struct.Struct("=6q"), 8 * (FIRST_SLOT + [name for name, _ in FIELDS].index("x"))  # x ... tiles
 TOTAL = struct.Struct("=4d")

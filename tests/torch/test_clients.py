@@ -99,14 +99,18 @@ CONTEXT = 16
 
 
 class Characters(nn.Module):
-    """The next character, at each place, from a window of the last eight; logits as (batch, classes, place)."""
+    """The next character, at each place, from a window of the last eight; logits as (batch, classes, place).
+
+    Smooth: with a relu here one ulp of noise on PyTorch's own gradients changed the curve by 1e-3, for one of 2,000,000
+    activations lay on the kink.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.mix, self.head = nn.Embedding(len(ALPHABET), 24), nn.Conv1d(24, 64, 8), nn.Linear(64, len(ALPHABET))
 
     def forward(self, codes: Tensor) -> Tensor:
-        hidden = F.relu(self.mix(F.pad(self.embed(codes).transpose(1, 2), (7, 0))))
+        hidden = torch.tanh(self.mix(F.pad(self.embed(codes).transpose(1, 2), (7, 0))))
         return self.head(hidden.transpose(1, 2)).transpose(1, 2)
 
 
