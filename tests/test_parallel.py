@@ -11,6 +11,7 @@ import pytest
 
 import fastxent as fx
 from fastxent import _parallel
+from fastxent._plan import MOST_KEPT, TILE
 
 rng = np.random.default_rng(1)
 X = (rng.standard_normal((700, 301)) * 4).astype(np.float32)  # enough for several chunks and every thread
@@ -137,3 +138,19 @@ def test_set_num_threads():
     for wrong, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)):
         with pytest.raises(error, match="n"):
             fx.set_num_threads(wrong)
+
+
+def test_a_thread_stays_in_its_tile():
+    """It keeps exponentials there, or rows transposed: not on its stack, which may be small."""
+    _parallel._State.tiles.clear()
+    memory, at = _parallel._take_tiles()
+    memory[:] = 0xA5
+    _parallel._State.tiles.append((memory, at))
+    for dtype in (np.float32, np.float64):
+        for shape in ((20, 256), (40, 10), (2, 16 * MOST_KEPT)):
+            x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+            fx.cross_entropy_value_and_grad(x, np.zeros(len(x), int), n_threads=1)
+            fx.softmax(x)
+    first = at - memory.ctypes.data
+    assert (memory[first : first + TILE] != 0xA5).mean() > 0.5
+    assert (memory[:first] == 0xA5).all() and (memory[first + TILE :] == 0xA5).all()
