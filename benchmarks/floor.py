@@ -136,7 +136,7 @@ class Floor:
             "x": self.x.ctypes.data, "t": _address(self.t), "g": _address(self.g),
         }  # fmt: skip
         self.block = ctypes.create_string_buffer(_task.BLOCK.size)
-        _task.BLOCK.pack_into(self.block, 0, 0, 0, *(fields.get(field, 0) for field, _ in _task.FIELDS))
+        _task.BLOCK.pack_into(self.block, 0, 0, 0, 0, *(fields.get(field, 0) for field, _ in _task.FIELDS))
         variant = Variant("f32", target="f32" if soft else None)
         plan = Plan(variant, (), (), n_units, n_chunks, case.logit_bytes // 4)
         self.launch: Callable[[str], object] = lambda task: _parallel._launch(
