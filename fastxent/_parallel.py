@@ -141,6 +141,11 @@ class PackedTask:
 
     def __call__(self, x: int, g: int, y: int, n_threads: int | None = None) -> tuple[float, float, float, float]:
         """As `run`."""
+        weight = 1.0
+        if self.check:
+            weight, _, bad, _ = self.check(0, 0, y, n_threads)
+            if bad:
+                return 0.0, 0.0, bad, math.nan
         try:
             block, at = self.blocks.pop()
         except IndexError:
@@ -154,9 +159,6 @@ class PackedTask:
                 self.kernel.call(at)
             else:
                 if self.check:
-                    weight, _, bad, _ = self.check(0, 0, y, n_threads)
-                    if bad:
-                        return 0.0, 0.0, bad, math.nan
                     _set_totals(block, _AT_TOTAL, 0.0, 0.0, 0.0, (weight or math.nan) if self.arguments["average"] else 1.0)
                 if self.segments:
                     _launch(self.segments, block, self.plan, n_threads)

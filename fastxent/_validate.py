@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastxent import _memory
 from fastxent._parallel import check_threads, run, small
 from fastxent._plan import FEW_CLASSES, Plan, flat_plan, make_plan
 
@@ -157,6 +158,13 @@ def like(x: Array, axis: int, copy: bool = False) -> Array:
     if copy:
         new[...] = x
     return new
+
+
+def new_gradient(x: Array, axis: int) -> Array:
+    """A new array for the gradient of x: `like`, but of whole cache lines, and touched before, where that counts."""
+    if x.nbytes < _memory.SMALLEST or not x.flags.c_contiguous:
+        return like(x, axis)
+    return _memory.buffer(x.nbytes).view(x.dtype).reshape(x.shape)
 
 
 def check_target(target: object, x: Array, axis: int, ignore: int) -> tuple[Array | None, Array | None]:

@@ -24,6 +24,7 @@ from fastxent._validate import (
     check_out,
     check_reduction,
     like,
+    new_gradient,
     out_of_range,
     problem,
     writable_place,
@@ -190,7 +191,7 @@ def cross_entropy_value_and_grad(
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
     if out is not None:
         check_out(out, p.x)
-    g = writable_place(out, p.x, p.axis, (p.y, p.t, p.w, p.u))
+    g = new_gradient(p.x, p.axis) if out is None else writable_place(out, p.x, p.axis, (p.y, p.t, p.w, p.u))
     loss = _loss_of("value_and_grad", p, reduction, g)
     if plain and reduction != "none":
         remember("value_and_grad", p, logits, target, out, g, options)
