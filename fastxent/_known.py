@@ -11,7 +11,7 @@ import numpy as np
 
 from fastxent._parallel import PackedTask
 from fastxent._plan import over
-from fastxent._validate import Array, Problem, address
+from fastxent._validate import Array, Problem, address, new_gradient
 
 
 class _Known(NamedTuple):
@@ -19,6 +19,7 @@ class _Known(NamedTuple):
     loss: type[np.floating[Any]]
     x_bytes: int
     y_bytes: int
+    axis: int
 
 
 _known: dict[tuple[Any, ...], _Known] = {}
@@ -46,7 +47,9 @@ def recall(name: str, logits: object, target: object, out: object, options: tupl
         known = _known[_kind_of(name, logits, target, out, options)]
     except (KeyError, TypeError):  # TypeError: an option of a type that has no hash
         return None
-    g = np.empty_like(logits) if out is None and name == "value_and_grad" else out
+    g = out
+    if out is None and name == "value_and_grad":
+        g = np.empty_like(logits) if known.task.alone else new_gradient(logits, known.axis)
     x_at, y_at = address(logits), address(target)
     g_at = x_at if g is None or g is logits else address(g)
     if out is not None:
@@ -83,4 +86,4 @@ def remember(
     task = PackedTask(
         name, plan, ignore=ignore, keep=1.0 - smoothing, spread=smoothing / x.shape[p.axis], average=reduction == "mean"
     )
-    _known[_kind_of(name, x, target, out, options)] = _Known(task, p.acc.type, x.nbytes, target.nbytes)
+    _known[_kind_of(name, x, target, out, options)] = _Known(task, p.acc.type, x.nbytes, target.nbytes, p.axis)
