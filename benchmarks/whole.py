@@ -24,7 +24,15 @@ def run_threads(n_threads: int, effort: Effort, progress: Progress, case: Case =
     x, y, out = inputs.logits, inputs.target, inputs.out
 
     def call(n: int) -> Call:
-        return Call(lambda: fx.cross_entropy_value_and_grad(x, y, out=out, n_threads=n), lambda result: result)
+        def run() -> Any:
+            return fx.cross_entropy_value_and_grad(x, y, out=out, n_threads=n)
+
+        def settle() -> None:
+            """A team of another size: the OpenMP runtime starts threads, and the system finds each a core of its own."""
+            for _ in range(50):
+                run()
+
+        return Call(run, lambda result: result, settle)
 
     calls = {f"{n} thread{'s' * (n > 1)}": call(n) for n in range(1, n_threads + 1)}
     timed = time_interleaved(calls, n_threads, effort, progress)
