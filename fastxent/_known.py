@@ -82,8 +82,5 @@ def remember(
         return
     if len(_known) >= MOST_KNOWN:
         _known.clear()
-    _, ignore, smoothing, reduction = options
-    task = PackedTask(
-        name, plan, ignore=ignore, keep=1.0 - smoothing, spread=smoothing / x.shape[p.axis], average=reduction == "mean"
-    )
+    task = PackedTask(name, plan, average=options[-1] == "mean", **p.numbers)
     _known[_kind_of(name, x, target, out, options)] = _Known(task, p.acc.type, x.nbytes, target.nbytes, p.axis)

@@ -73,13 +73,16 @@ def run(name: str, plan: Plan, n_threads: int | None = None, **arguments: Any) -
     tiles = _take_tiles()
     try:
         block = argument_block(plan, tiles=tiles[1], **arguments)
-        if plan.variant.split:
-            _launch(kernel("save_segment", plan.variant), block, plan, n_threads)
-            _reset(block, 0, 0, 0, 0)
-        _launch(kernel(name, plan.variant), block, plan, n_threads)
+        _launch_all(_kernels_of(name, plan), block, plan, n_threads)
         return _totals_of(block, _AT_TOTAL)
     finally:
         _State.tiles.append(tiles)
+
+
+def _kernels_of(name: str, plan: Plan) -> list[Kernel]:
+    """What a task consists of: rows that are split take two, one after the other."""
+    names = ("save_segment", name) if plan.variant.split else (name,)
+    return [kernel(n, plan.variant) for n in names]
 
 
 def _take_tiles() -> tuple[np.ndarray[Any, Any], int]:
@@ -130,12 +133,11 @@ class PackedTask:
     """
 
     def __init__(self, name: str, plan: Plan, **arguments: Any) -> None:
-        self.name, self.kernel, self.plan, self.arguments = name, kernel(name, plan.variant), plan, arguments
+        self.name, self.kernels, self.plan, self.arguments = name, _kernels_of(name, plan), plan, arguments
         self.alone = small(plan.elements) and not plan.variant.split
         self.blocks: list[tuple[ctypes.Array[ctypes.c_char], int]] = []  # those that no thread is using; their addresses
-        self.segments = kernel("save_segment", plan.variant) if plan.variant.split else None
         self.check = None
-        if not self.alone and name != "check_targets":
+        if plan.variant.labelled and not self.alone:
             n_rows, n_classes, *_ = plan.planned
             self.check = PackedTask("check_targets", flat_plan(n_rows, n_classes, "f32"), ignore=arguments["ignore"])
 
@@ -153,17 +155,14 @@ class PackedTask:
             at = ctypes.addressof(block)
         tiles = _take_tiles()
         try:
-            _reset(block, 0, 0, 0, 0)
             _set_operands(block, _AT_OPERANDS, x, g, 0, 0, y, tiles[1])
             if self.alone:
-                self.kernel.call(at)
+                _reset(block, 0, 0, 0, 0)
+                self.kernels[0].call(at)
             else:
                 if self.check:
                     _set_totals(block, _AT_TOTAL, 0.0, 0.0, 0.0, (weight or math.nan) if self.arguments["average"] else 1.0)
-                if self.segments:
-                    _launch(self.segments, block, self.plan, n_threads)
-                    _reset(block, 0, 0, 0, 0)
-                _launch(self.kernel, block, self.plan, n_threads)
+                _launch_all(self.kernels, block, self.plan, n_threads)
             return _totals_of(block, _AT_TOTAL)
         finally:
             self.blocks.append((block, at))
@@ -173,6 +172,12 @@ class PackedTask:
 def small(elements: int) -> bool:
     """Is this work for one thread?"""
     return elements < WORTH_A_THREAD
+
+
+def _launch_all(tasks: list[Kernel], block: ctypes.Array[ctypes.c_char], plan: Plan, n_threads: int | None) -> None:
+    for task in tasks:
+        _reset(block, 0, 0, 0, 0)
+        _launch(task, block, plan, n_threads)
 
 
 def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_threads: int | None) -> None:

@@ -56,6 +56,11 @@ class Problem(NamedTuple):
         """dtype of the losses."""
         return accumulator(self.x.dtype) if self.t is None else accumulator(self.x.dtype, self.t.dtype)
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The options as the tasks know them."""
+        return {"ignore": self.ignore, "keep": 1.0 - self.smoothing, "spread": self.smoothing / self.x.shape[self.axis]}
+
     def plan(self, g: Array | None = None, may_split: bool = True) -> Plan:
         """How a kernel walks over this problem and writes ``g``."""
         x, t = self.x, self.t

@@ -397,8 +397,8 @@ def _run(
     """The sum of the losses, and the divisor of the gradient."""
     total, _, bad, divisor = run(
         name, plan, p.n_threads, x=address(p.x), t=address(p.t), y=address(p.y if labels is None else labels),
-        w=address(p.w), u=address(p.u), ignore=p.ignore, keep=1.0 - p.smoothing, spread=p.smoothing / p.x.shape[p.axis],
-        divisor=p.divisor if average else 1.0, check=p.divisor is None, average=average, **more,
+        w=address(p.w), u=address(p.u), divisor=p.divisor if average else 1.0, check=p.divisor is None, average=average,
+        **p.numbers, **more,
     )  # fmt: skip
     if p.y is not None and bad:
         raise out_of_range(p.y, p.x.shape[p.axis], p.ignore)

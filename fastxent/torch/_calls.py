@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false as is_non_overlapping_and_dense
 
 from fastxent import _memory, _parallel
+from fastxent._known import MOST_KNOWN
 from fastxent._plan import FEW_CLASSES, Plan, flat_plan, make_plan
 
 STORAGE = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
@@ -197,7 +198,7 @@ def kind_of(input: Tensor, target: Tensor, options: Options) -> tuple[Any, ...]:
 
 def remember(kind: tuple[Any, ...], input: Tensor, target: Tensor, options: Options) -> None:
     """Keep the tasks of a call that was found good, or None if they cannot take its tensors as they lie."""
-    if len(known_calls) >= 4096:
+    if len(known_calls) >= MOST_KNOWN:
         known_calls.clear()
     known_calls[kind] = _known(input, target, options)
 

@@ -71,7 +71,9 @@ class _Eager(torch.autograd.Function):
             )
         try:
             factor = grad_output.item()
-        except RuntimeError:  # one of vmap's tensors: batched gradients
+        except RuntimeError:  # asked afterwards, for it is rare: is this one of vmap's tensors (batched gradients)?
+            if not _is_batched(grad_output):
+                raise
             return grad * grad_output, *none
         ours = not torch._C._autograd._get_current_graph_task_keep_graph()
         if ours:
