@@ -103,23 +103,23 @@ def test_arrays_of_another_kind():
 
 
 def test_where_the_gradient_may_lie():
-    x, y = arrays((8, 6))
+    x, y = arrays((64, 6))  # rows that are read after others have been written
     _, g = fx.cross_entropy_value_and_grad(x, y)
-    memory = np.empty(200, np.float32)
-    fx.cross_entropy_value_and_grad(x, y, out=memory[:48].reshape(8, 6))
-    for at in (0, 3, 20, 48, 60):  # before, across and behind the logits at 50 ... 97
-        logits = memory[50:98].reshape(8, 6)
+    memory = np.empty(1200, np.float32)
+    fx.cross_entropy_value_and_grad(x, y, out=memory[:384].reshape(64, 6))
+    for at in (0, 30, 300, 500, 700, 784):  # before, across and behind the logits at 400 ... 783
+        logits = memory[400:784].reshape(64, 6)
         logits[...] = x
-        out = memory[at : at + 48].reshape(8, 6)
+        out = memory[at : at + 384].reshape(64, 6)
         fx.cross_entropy_value_and_grad(logits, y, out=out)
         assert np.array_equal(out, g), at
-    both = np.zeros(30, np.int64)
-    out = both.view(np.float32)[4:52].reshape(8, 6)
-    targets = both[2:10]
+    both = np.zeros(300, np.int64)
+    out = both.view(np.float32)[100:484].reshape(64, 6)
+    targets = both[60:124]
     targets[...] = y
     fx.cross_entropy_value_and_grad(x, targets, out=out)
     assert np.array_equal(out, g)
-    read_only = memory[:48].reshape(8, 6)
+    read_only = memory[:384].reshape(64, 6)
     read_only.flags.writeable = False
     with pytest.raises(ValueError, match="out is read-only"):
         fx.cross_entropy_value_and_grad(x, y, out=read_only)
