@@ -56,9 +56,9 @@ class _State:
 
 
 # Looked up once: a small call is a few microseconds.
-_reset, _set_operands = _task.COUNTERS.pack_into, _task.OPERANDS.pack_into
+_reset, _start = _task.COUNTERS.pack_into, _task.START.pack_into
 _set_totals, _totals_of = _task.TOTAL.pack_into, _task.TOTAL.unpack_from
-_AT_OPERANDS, _AT_TOTAL = _task.AT_OPERANDS, _task.BLOCK.size
+_AT_TOTAL = _task.BLOCK.size
 
 _kernels: dict[tuple[str, Variant], Kernel] = {}
 
@@ -104,7 +104,7 @@ def argument_block(
     ignore: int = 0, keep: float = 1.0, spread: float = 0.0, factor: float = 1.0, divisor: float | None = 1.0,
     check: bool = False, average: bool = False, z: float = 0.0, cap: float = 0.0,
 ) -> ctypes.Array[ctypes.c_char]:  # fmt: skip
-    """What a task reads: addresses and numbers as in ``_task.CALLED``, and behind them room for its sums.
+    """What a task reads: addresses and numbers as in ``_task``, and behind them room for its sums.
 
     ``divisor`` 0, a mean over nothing, is nan; None is for the task to make.
 
@@ -118,8 +118,8 @@ def argument_block(
     at_partial = at_total + _task.TOTAL.size
     at_segments = at_partial + 24 * plan.n_chunks
     _task.BLOCK.pack_into(
-        block, 0, 0, 0, 0, *plan.planned, ctypes.addressof(plan.table), at_partial, at_segments, at_total,
-        x, g, h, t, y, tiles, w, u, loss, lse, entropy, target_prob, prediction, target_rank,
+        block, 0, 0, 0, 0, x, g, h, t, y, tiles, *plan.planned, ctypes.addressof(plan.table), at_partial, at_segments, at_total,
+        w, u, loss, lse, entropy, target_prob, prediction, target_rank,
         w != 0, u != 0, loss != 0, g != x and g % plan.itemsize == 0, ignore, keep, spread, factor, check, average, z, cap,
     )  # fmt: skip
     _set_totals(block, total, 0.0, 0.0, 0.0, divisor or math.nan)
@@ -155,9 +155,8 @@ class PackedTask:
             at = ctypes.addressof(block)
         tiles = _take_tiles()
         try:
-            _set_operands(block, _AT_OPERANDS, x, g, 0, 0, y, tiles[1])
+            _start(block, 0, 0, 0, 0, x, g, 0, 0, y, tiles[1])
             if self.alone:
-                _reset(block, 0, 0, 0, 0)
                 self.kernels[0].call(at)
             else:
                 if self.check:

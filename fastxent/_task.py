@@ -8,7 +8,16 @@ import struct
 
 NEXT, FINISHED, ENTERED = 0, 8, 16  # slots of the counters: chunks handed out, chunks done, threads at work
 
-# What the plan knows: (name, kind)
+# Where the arrays of a call are: (name, kind)
+OPERANDS = (
+    ("x", "x"),  # (rows, C) in: logits
+    ("g", "x"),  # (rows, C) out: gradient, or (log-)probabilities; may be x
+    ("h", "x"),  # (rows, C) out: Hessian diagonal, with the strides of g
+    ("t", "t"),  # (rows, C) in: class probabilities
+    ("y", "i64"),  # (rows,) in: class indices
+    ("tiles", "acc"),  # (threads, TILE bytes) scratch
+)
+# What the plan knows
 PLANNED = (
     ("n_rows", "int"),
     ("n_classes", "int"),
@@ -24,18 +33,12 @@ PLANNED = (
     ("g_step", "int"),
     ("t_step", "int"),
 )
-# What one call knows
+# What else one call knows
 CALLED = (
     ("axes", "i64"),  # (n_axes, 5) in: extent, strides in x, g, t, rows; innermost first
     ("partial", "f64"),  # (n_chunks, 3) out: sums over a chunk
     ("segments", "f64"),  # (n_units, 6) in/out: statistics of the segments of split rows
     ("total", "f64"),  # (4,) out: sums over all units; in/out: divisor of the gradient
-    ("x", "x"),  # (rows, C) in: logits
-    ("g", "x"),  # (rows, C) out: gradient, or (log-)probabilities; may be x
-    ("h", "x"),  # (rows, C) out: Hessian diagonal, with the strides of g
-    ("t", "t"),  # (rows, C) in: class probabilities
-    ("y", "i64"),  # (rows,) in: class indices
-    ("tiles", "acc"),  # (threads, TILE bytes) scratch
     ("w", "f64"),  # (C,) in: class weights
     ("u", "f64"),  # (rows,) in: sample weights
     ("loss", "acc"),  # (rows,) out
@@ -57,9 +60,9 @@ CALLED = (
     ("z", "float"),  # factor of lse^2 in the loss
     ("cap", "float"),  # softcap
 )
-FIELDS = PLANNED + CALLED
+FIELDS = OPERANDS + PLANNED + CALLED
 FIRST_SLOT = 24
 BLOCK = struct.Struct("=q56xq56xq56x" + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
 COUNTERS, NO_MORE = struct.Struct("=q56xq56xq"), struct.Struct("=q")
-OPERANDS, AT_OPERANDS = struct.Struct("=6q"), 8 * (FIRST_SLOT + [name for name, _ in FIELDS].index("x"))  # x ... tiles
+START = struct.Struct("=q56xq56xq56x6q")  # the counters and the operands
 TOTAL = struct.Struct("=4d")

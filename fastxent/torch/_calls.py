@@ -181,6 +181,7 @@ class Known(NamedTuple):
     gradient: _parallel.PackedTask
     input_bytes: int
     target_bytes: int
+    itemsize: int
     in_place: bool  # may the gradient be written where the logits are?
 
 
@@ -224,7 +225,7 @@ def _known(input: Tensor, target: Tensor, options: Options) -> Known | None:
         return None
     arguments = _numbers(options, input.shape[axis]) | {"average": options.reduction == MEAN}
     value, gradient = (_parallel.PackedTask(name, plan, **arguments) for name in ("value", "value_and_grad"))
-    return Known(value, gradient, _reach(input), _reach(target), g.stride() == input.stride())
+    return Known(value, gradient, _reach(input), _reach(target), input.itemsize, g.stride() == input.stride())
 
 
 def _numbers(options: Options, n_classes: int) -> dict[str, float]:

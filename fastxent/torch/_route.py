@@ -31,12 +31,16 @@ def route(
     if weight is None and sample_weight is None and not _is_out_of_the_ordinary():
         kind = kind_of(input, target, options)
         known = known_calls.get(kind)
-        if known is not None and bytes_behind(input) >= known.input_bytes and bytes_behind(target) >= known.target_bytes:
+        if (
+            known is not None
+            and input.untyped_storage().nbytes() >= known.input_bytes + input.storage_offset() * known.itemsize
+            and target.untyped_storage().nbytes() >= known.target_bytes + target.storage_offset() * 8
+        ):
             if not (torch.is_grad_enabled() and input.requires_grad):
                 return known_loss(known.value, options, input, input, target)
             inplace = inplace and _may_be_overwritten(input, target)
             if not inplace or known.in_place:
-                return apply(input, target, None, None, options, inplace, known)
+                return apply(input, (target, None, None, options, inplace, known))
     if options.label_smoothing < 0.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
     if not _takes(input, target, weight, sample_weight, options):
@@ -51,7 +55,7 @@ def route(
             loss = value_op(input, target, weight, sample_weight, *options)
     elif differentiate:
         inplace = inplace and _may_be_overwritten(input, target, weight, sample_weight)
-        loss = apply(input, target, weight, sample_weight, options, inplace, None)
+        loss = apply(input, (target, weight, sample_weight, options, inplace, None))
     else:
         loss = value(input, target, weight, sample_weight, options)
     if kind is not None and kind not in known_calls:
