@@ -52,7 +52,7 @@ def streamed(task, tile, number):
     else:
         for j in range(task.n_vectors):
             stream(g + VECTOR * j, splat(g, 0.0))
-    return 0.0, 0.0, 0.0
+    return 0.0, 1.0, 0.0
 
 
 @njit(**INLINE)
@@ -66,7 +66,7 @@ def stored(task, tile, number):
     else:
         for j in range(task.n_vectors):
             store(g + VECTOR * j, splat(g, 0.0))
-    return 0.0, 0.0, 0.0
+    return 0.0, 1.0, 0.0
 
 
 @njit(**INLINE)
@@ -81,7 +81,7 @@ def read(task, tile, number):
             b = b + scaled(task, x, t, j + 1)
             c = c + scaled(task, x, t, j + 2)
             d = d + scaled(task, x, t, j + 3)
-    return float(lane(sum_across((a + b) + (c + d)), 0)), 0.0, 0.0
+    return float(lane(sum_across((a + b) + (c + d)), 0)), 1.0, 0.0
 
 
 def streamed_task(task):
@@ -129,7 +129,7 @@ class Floor:
         self.x = floats(n_units * unit)
         self.t = floats(n_units * unit) if soft else None
         self.g = self.x if which == IN_PLACE else floats(n_units * unit) if which == OUT else None
-        self.sums = np.zeros(3 * (n_chunks + 1))  # of all, then of each chunk
+        self.sums = np.zeros(3 + 2 * n_chunks)  # of all, then of each chunk
         fields = {
             "n_rows": -(-read_bytes // unit), "n_vectors": vectors, "n_units": n_units, "chunk": chunk, "n_chunks": n_chunks,
             "total": self.sums.ctypes.data, "partial": self.sums.ctypes.data + 24,

@@ -2,7 +2,7 @@
 
 from numba import njit
 
-from fastxent._elementary import exp_up, log1p, shift_by, up
+from fastxent._elementary import exp_up, log, log1p, shift_by, up
 from fastxent._loadstore import fetch_add, gather, get, itemsize, load_masked, put, store_masked
 from fastxent._maths import (
     add,
@@ -17,6 +17,7 @@ from fastxent._maths import (
     save_segment,
     scaled,
     span_state,
+    sum_loss,
     whole,
     write_gradient,
 )
@@ -29,6 +30,7 @@ from fastxent._simd import (
     all_lanes,
     any_lane,
     at_least,
+    count_lanes,
     first_lanes,
     iota,
     lane,
@@ -42,32 +44,31 @@ from fastxent._simd import (
 from fastxent._task import ENTERED, FINISHED, NEXT
 
 NAN = float("nan")
+MOST = 1e300  # of a product whose log is still to be taken
 NONE = 1 << 62  # past every class number
 
 # ----------------------------------------------------------------------------------------------------
-# What each kernel does with unit ``number``; it returns three numbers to be summed over all units
+# What each kernel does with unit ``number``; it returns a number, a factor and a count: see ``walk``
 # ----------------------------------------------------------------------------------------------------
 
 
 @njit(**INLINE)
 def check_targets(task, tile, number):
-    """16 rows' class indices -> sum of their weights (the divisor of the mean), rows kept, rows out of range."""
+    """16 rows' class indices -> sum of their weights (the divisor of the mean), rows out of range."""
     row = number * LANES
     rows = first_lanes(task.n_rows - row)
     y = load_masked(task.y + 8 * row, rows)
     kept = rows & (y != task.ignore)
     good = kept & (y >= 0) & (y < task.n_classes)
-    one, zero = splat(task.w, 1.0), splat(task.w, 0.0)
-    weight = one
-    if task.weighted != 0:
-        weight = gather(task.w, y * 8, good)
-    if task.sampled != 0:
-        weight = weight * load_masked(task.u + 8 * row, rows)
-    return (
-        lane(sum_across(where(good, weight, 0.0)), 0),
-        lane(sum_across(where(kept, one, zero)), 0),
-        lane(sum_across(where(kept, one, zero) - where(good, one, zero)), 0),
-    )
+    total, n_bad = float(count_lanes(good)), float(count_lanes(kept) - count_lanes(good))
+    if task.weighted != 0 or task.sampled != 0:
+        weight = splat(task.w, 1.0)
+        if task.weighted != 0:
+            weight = gather(task.w, y * 8, good)
+        if task.sampled != 0:
+            weight = weight * load_masked(task.u + 8 * row, rows)
+        total = lane(sum_across(where(good, weight, 0.0)), 0)
+    return total, 1.0, n_bad
 
 
 @njit(**INLINE)
@@ -80,17 +81,29 @@ def check_first(task):
         bad += db
     weight = whole(weight, lost)
     if task.average != 0:
-        put(task.total, 24, weight if weight != 0.0 else NAN)
-    put(task.total, 16, bad)
+        put(task.total, 16, weight if weight != 0.0 else NAN)
+    put(task.total, 8, bad)
     return bad == 0.0
 
 
 @njit(**INLINE)
-def deliver_loss(task, unit, loss):
-    """Store the rows' losses if they are wanted; return their sum, as the first of a unit's three sums."""
+def deliver_loss(task, unit, state, y):
+    """Store the rows' losses if they are wanted; return their sum, as ``walk`` takes it."""
+    if not task.double and task.store_loss == 0 and task.weighted == 0 and task.sampled == 0 and task.z == 0.0:  # Q = 1
+        rest, product = sum_loss(task, unit, state, y)
+        return rest, product, 0.0
+    loss = row_loss(task, unit, state, y)
     if task.store_loss != 0:
         put_rows(task, task.loss, unit, narrow(task.loss, loss))
-    return sum_rows(task, loss), 0.0, 0.0
+    return sum_rows(task, loss), 1.0, 0.0
+
+
+@njit(**INLINE)
+def deliver_no_loss(task, unit):
+    """All of the unit's rows are ignored."""
+    if task.store_loss != 0:
+        put_rows(task, task.loss, unit, splat(task.loss, 0.0))
+    return 0.0, 1.0, 0.0
 
 
 @njit(**INLINE)
@@ -98,28 +111,28 @@ def value(task, tile, number):
     """Loss."""
     unit = locate(task, tile, number)
     if task.split and unit.start > 0:
-        return 0.0, 0.0, 0.0
+        return 0.0, 1.0, 0.0
     if not any_lane(unit.kept):
-        return deliver_loss(task, unit, splat(task.w, 0.0))
+        return deliver_no_loss(task, unit)
     y = row_label(task, unit, number)
-    return deliver_loss(task, unit, row_loss(task, unit, row_state(task, unit, number), y))
+    return deliver_loss(task, unit, row_state(task, unit, number), y)
 
 
 @njit(**INLINE)
 def value_and_grad(task, tile, number):
     """Loss and gradient."""
     unit = locate(task, tile, number)
-    loss = splat(task.w, 0.0)
+    loss = 0.0, 1.0, 0.0
     if any_lane(unit.kept):
         y = row_label(task, unit, number)
         state = row_state(task, unit, number)
-        loss = row_loss(task, unit, state, y)
+        if not task.split or unit.start == 0:
+            loss = deliver_loss(task, unit, state, y)
         write_gradient(task, unit, factors(task, unit, state, y))
     else:
+        loss = deliver_no_loss(task, unit)
         write_zeros(task, unit)
-    if task.split and unit.start > 0:
-        return 0.0, 0.0, 0.0
-    return deliver_loss(task, unit, loss)
+    return loss
 
 
 @njit(**INLINE)
@@ -138,7 +151,7 @@ def grad_hess(task, tile, number):
         for j in range(unit.start, unit.stop):
             mask = all_lanes() if task.across and j < unit.full else unit.writes
             write(task, task.h + (unit.g + j * task.g_step), unit.g_lanes, zero, mask)
-        return 0.0, 0.0, 0.0
+        return 0.0, 1.0, 0.0
     f = factors(task, unit, span_state(task, unit), label(task, unit))
     for j in range(unit.start, unit.stop):
         whole = j < unit.full
@@ -147,7 +160,7 @@ def grad_hess(task, tile, number):
         h = hessian_vector(task, unit, j, reads, f)
         write(task, task.h + (unit.g + j * task.g_step), unit.g_lanes, h, writes)
     write_gradient(task, unit, f)
-    return 0.0, 0.0, 0.0
+    return 0.0, 1.0, 0.0
 
 
 @njit(**INLINE)
@@ -173,7 +186,7 @@ def stats(task, tile, number):
             put_rows(task, p, unit, narrow(p, zero))
         put_rows(task, task.prediction, unit, nothing)
         put_rows(task, task.target_rank, unit, nothing)
-        return deliver_loss(task, unit, zero)
+        return deliver_no_loss(task, unit)
     state = span_state(task, unit)
     y = row_values(task, task.y, unit.row, unit.row_lanes, unit.kept)
     if task.across:
@@ -204,7 +217,7 @@ def stats(task, tile, number):
     put_rows(task, task.target_prob, unit, narrow(task.lse, where(kept, p_y, 0.0)))
     put_rows(task, task.prediction, unit, where(kept, prediction, nothing))
     put_rows(task, task.target_rank, unit, where(kept, rank, nothing))
-    return deliver_loss(task, unit, row_loss(task, unit, state, label(task, unit)))
+    return deliver_loss(task, unit, state, label(task, unit))
 
 
 @njit(**INLINE)
@@ -217,7 +230,7 @@ def softmax(task, tile, number):
         mask = all_lanes() if j < unit.full else unit.writes
         write_out(task, unit, j, exponentials(task, unit, j, mask, shift) * inverse_s, mask)
     flush(task, unit)
-    return 0.0, 0.0, 0.0
+    return 0.0, 1.0, 0.0
 
 
 @njit(**INLINE)
@@ -231,7 +244,7 @@ def log_softmax(task, tile, number):
         log_p = (widen(logits(task, unit, j, mask)) - m) - log_sum
         write_out(task, unit, j, narrow(task.x, log_p), mask)
     flush(task, unit)
-    return 0.0, 0.0, 0.0
+    return 0.0, 1.0, 0.0
 
 
 @njit(**INLINE)
@@ -241,7 +254,7 @@ def logsumexp(task, tile, number):
     state = row_state(task, unit, number)
     if not task.split or unit.start == 0:
         put_rows(task, task.lse, unit, narrow(task.lse, widen(state.m) + log_s(state)))
-    return 0.0, 0.0, 0.0
+    return 0.0, 1.0, 0.0
 
 
 @njit(**INLINE)
@@ -275,7 +288,7 @@ def binary(task, tile, number):
         up_hill, down_hill = where(x > 0.0, larger, smaller), where(x > 0.0, smaller, larger)
         g = scaled(task, weight * (negative * up_hill - positive * down_hill))
         store_masked(task.g + first * itemsize(task.g), narrow(task.g, g), mask)
-    return lane(sum_across(loss), 0), 0.0, 0.0
+    return lane(sum_across(loss), 0), 1.0, 0.0
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -284,39 +297,45 @@ def binary(task, tile, number):
 
 
 @njit(**INLINE)
+def log_of(task, x):
+    return lane(log(splat(task.w, x)), 0)
+
+
+@njit(**INLINE)
 def walk(task, visit):
     """Take chunks of units until none is left; sum each chunk in order; the last to finish sums the chunks in order.
 
-    The first two of a unit's numbers are sums of floats and lose nothing to rounding on the way; the third is a count.
+    A unit returns a number, a factor and a count. The numbers, and the logs of the factors, are added up, and lose nothing to
+    rounding on the way; of the factors there is one log for as many as have a product below the largest float64.
     """
     if task.labelled:
         if task.check != 0 and not check_first(task):
             return
     n_chunks = task.n_chunks
-    partial = task.partial  # (n_chunks, 3) out
+    partial = task.partial  # (n_chunks, 2) out
     tile = task.tiles + fetch_add(task, ENTERED) * TILE  # this thread's
     chunk = fetch_add(task, NEXT)
     while chunk < n_chunks:
-        a, a_lost, b, b_lost, c = 0.0, 0.0, 0.0, 0.0, 0.0
+        total, lost, product, count = 0.0, 0.0, 1.0, 0.0
         for number in range(chunk * task.chunk, min(task.n_units, (chunk + 1) * task.chunk)):
-            da, db, dc = visit(task, tile, number)
-            a, a_lost = add(a, a_lost, da)
-            b, b_lost = add(b, b_lost, db)
-            c += dc
-        at = 24 * chunk
-        put(partial, at, whole(a, a_lost))
-        put(partial, at + 8, whole(b, b_lost))
-        put(partial, at + 16, c)
+            x, factor, n = visit(task, tile, number)
+            if product * factor > MOST:
+                x, product = x + log_of(task, product), 1.0
+            product *= factor
+            total, lost = add(total, lost, x)
+            count += n
+        if product != 1.0:
+            total, lost = add(total, lost, log_of(task, product))
+        at = 16 * chunk
+        put(partial, at, whole(total, lost))
+        put(partial, at + 8, count)
         if fetch_add(task, FINISHED) == n_chunks - 1:
-            a, a_lost, b, b_lost, c = 0.0, 0.0, 0.0, 0.0, 0.0
+            total, lost, count = 0.0, 0.0, 0.0
             for k in range(n_chunks):
-                a, a_lost = add(a, a_lost, get(partial, 24 * k))
-                b, b_lost = add(b, b_lost, get(partial, 24 * k + 8))
-                c += get(partial, 24 * k + 16)
-            total = task.total  # (3,) out
-            put(total, 0, whole(a, a_lost))
-            put(total, 8, whole(b, b_lost))
-            put(total, 16, c)
+                total, lost = add(total, lost, get(partial, 16 * k))
+                count += get(partial, 16 * k + 8)
+            put(task.total, 0, whole(total, lost))
+            put(task.total, 8, count)
         chunk = fetch_add(task, NEXT)
 
 

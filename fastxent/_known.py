@@ -56,7 +56,7 @@ def recall(name: str, logits: object, target: object, out: object, options: tupl
         g_end = g_at + known.x_bytes
         if (g_at != x_at and g_at < x_at + known.x_bytes and x_at < g_end) or (g_at < y_at + known.y_bytes and y_at < g_end):
             return None  # memory is shared
-    total, _, bad, divisor = known.task(x_at, g_at, y_at)
+    total, bad, divisor = known.task(x_at, g_at, y_at)
     return None if bad else (known.loss(over(total, divisor)), g)
 
 

@@ -40,10 +40,12 @@ from fastxent._rows import (
     locate,
     look_ahead,
     look_at_next_row,
+    multiply_rows,
     raw_logits,
     read,
     row_values,
     streams,
+    sum_rows,
     write,
     write_out,
 )
@@ -298,7 +300,7 @@ def span_state(task, unit):
 
 @njit(**INLINE)
 def save_segment(task, tile, number):
-    """First task of a split row; returns the three sums that every unit returns, all 0."""
+    """First task of a split row; returns what every unit returns: see ``_kernels.walk``."""
     unit = locate(task, tile, number)
     if any_lane(unit.kept):
         state = span_state(task, unit)
@@ -310,7 +312,7 @@ def save_segment(task, tile, number):
         put(at, 32, lane(state.e_dot, 0))
         if task.labelled:
             put(at, 40, lane(widen(label(task, unit).raw_x_y), 0))
-    return 0.0, 0.0, 0.0
+    return 0.0, 1.0, 0.0
 
 
 @njit(**INLINE)
@@ -379,21 +381,35 @@ def sample_weights(task, unit):
 
 
 @njit(**INLINE)
+def target_sums(task, state, y):
+    """Q and D, with what a class index adds."""
+    q_sum, q_dot, q_y = state.q_sum * share(task), state.q_dot * share(task), y.w_y
+    if task.dense:
+        q_y = y.w_y * task.keep
+    else:
+        q_sum, q_dot = q_y * 0.0, q_y * 0.0
+    if task.labelled:
+        q_sum = q_sum + q_y
+        q_dot = q_dot + q_y * (widen(capped(task, y.raw_x_y)) - widen(state.m))
+    return q_sum, q_dot
+
+
+@njit(**INLINE)
 def row_loss(task, unit, state, y):
     """l of every row, float64; 0 for an ignored one."""
+    q_sum, q_dot = target_sums(task, state, y)
     log_sum = log_s(state)
     lse = widen(state.m) + log_sum
-    x_y = capped(task, y.raw_x_y)
-    if task.dense:
-        q_sum, q_dot = state.q_sum * share(task), state.q_dot * share(task)
-        if task.labelled:
-            q_sum = q_sum + y.w_y * task.keep
-            q_dot = q_dot + (y.w_y * task.keep) * (widen(x_y) - widen(state.m))
-        loss = q_sum * log_sum - q_dot
-    else:
-        loss = y.w_y * (log_sum + (widen(state.m) - widen(x_y)))
-    loss = loss + lse * (lse * task.z)
+    loss = (q_sum * log_sum - q_dot) + lse * (lse * task.z)
     return where(unit.kept, loss * sample_weights(task, unit), 0.0)
+
+
+@njit(**INLINE)
+def sum_loss(task, unit, state, y):
+    """The sum of the rows' l = log s - D, but for the logs; the product of s, of which one log is taken for many rows."""
+    _, q_dot = target_sums(task, state, y)
+    s = where(unit.kept, state.s / up(state.m), 1.0)
+    return 0.0 - sum_rows(task, where(unit.kept, q_dot, 0.0)), multiply_rows(task, s)
 
 
 # g_c = a e_c - b (q_c / share) and, at y, g_y = scaled(u (Q p_y - q_y)) computed from registers in float64: p_y - 1 cancels,
@@ -405,7 +421,7 @@ Factors = namedtuple("Factors", "shift a b inverse_s g_y")
 @njit(**INLINE)
 def scaled(task, x):
     """x factor / divisor; float64 logits notice that 1 / divisor would be rounded."""
-    divisor = get(task.total, 24)
+    divisor = get(task.total, 16)
     return x * task.factor / divisor if task.double else x * (task.factor / divisor)
 
 

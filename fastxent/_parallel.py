@@ -68,8 +68,8 @@ _kernels: dict[tuple[str, Variant], Kernel] = {}
 # ----------------------------------------------------------------------------------------------------
 
 
-def run(name: str, plan: Plan, n_threads: int | None = None, **arguments: Any) -> tuple[float, float, float, float]:
-    """Run task ``name`` over ``plan``; arguments as in `argument_block`. Returns the sums over all units, and the divisor."""
+def run(name: str, plan: Plan, n_threads: int | None = None, **arguments: Any) -> tuple[float, float, float]:
+    """Run task ``name`` over ``plan``; arguments as in `argument_block`. Returns the sum, the count, and the divisor."""
     tiles = _take_tiles()
     try:
         block = argument_block(plan, tiles=tiles[1], **arguments)
@@ -109,20 +109,20 @@ def argument_block(
     ``divisor`` 0, a mean over nothing, is nan; None is for the task to make.
 
     ``check``, for `small` work only: the class indices are checked, and with ``average`` the divisor is made, by the task.
-    The third sum is then the number of indices out of range; nothing has been written if there are any.
+    The count is then the number of indices out of range; nothing has been written if there are any.
     """
     total = _task.BLOCK.size
     segments = 48 * plan.n_units if plan.variant.split else 0
-    block = ctypes.create_string_buffer(total + _task.TOTAL.size + 24 * plan.n_chunks + segments)
+    block = ctypes.create_string_buffer(total + _task.TOTAL.size + 16 * plan.n_chunks + segments)
     at_total = ctypes.addressof(block) + total
     at_partial = at_total + _task.TOTAL.size
-    at_segments = at_partial + 24 * plan.n_chunks
+    at_segments = at_partial + 16 * plan.n_chunks
     _task.BLOCK.pack_into(
         block, 0, 0, 0, 0, x, g, h, t, y, tiles, *plan.planned, ctypes.addressof(plan.table), at_partial, at_segments, at_total,
         w, u, loss, lse, entropy, target_prob, prediction, target_rank,
         w != 0, u != 0, loss != 0, g != x and g % plan.itemsize == 0, ignore, keep, spread, factor, check, average, z, cap,
     )  # fmt: skip
-    _set_totals(block, total, 0.0, 0.0, 0.0, divisor or math.nan)
+    _set_totals(block, total, 0.0, 0.0, divisor or math.nan)
     return block
 
 
@@ -141,13 +141,13 @@ class PackedTask:
             n_rows, n_classes, *_ = plan.planned
             self.check = PackedTask("check_targets", flat_plan(n_rows, n_classes, "f32"), ignore=arguments["ignore"])
 
-    def __call__(self, x: int, g: int, y: int, n_threads: int | None = None) -> tuple[float, float, float, float]:
+    def __call__(self, x: int, g: int, y: int, n_threads: int | None = None) -> tuple[float, float, float]:
         """As `run`."""
         weight = 1.0
         if self.check:
-            weight, _, bad, _ = self.check(0, 0, y, n_threads)
+            weight, bad, _ = self.check(0, 0, y, n_threads)
             if bad:
-                return 0.0, 0.0, bad, math.nan
+                return 0.0, bad, math.nan
         try:
             block, at = self.blocks.pop()
         except IndexError:
@@ -160,7 +160,7 @@ class PackedTask:
                 self.kernels[0].call(at)
             else:
                 if self.check:
-                    _set_totals(block, _AT_TOTAL, 0.0, 0.0, 0.0, (weight or math.nan) if self.arguments["average"] else 1.0)
+                    _set_totals(block, _AT_TOTAL, 0.0, 0.0, (weight or math.nan) if self.arguments["average"] else 1.0)
                 _launch_all(self.kernels, block, self.plan, n_threads)
             return _totals_of(block, _AT_TOTAL)
         finally:
@@ -183,12 +183,14 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
     if small(plan.elements) or plan.n_chunks == 1 or _State.forked:
         task.call(block)
         return
-    useful = min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD, MOST_THREADS_A_CPU * available_cpus(), _MOST_THREADS)
+    useful = min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD, _MOST_THREADS)
     call = object()
     try:
         _State.calls.add(call)
         # Calls in flight at once share the cores.
         team = min(useful, max(1, (n_threads or get_num_threads()) // len(_State.calls)))
+        if team > MOST_THREADS_A_CPU:  # else there is no need to ask the system
+            team = min(team, MOST_THREADS_A_CPU * available_cpus())
         openmp = _openmp()
         if team == 1:
             task.call(block)

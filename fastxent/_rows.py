@@ -25,7 +25,7 @@ from fastxent._loadstore import (
     store_transposed,
     stream,
 )
-from fastxent._simd import INLINE, LANES, all_lanes, every_lane, first_lanes, iota, lane, splat, sum_across
+from fastxent._simd import INLINE, LANES, all_lanes, every_lane, first_lanes, iota, lane, product_across, splat, sum_across
 
 BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
 LINE = 64  # bytes of a cache line
@@ -183,6 +183,12 @@ def put_rows(task, p, unit, values):
 def sum_rows(task, values):
     """The sum over the unit's rows, as a number."""
     return lane(values, 0) if task.across else lane(sum_across(values), 0)
+
+
+@njit(**INLINE)
+def multiply_rows(task, values):
+    """The product over the unit's rows, as a number."""
+    return lane(values, 0) if task.across else lane(product_across(values), 0)
 
 
 @njit(**INLINE)

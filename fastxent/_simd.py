@@ -337,6 +337,16 @@ def any_lane(typingctx, mask):
 
 
 @intrinsic
+def count_lanes(typingctx, mask):
+    """How many lanes of the mask are true?"""
+
+    def codegen(context, builder, sig, args):
+        return builder.zext(builder.ctpop(builder.bitcast(args[0], I16)), I64)
+
+    return types.int64(mask), codegen
+
+
+@intrinsic
 def every_lane(typingctx, mask):
     """Is every lane of the mask true?"""
 
@@ -415,6 +425,15 @@ def sum_across(x):
     x = x + _swap(x, 4)
     x = x + _swap(x, 2)
     return x + _swap(x, 1)
+
+
+@njit(**INLINE)
+def product_across(x):
+    """The product of the lanes, in every lane, in a fixed order."""
+    x = x * _swap(x, 8)
+    x = x * _swap(x, 4)
+    x = x * _swap(x, 2)
+    return x * _swap(x, 1)
 
 
 @njit(**INLINE)

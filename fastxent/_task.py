@@ -36,9 +36,9 @@ PLANNED = (
 # What else one call knows
 CALLED = (
     ("axes", "i64"),  # (n_axes, 5) in: extent, strides in x, g, t, rows; innermost first
-    ("partial", "f64"),  # (n_chunks, 3) out: sums over a chunk
+    ("partial", "f64"),  # (n_chunks, 2) out: sum and count of a chunk
     ("segments", "f64"),  # (n_units, 6) in/out: statistics of the segments of split rows
-    ("total", "f64"),  # (4,) out: sums over all units; in/out: divisor of the gradient
+    ("total", "f64"),  # (3,) out: sum and count of all units; in/out: divisor of the gradient
     ("w", "f64"),  # (C,) in: class weights
     ("u", "f64"),  # (rows,) in: sample weights
     ("loss", "acc"),  # (rows,) out
@@ -65,4 +65,4 @@ FIRST_SLOT = 24
 BLOCK = struct.Struct("=q56xq56xq56x" + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
 COUNTERS, NO_MORE = struct.Struct("=q56xq56xq"), struct.Struct("=q")
 START = struct.Struct("=q56xq56xq56x6q")  # the counters and the operands
-TOTAL = struct.Struct("=4d")
+TOTAL = struct.Struct("=3d")

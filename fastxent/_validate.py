@@ -212,7 +212,7 @@ def check_classes(y: Array, n_classes: int, w: Array | None, u: Array | None, ig
     if y.size == 0:
         return 0.0
     plan = flat_plan(y.size, n_classes, "f32")
-    total, _, bad, _ = run("check_targets", plan, n_threads, y=address(y), w=address(w), u=address(u), ignore=ignore)
+    total, bad, _ = run("check_targets", plan, n_threads, y=address(y), w=address(w), u=address(u), ignore=ignore)
     if bad:
         raise out_of_range(y, n_classes, ignore)
     return total

@@ -395,7 +395,7 @@ def _run(
     name: str, p: Problem, plan: Plan, average: bool = False, labels: Array | None = None, **more: Any
 ) -> tuple[float, float]:
     """The sum of the losses, and the divisor of the gradient."""
-    total, _, bad, divisor = run(
+    total, bad, divisor = run(
         name, plan, p.n_threads, x=address(p.x), t=address(p.t), y=address(p.y if labels is None else labels),
         w=address(p.w), u=address(p.u), divisor=p.divisor if average else 1.0, check=p.divisor is None, average=average,
         **p.numbers, **more,

@@ -76,7 +76,7 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
     divisor = None
     if not _parallel.small(x.numel()):
         plan = flat_plan(y.numel(), n_classes, "f32")
-        divisor, _, bad, _ = _parallel.run(
+        divisor, bad, _ = _parallel.run(
             "check_targets", plan, n_threads, y=y.data_ptr(), w=_address(w), u=_address(u), ignore=ignore_index
         )
         if bad:
@@ -156,7 +156,7 @@ def _run(name: str, call: _Call, g: Tensor, options: Options, factor: float = 1.
     labelled, smooth = call.y is not None, call.y is not None and options.label_smoothing > 0
     plan = _plan(x.shape, strides, call.axis, x.dtype, None if t is None else t.dtype, labelled, smooth, options.softcap != 0)
     average = options.reduction == MEAN
-    total, _, bad, divisor = _parallel.run(
+    total, bad, divisor = _parallel.run(
         name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=_address(t),
         y=_address(call.y), w=_address(call.w), u=_address(call.u), loss=_address(loss), factor=factor,
         divisor=call.divisor if average else 1.0, check=call.divisor is None, average=average,
@@ -243,7 +243,7 @@ def _lies_well(g: Tensor, x: Tensor, axis: int) -> bool:
 
 def known_loss(task: _parallel.PackedTask, options: Options, input: Tensor, g: Tensor, target: Tensor) -> Tensor:
     n_threads = None if task.alone else _n_threads()
-    total, _, bad, divisor = task(input.data_ptr(), g.data_ptr(), target.data_ptr(), n_threads)
+    total, bad, divisor = task(input.data_ptr(), g.data_ptr(), target.data_ptr(), n_threads)
     if bad:
         raise _out_of_bounds(target, input.shape[input.dim() > 1], options.ignore_index)
     return _scalar(total / divisor, input.dtype)

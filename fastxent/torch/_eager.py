@@ -10,7 +10,6 @@ from torch import Tensor
 from fastxent.torch._calls import NONE, SUM, Known, Options, check_memory, gradient_like, known_loss, value, value_and_grad
 from fastxent.torch._formula import differentiable_backward
 
-
 # What the node is asked for; one argument, since each costs autograd a check. Only the logits are differentiated here.
 Call = tuple[Tensor, Tensor | None, Tensor | None, Options, bool, Known | None]
 

@@ -12,7 +12,6 @@ from fastxent.torch._calls import (
     STORAGE,
     Options,
     as_int64,
-    bytes_behind,
     kind_of,
     known_calls,
     known_loss,
