@@ -21,7 +21,7 @@ from fastxent._maths import (
     whole,
     write_gradient,
 )
-from fastxent._plan import TILE
+from fastxent._plan import CHECKED, TILE
 from fastxent._rows import flush, locate, put_rows, row_values, sum_rows, write, write_out, write_zeros
 from fastxent._simd import (
     INLINE,
@@ -54,28 +54,33 @@ NONE = 1 << 62  # past every class number
 
 @njit(**INLINE)
 def check_targets(task, tile, number):
-    """16 rows' class indices -> sum of their weights (the divisor of the mean), rows out of range."""
-    row = number * LANES
-    rows = first_lanes(task.n_rows - row)
-    y = load_masked(task.y + 8 * row, rows)
-    kept = rows & (y != task.ignore)
-    good = kept & (y >= 0) & (y < task.n_classes)
-    total, n_bad = float(count_lanes(good)), float(count_lanes(kept) - count_lanes(good))
+    """Class indices -> sum of their weights (the divisor of the mean), and how many are out of range."""
+    n_kept, n_good = 0, 0
+    weights = splat(task.w, 0.0)
+    for row in range(number * CHECKED, (number + 1) * CHECKED, LANES):
+        rows = first_lanes(task.n_rows - row)
+        y = load_masked(task.y + 8 * row, rows)
+        kept = rows & (y != task.ignore)
+        good = kept & (y >= 0) & (y < task.n_classes)
+        n_kept += count_lanes(kept)
+        n_good += count_lanes(good)
+        if task.weighted != 0 or task.sampled != 0:
+            weight = splat(task.w, 1.0)
+            if task.weighted != 0:
+                weight = gather(task.w, y * 8, good)
+            if task.sampled != 0:
+                weight = weight * load_masked(task.u + 8 * row, rows)
+            weights = weights + where(good, weight, 0.0)
     if task.weighted != 0 or task.sampled != 0:
-        weight = splat(task.w, 1.0)
-        if task.weighted != 0:
-            weight = gather(task.w, y * 8, good)
-        if task.sampled != 0:
-            weight = weight * load_masked(task.u + 8 * row, rows)
-        total = lane(sum_across(where(good, weight, 0.0)), 0)
-    return total, 1.0, n_bad
+        return lane(sum_across(weights), 0), 1.0, float(n_kept - n_good)
+    return float(n_good), 1.0, float(n_kept - n_good)
 
 
 @njit(**INLINE)
 def check_first(task):
     """All class indices, by one thread: are they in range? Else nothing is to be read or written by them."""
     weight, lost, bad = 0.0, 0.0, 0.0
-    for number in range((task.n_rows + LANES - 1) // LANES):
+    for number in range((task.n_rows + CHECKED - 1) // CHECKED):
         dw, _, db = check_targets(task, task.tiles, number)
         weight, lost = add(weight, lost, dw)
         bad += db

@@ -10,10 +10,11 @@ tensors, NumPy arrays. Nothing else ever returns one, so none is handed out whil
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -23,30 +24,30 @@ SMALLEST = 1 << 20  # bytes: below this malloc recycles by itself
 ALIGNMENT = 64  # bytes: whole cache lines, as non-temporal stores want them
 
 
+class _Buffer(NamedTuple):
+    raw: Array  # owner of the memory
+    nbytes: int  # from ``start`` on
+    start: int  # aligned address
+
+
 class _Store:
     limit = 1 << 30  # bytes kept for later at most
     lock = threading.Lock()
-    kept: ClassVar[list[Array]] = []  # free buffers, the latest freed last; touched by the holder of the lock only
-    returned: ClassVar[deque[Array]] = deque()  # freed since the lock was held; append and popleft are atomic
+    kept: ClassVar[list[_Buffer]] = []  # free buffers, the latest freed last; touched by the holder of the lock only
+    returned: ClassVar[deque[_Buffer]] = deque()  # freed since the lock was held; append and popleft are atomic
 
 
 class _Lease:
     """The base of a lent array, and so of all its views and of tensors made of them: its end is the end of them all."""
 
-    def __init__(self, raw: Array, nbytes: int) -> None:
-        address = raw.__array_interface__["data"][0]
-        self.raw = raw
-        self.__array_interface__ = {
-            "data": (address + -address % ALIGNMENT, False),
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "version": 3,
-        }
+    def __init__(self, buffer: _Buffer, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.buffer = buffer
+        self.__array_interface__ = {"data": (buffer.start, False), "shape": shape, "typestr": dtype.str, "version": 3}
 
     def __del__(self) -> None:
         # This may run in the midst of anything, even of a holder of the lock (garbage collection): then the holder, or the
         # next one, takes the buffer in.
-        _Store.returned.append(self.raw)
+        _Store.returned.append(self.buffer)
         if _Store.lock.acquire(blocking=False):
             try:
                 _take_in()
@@ -71,19 +72,25 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def buffer(nbytes: int) -> Array:
-    """``nbytes`` bytes to write to, as a uint8 array, aligned if large; what they hold is anything."""
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """``np.empty``, but large arrays are aligned, and lie in used memory if there is some."""
+    nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALLEST or _Store.limit == 0:
-        return np.empty(nbytes, np.uint8)
-    wanted = nbytes + ALIGNMENT
-    raw = None
+        return np.empty(shape, dtype)
+    best = None
     with _Store.lock:
         _take_in()
-        fitting = [b for b in _Store.kept if wanted <= b.nbytes <= wanted + nbytes // 4]
-        if fitting:
-            raw = min(fitting, key=lambda b: b.nbytes)
-            _Store.kept = [b for b in _Store.kept if b is not raw]
-    return np.asarray(_Lease(np.empty(wanted, np.uint8) if raw is None else raw, nbytes))
+        for i, b in enumerate(_Store.kept):
+            if nbytes <= b.nbytes <= nbytes + nbytes // 4 and (best is None or b.nbytes < _Store.kept[best].nbytes):
+                best = i
+        found = None if best is None else _Store.kept.pop(best)
+    return np.asarray(_Lease(_new(nbytes) if found is None else found, shape, dtype))
+
+
+def _new(nbytes: int) -> _Buffer:
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    address = raw.ctypes.data
+    return _Buffer(raw, nbytes, address + -address % ALIGNMENT)
 
 
 def set_buffer_limit(nbytes: int) -> None:

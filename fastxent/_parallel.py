@@ -26,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from fastxent import _task
-from fastxent._plan import TILE, Plan, Variant, flat_plan
+from fastxent._plan import TILE, Plan, Variant, check_plan
 
 # Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
 WORTH_A_THREAD = 16384
@@ -139,7 +139,7 @@ class PackedTask:
         self.check = None
         if plan.variant.labelled and not self.alone:
             n_rows, n_classes, *_ = plan.planned
-            self.check = PackedTask("check_targets", flat_plan(n_rows, n_classes, "f32"), ignore=arguments["ignore"])
+            self.check = PackedTask("check_targets", check_plan(n_rows, n_classes), ignore=arguments["ignore"])
 
     def __call__(self, x: int, g: int, y: int, n_threads: int | None = None) -> tuple[float, float, float]:
         """As `run`."""

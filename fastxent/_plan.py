@@ -20,6 +20,9 @@ MOST_KEPT = 2048
 TILE = MOST_KEPT * LANES * 8  # bytes
 # Elements handed to a thread at a time: long enough to hide the counter, short enough to share out evenly.
 CHUNK = 16384
+# Where class indices are checked, a unit is of this many; of logits of two classes, a logarithm each in float64, it is of 16,
+# which are worth as much as this many elements.
+CHECKED, BINARY_COST = 8 * LANES, 160
 # Fewer rows than this, and each longer than two segments: the row is split, or threads would have nothing to do.
 FEW_ROWS, SEGMENT = 64, 1024
 MOST_SEGMENTS = 64
@@ -173,18 +176,20 @@ def make_plan(
     return Plan(variant, planned, table, n_units, n_chunks, n_rows * n_classes)
 
 
+def check_plan(n_rows: int, n_classes: int) -> Plan:
+    """Plan a walk over class indices."""
+    return _flat_plan(n_rows, n_classes, Variant("f32"), CHECKED, CHUNK // CHECKED)
+
+
+def binary_plan(n: int, logits: str, target: str, differentiate: bool) -> Plan:
+    """Plan a walk over logits of two classes."""
+    return _flat_plan(n, 2, Variant(logits, target, differentiate=differentiate), LANES, CHUNK // BINARY_COST)
+
+
 @lru_cache(maxsize=4096)
-def flat_plan(
-    n: int,
-    n_classes: int,
-    logits: str,
-    target: str | None = None,
-    elements_per_unit: int = LANES,
-    differentiate: bool = False,
-) -> Plan:
-    """Plan a walk over n elements, 16 a unit: class indices to be checked, or logits of two classes."""
-    n_units = -(-n // LANES)
-    chunk = CHUNK // elements_per_unit
+def _flat_plan(n: int, n_classes: int, variant: Variant, unit: int, chunk: int) -> Plan:
+    """Plan a walk over n elements, ``unit`` at a time, ``chunk`` units handed out at once."""
+    n_units = -(-n // unit)
     n_chunks = -(-n_units // chunk)
     planned = (n, n_classes, 1, n_units, n_units, chunk, n_chunks, 1, 1, 0, 0, 0, 0)
-    return Plan(Variant(logits, target, differentiate=differentiate), planned, (), n_units, n_chunks, n)
+    return Plan(variant, planned, (), n_units, n_chunks, n)

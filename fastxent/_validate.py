@@ -11,7 +11,7 @@ import numpy as np
 
 from fastxent import _memory
 from fastxent._parallel import check_threads, run, small
-from fastxent._plan import FEW_CLASSES, Plan, flat_plan, make_plan
+from fastxent._plan import FEW_CLASSES, Plan, check_plan, make_plan
 
 Array = np.ndarray[Any, Any]
 
@@ -169,7 +169,7 @@ def new_gradient(x: Array, axis: int) -> Array:
     """A new array for the gradient of x: `like`, but of whole cache lines, and touched before, where that counts."""
     if x.nbytes < _memory.SMALLEST or not x.flags.c_contiguous:
         return like(x, axis)
-    return _memory.buffer(x.nbytes).view(x.dtype).reshape(x.shape)
+    return _memory.empty(x.shape, x.dtype)
 
 
 def check_target(target: object, x: Array, axis: int, ignore: int) -> tuple[Array | None, Array | None]:
@@ -211,7 +211,7 @@ def check_classes(y: Array, n_classes: int, w: Array | None, u: Array | None, ig
     """The sum of the kept rows' weights: the divisor of the mean. Raises if a class index is out of range."""
     if y.size == 0:
         return 0.0
-    plan = flat_plan(y.size, n_classes, "f32")
+    plan = check_plan(y.size, n_classes)
     total, bad, _ = run("check_targets", plan, n_threads, y=address(y), w=address(w), u=address(u), ignore=ignore)
     if bad:
         raise out_of_range(y, n_classes, ignore)

@@ -7,11 +7,8 @@ from typing import Any
 import numpy as np
 
 from fastxent._parallel import check_threads, run
-from fastxent._plan import flat_plan
+from fastxent._plan import binary_plan
 from fastxent._validate import Array, accumulator, address, check_out, check_reduction, floating, storage
-
-# An element takes a logarithm in float64: a unit of 16 is worth as much as 160 elements of softmax.
-_COST = 160
 
 
 def binary_cross_entropy_with_logits(
@@ -141,7 +138,7 @@ def _binary(
     g = np.empty_like(x) if differentiate else x
     total = 0.0
     if x.size:
-        plan = flat_plan(x.size, 2, storage(x.dtype) or "", storage(t.dtype), _COST, differentiate)
+        plan = binary_plan(x.size, storage(x.dtype) or "", storage(t.dtype) or "", differentiate)
         total, *_ = run(
             "binary", plan, threads, x=address(x), t=address(t), g=address(g) if differentiate else 0, w=address(w),
             u=address(positive), loss=address(rows), divisor=x.size if reduction == "mean" else 1.0,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fastxent._plan import CHUNK, FEW_CLASSES, FEW_ROWS, LANES, MOST_TILED, flat_plan, make_plan, row_axes
+from fastxent._plan import CHUNK, FEW_CLASSES, FEW_ROWS, LANES, MOST_TILED, check_plan, make_plan, row_axes
 
 
 def c_strides(shape, itemsize=4):
@@ -71,4 +71,4 @@ def test_few_long_rows_are_split():
 
 def test_a_chunk_is_worth_its_hand_out():
     assert plan((1 << 20, 10)).planned[5] * LANES * 10 == pytest.approx(CHUNK, rel=0.1)
-    assert flat_plan(1 << 20, 10, "f32").n_chunks == (1 << 20) // CHUNK
+    assert check_plan(1 << 20, 10).n_chunks == (1 << 20) // CHUNK

@@ -6,15 +6,20 @@ import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false as is_non_overlapping_and_dense
 
 from fastxent import _memory, _parallel
 from fastxent._known import MOST_KNOWN
-from fastxent._plan import FEW_CLASSES, Plan, flat_plan, make_plan
+from fastxent._plan import FEW_CLASSES, Plan, check_plan, make_plan
 
 STORAGE = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
+_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(np.int16),
+    torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64),
+}  # fmt: skip
 INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64}
 NONE, MEAN, SUM = 0, 1, 2  # torch.nn._reduction's numbers
 _PAST_ALL_CLASSES = 2**63 - 1
@@ -75,7 +80,7 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
         y = as_int64(y).contiguous()
     divisor = None
     if not _parallel.small(x.numel()):
-        plan = flat_plan(y.numel(), n_classes, "f32")
+        plan = check_plan(y.numel(), n_classes)
         divisor, bad, _ = _parallel.run(
             "check_targets", plan, n_threads, y=y.data_ptr(), w=_address(w), u=_address(u), ignore=ignore_index
         )
@@ -278,5 +283,9 @@ def gradient_like(input: Tensor) -> Tensor:
     nbytes = input.numel() * input.element_size()
     if nbytes < _memory.SMALLEST or not (input.is_contiguous() or is_non_overlapping_and_dense(input)):
         return torch.empty_like(input)
-    flat = torch.from_numpy(_memory.buffer(nbytes)).view(input.dtype)
-    return flat.as_strided(input.shape, input.stride())
+    contiguous = input.is_contiguous()
+    dtype = input.dtype
+    g = torch.from_numpy(_memory.empty(input.shape if contiguous else (input.numel(),), _NUMPY[dtype]))
+    if dtype == torch.bfloat16:  # NumPy has none
+        g = g.view(dtype)
+    return g if contiguous else g.as_strided(input.shape, input.stride())

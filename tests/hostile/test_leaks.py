@@ -85,6 +85,10 @@ def test_memory_is_flat_over_100_000_calls():
 MIB = 1 << 20
 
 
+def buffer(nbytes: int) -> np.ndarray:
+    return _memory.empty((nbytes,), np.dtype(np.uint8))
+
+
 @pytest.fixture(autouse=True)
 def empty_store() -> Iterator[None]:
     limit = _memory._Store.limit
@@ -206,26 +210,26 @@ def test_an_error_in_the_midst_gives_the_buffer_back():
 
 def test_the_store_is_bounded_and_gives_back():
     fx.set_buffer_limit(8 * MIB)
-    leases = [_memory.buffer(3 * MIB) for _ in range(5)]
+    leases = [buffer(3 * MIB) for _ in range(5)]
     del leases
     assert 0 < fx.release_buffers() <= 8 * MIB
     assert fx.release_buffers() == 0
-    big = _memory.buffer(9 * MIB)
+    big = buffer(9 * MIB)
     del big
     assert fx.release_buffers() == 0  # larger than all that may be kept
     fx.set_buffer_limit(0)
-    last = _memory.buffer(3 * MIB)
+    last = buffer(3 * MIB)
     del last
     assert fx.release_buffers() == 0
 
 
 def test_the_latest_are_kept():
     fx.set_buffer_limit(4 * MIB)
-    old, new = _memory.buffer(2 * MIB), _memory.buffer(3 * MIB)
+    old, new = buffer(2 * MIB), buffer(3 * MIB)
     place = address(new)
     del old
     del new
-    assert address(_memory.buffer(3 * MIB)) == place
+    assert address(buffer(3 * MIB)) == place
 
 
 def test_threads_share_the_store_and_nothing_else():
@@ -235,9 +239,9 @@ def test_threads_share_the_store_and_nothing_else():
     def work(me: int) -> None:
         held: list[np.ndarray] = []
         for i in range(150):
-            buffer = _memory.buffer(MIB + 4096 * (i % 3))
-            buffer[::4096] = me
-            held = [*held[-2:], buffer]
+            mine = buffer(MIB + 4096 * (i % 3))
+            mine[::4096] = me
+            held = [*held[-2:], mine]
             if any((b[::4096] != me).any() for b in held):
                 wrong.append(me)
             if i % 40 == 0:
@@ -256,18 +260,19 @@ FORK = """
 import os, child
 import numpy as np, fastxent as fx
 from fastxent import _memory
-lent, freed = _memory.buffer(1 << 21), _memory.buffer(1 << 21)
+buffer = lambda n: _memory.empty((n,), np.dtype("u1"))
+lent, freed = buffer(1 << 21), buffer(1 << 21)
 lent[:] = 1
 place = freed.ctypes.data
 del freed
 def inside():
     assert fx.release_buffers() == 0  # what the parent has kept is the parent's
-    mine = _memory.buffer(1 << 21)
+    mine = buffer(1 << 21)
     mine[:] = 2
     assert (lent == 1).all()
     return "well"
 assert child.in_a_fork(inside) == "well"
-assert (lent == 1).all() and _memory.buffer(1 << 21).ctypes.data == place
+assert (lent == 1).all() and buffer(1 << 21).ctypes.data == place
 _memory._Store.lock.acquire()  # another thread's, in the midst of something
 assert child.in_a_fork(inside) == "well"
 _memory._Store.lock.release()
@@ -282,12 +287,12 @@ def test_the_store_survives_a_fork():
 
 def test_the_end_of_a_buffer_in_the_midst_of_the_store():
     """The collector may run while the lock is held: the end of a lease then waits for nobody."""
-    lease = _memory.buffer(2 * MIB)
+    lease = buffer(2 * MIB)
     with _memory._Store.lock:
         del lease
     assert fx.release_buffers() >= 2 * MIB
 
 
 def test_buffers_at_the_end_of_the_process():
-    code = "from fastxent import _memory; kept = [_memory.buffer(1 << 21) for _ in range(3)]; import sys; sys.kept = kept"
+    code = "import sys, numpy; from fastxent._memory import empty; sys.kept = [empty((1 << 19,), numpy.dtype(int)) for _ in '123']"
     assert run_script(code) == ""
