@@ -84,7 +84,8 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
             if nbytes <= b.nbytes <= nbytes + nbytes // 4 and (best is None or b.nbytes < _Store.kept[best].nbytes):
                 best = i
         found = None if best is None else _Store.kept.pop(best)
-    return np.asarray(_Lease(_new(nbytes) if found is None else found, shape, dtype))
+    a = np.asarray(_Lease(_new(nbytes) if found is None else found, shape, dtype))
+    return a if a.dtype == dtype else a.view(dtype)  # bfloat16 is a dtype that NumPy's array interface cannot name
 
 
 def _new(nbytes: int) -> _Buffer:

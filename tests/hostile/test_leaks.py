@@ -294,5 +294,5 @@ def test_the_end_of_a_buffer_in_the_midst_of_the_store():
 
 
 def test_buffers_at_the_end_of_the_process():
-    code = "import sys, numpy; from fastxent._memory import empty; sys.kept = [empty((2**19,), numpy.dtype(int)) for _ in '123']"
+    code = "import sys, numpy as np; from fastxent._memory import empty; sys.kept = [empty((2**20,), np.dtype('u1'))] * 3"
     assert run_script(code) == ""
