@@ -29,7 +29,7 @@ from fastxent._simd import INLINE, LANES, all_lanes, every_lane, first_lanes, io
 
 BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
 LINE = 64  # bytes of a cache line
-LATER = 8192  # bytes between the short rows that are worked on and those that are asked for
+LATER = 2048  # bytes between the short rows that are worked on and those that are asked for
 AHEAD = 4096  # vectors of the next row that are asked for during the gradient: what half a second-level cache holds
 
 # ----------------------------------------------------------------------------------------------------
