@@ -130,13 +130,14 @@ class Floor:
         self.t = floats(n_units * unit) if soft else None
         self.g = self.x if which == IN_PLACE else floats(n_units * unit) if which == OUT else None
         self.sums = np.zeros(3 + 2 * n_chunks)  # of all, then of each chunk
+        self.taken = np.zeros(n_chunks, np.int64)
         fields = {
             "n_rows": -(-read_bytes // unit), "n_vectors": vectors, "n_units": n_units, "chunk": chunk, "n_chunks": n_chunks,
-            "total": self.sums.ctypes.data, "partial": self.sums.ctypes.data + 24,
+            "total": self.sums.ctypes.data, "partial": self.sums.ctypes.data + 24, "taken": self.taken.ctypes.data,
             "x": self.x.ctypes.data, "t": _address(self.t), "g": _address(self.g),
         }  # fmt: skip
         self.block = ctypes.create_string_buffer(_task.BLOCK.size)
-        _task.BLOCK.pack_into(self.block, 0, 0, 0, 0, *(fields.get(field, 0) for field, _ in _task.FIELDS))
+        _task.BLOCK.pack_into(self.block, 0, 0, 0, *(fields.get(field, 0) for field, _ in _task.FIELDS))
         variant = Variant("f32", target="f32" if soft else None)
         plan = Plan(variant, (), (), n_units, n_chunks, case.logit_bytes // 4)
         self.launch: Callable[[str], object] = lambda task: _parallel._launch(
@@ -148,7 +149,6 @@ class Floor:
             self.task = min(TASKS_OF[which], key=self._best_time)
 
     def run(self) -> None:
-        ctypes.memset(self.block, 0, 8 * _task.FIRST_SLOT)  # the counters
         self.launch(self.task)
 
     def restore(self) -> None:

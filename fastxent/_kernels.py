@@ -3,7 +3,7 @@
 from numba import njit
 
 from fastxent._elementary import exp_up, log, log1p, shift_by, up
-from fastxent._loadstore import fetch_add, gather, get, itemsize, load_masked, put, store_masked
+from fastxent._loadstore import call, exchange, fetch_add, gather, get, itemsize, load_masked, put, store_masked
 from fastxent._maths import (
     add,
     exponentials,
@@ -41,7 +41,7 @@ from fastxent._simd import (
     where,
     widen,
 )
-from fastxent._task import ENTERED, FINISHED, NEXT
+from fastxent._task import ENTERED, FINISHED
 
 NAN = float("nan")
 MOST = 1e300  # of a product whose log is still to be taken
@@ -310,6 +310,9 @@ def log_of(task, x):
 def walk(task, visit):
     """Take chunks of units until none is left; sum each chunk in order; the last to finish sums the chunks in order.
 
+    A thread begins with its own share of the chunks, the same in every run, for it may find them in its core's cache; then it
+    takes what is left of the next one's.
+
     A unit returns a number, a factor and a count. The numbers, and the logs of the factors, are added up, and lose nothing to
     rounding on the way; of the factors there is one log for as many as have a product below the largest float64.
     """
@@ -318,9 +321,14 @@ def walk(task, visit):
             return
     n_chunks = task.n_chunks
     partial = task.partial  # (n_chunks, 2) out
-    tile = task.tiles + fetch_add(task, ENTERED) * TILE  # this thread's
-    chunk = fetch_add(task, NEXT)
-    while chunk < n_chunks:
+    me = fetch_add(task, ENTERED) if task.thread_number == 0 else call(task.thread_number)
+    tile = task.tiles + me * TILE
+    first = me * n_chunks // task.team
+    for nth in range(n_chunks):
+        chunk = first + nth if first + nth < n_chunks else first + nth - n_chunks
+        at = 8 * chunk
+        if get(task.taken, at) == task.round or exchange(task.taken, at, task.round) == task.round:
+            continue
         total, lost, product, count = 0.0, 0.0, 1.0, 0.0
         for number in range(chunk * task.chunk, min(task.n_units, (chunk + 1) * task.chunk)):
             x, factor, n = visit(task, tile, number)
@@ -341,7 +349,6 @@ def walk(task, visit):
                 count += get(partial, 16 * k + 8)
             put(task.total, 0, whole(total, lost))
             put(task.total, 8, count)
-        chunk = fetch_add(task, NEXT)
 
 
 def check_targets_task(task):

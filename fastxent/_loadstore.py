@@ -322,6 +322,28 @@ def put(typingctx, p, offset, value):
 
 
 @intrinsic
+def exchange(typingctx, p, offset, value):
+    """Write an integer and return what was there, atomically."""
+
+    def codegen(context, builder, sig, args):
+        address = builder.gep(args[0], [args[1]])
+        return builder.atomic_rmw("xchg", _typed(builder, address, I64), args[2], "acq_rel")
+
+    return types.int64(p, types.int64, types.int64), codegen
+
+
+@intrinsic
+def call(typingctx, function):
+    """What the C function without arguments at an address returns: an int."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], ir.FunctionType(I32, []).as_pointer())
+        return builder.sext(builder.call(pointer, []), I64)
+
+    return types.int64(function), codegen
+
+
+@intrinsic
 def fetch_add(typingctx, task, slot):
     """Add 1 to an integer slot of the task and return what it was, atomically; this thread's earlier writes are seen first."""
 

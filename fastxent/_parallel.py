@@ -12,6 +12,7 @@ call it and kills forked children (DESIGN.md, section 5).
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import os
 import sys
@@ -56,9 +57,10 @@ class _State:
 
 
 # Looked up once: a small call is a few microseconds.
-_reset, _start = _task.COUNTERS.pack_into, _task.START.pack_into
+_start, _start_alone = _task.START.pack_into, _task.START_ALONE.pack_into
 _set_totals, _totals_of = _task.TOTAL.pack_into, _task.TOTAL.unpack_from
 _AT_TOTAL = _task.BLOCK.size
+_rounds = itertools.count(1)
 
 _kernels: dict[tuple[str, Variant], Kernel] = {}
 
@@ -113,12 +115,14 @@ def argument_block(
     """
     total = _task.BLOCK.size
     segments = 48 * plan.n_units if plan.variant.split else 0
-    block = ctypes.create_string_buffer(total + _task.TOTAL.size + 16 * plan.n_chunks + segments)
+    block = ctypes.create_string_buffer(total + _task.TOTAL.size + 24 * plan.n_chunks + segments)
     at_total = ctypes.addressof(block) + total
     at_partial = at_total + _task.TOTAL.size
-    at_segments = at_partial + 16 * plan.n_chunks
+    at_taken = at_partial + 16 * plan.n_chunks
+    at_segments = at_taken + 8 * plan.n_chunks
     _task.BLOCK.pack_into(
-        block, 0, 0, 0, 0, x, g, h, t, y, tiles, *plan.planned, ctypes.addressof(plan.table), at_partial, at_segments, at_total,
+        block, 0, 0, 0, 0, 0, 0, x, g, h, t, y, tiles, *plan.planned,
+        ctypes.addressof(plan.table), at_partial, at_taken, at_segments, at_total,
         w, u, loss, lse, entropy, target_prob, prediction, target_rank,
         w != 0, u != 0, loss != 0, g != x and g % plan.itemsize == 0, ignore, keep, spread, factor, check, average, z, cap,
     )  # fmt: skip
@@ -155,7 +159,7 @@ class PackedTask:
             at = ctypes.addressof(block)
         tiles = _take_tiles()
         try:
-            _start(block, 0, 0, 0, 0, x, g, 0, 0, y, tiles[1])
+            _start_alone(block, 0, 0, 0, next(_rounds), 0, 1, x, g, 0, 0, y, tiles[1])
             if self.alone:
                 self.kernels[0].call(at)
             else:
@@ -175,13 +179,12 @@ def small(elements: int) -> bool:
 
 def _launch_all(tasks: list[Kernel], block: ctypes.Array[ctypes.c_char], plan: Plan, n_threads: int | None) -> None:
     for task in tasks:
-        _reset(block, 0, 0, 0, 0)
         _launch(task, block, plan, n_threads)
 
 
 def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_threads: int | None) -> None:
     if small(plan.elements) or plan.n_chunks == 1 or _State.forked:
-        task.call(block)
+        _alone(task, block)
         return
     useful = min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD, _MOST_THREADS)
     call = object()
@@ -193,13 +196,19 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
             team = min(team, MOST_THREADS_A_CPU * available_cpus())
         openmp = _openmp()
         if team == 1:
-            task.call(block)
+            _alone(task, block)
         elif openmp is not None:
+            _start(block, 0, 0, 0, next(_rounds), _thread_number(openmp), team)
             openmp.GOMP_parallel(task.address, block, team, 0)
         else:
             _run_on_threads(task, block, plan, team)
     finally:
         _State.calls.discard(call)
+
+
+def _alone(task: Kernel, block: ctypes.Array[ctypes.c_char]) -> None:
+    _start(block, 0, 0, 0, next(_rounds), 0, 1)
+    task.call(block)
 
 
 def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, team: int) -> None:
@@ -208,6 +217,8 @@ def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan
     left: list[None] = []
     over: list[None] = []
     wake: SimpleQueue[None] = SimpleQueue()
+    this_round = next(_rounds)
+    _start(block, 0, 0, 0, this_round, 0, team)
 
     def help_out() -> None:
         entered.append(None)
@@ -226,7 +237,7 @@ def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan
         while True:
             try:
                 over.append(None)
-                _task.NO_MORE.pack_into(block, 0, plan.n_chunks)
+                _leave_nothing(block, plan, this_round)
                 while len(left) < len(entered):
                     with suppress(Empty):
                         wake.get(timeout=0.1)
@@ -235,6 +246,13 @@ def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan
                 interrupt = again
     if interrupt is not None:
         raise interrupt
+
+
+def _leave_nothing(block: ctypes.Array[ctypes.c_char], plan: Plan, this_round: int) -> None:
+    """Take all chunks, so that nobody works on."""
+    at_taken = _AT_TOTAL + _task.TOTAL.size + 16 * plan.n_chunks
+    taken = (ctypes.c_int64 * plan.n_chunks).from_buffer(block, at_taken)
+    taken[:] = [this_round] * plan.n_chunks
 
 
 def _jobs() -> SimpleQueue[Callable[[], None]]:
@@ -268,6 +286,12 @@ if hasattr(os, "register_at_fork"):
 def _openmp() -> ctypes.CDLL | None:
     """The process's libgomp: PyTorch's, once that is loaded, so that both share one pool; else the system's; else None."""
     return _find_openmp("torch" in sys.modules)
+
+
+@lru_cache(maxsize=2)
+def _thread_number(openmp: ctypes.CDLL) -> int:
+    """Where its function is that tells a thread its number in the team."""
+    return ctypes.cast(openmp.omp_get_thread_num, ctypes.c_void_p).value or 0
 
 
 @lru_cache(maxsize=2)

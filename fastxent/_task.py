@@ -1,14 +1,20 @@
 """The argument block of a kernel: one contract, read by the kernels (as a Numba type) and written by ``_parallel``.
 
-8-byte slots: three counters that the threads of a team share, each alone on its cache line, then the arguments in this order.
+8-byte slots: two counters that the threads of a team share, each alone on its cache line, then the arguments in this order.
 "axis" is the class axis, the others are the row axes; strides and steps are bytes, pointers are addresses.
 """
 
 import struct
 
-NEXT, FINISHED, ENTERED = 0, 8, 16  # slots of the counters: chunks handed out, chunks done, threads at work
+FINISHED, ENTERED = 0, 8  # slots of the counters: chunks done, threads at work
 
-# Where the arrays of a call are: (name, kind)
+# Who runs it: (name, kind)
+RUN = (
+    ("round", "int"),  # number of this run, of all runs of the process
+    ("thread_number", "int"),  # address of the OpenMP runtime's function that tells a thread's number, or 0
+    ("team", "int"),  # number of threads
+)
+# Where the arrays of a call are
 OPERANDS = (
     ("x", "x"),  # (rows, C) in: logits
     ("g", "x"),  # (rows, C) out: gradient, or (log-)probabilities; may be x
@@ -37,6 +43,7 @@ PLANNED = (
 CALLED = (
     ("axes", "i64"),  # (n_axes, 5) in: extent, strides in x, g, t, rows; innermost first
     ("partial", "f64"),  # (n_chunks, 2) out: sum and count of a chunk
+    ("taken", "i64"),  # (n_chunks,) in/out: the last run in which a thread took this chunk
     ("segments", "f64"),  # (n_units, 6) in/out: statistics of the segments of split rows
     ("total", "f64"),  # (3,) out: sum and count of all units; in/out: divisor of the gradient
     ("w", "f64"),  # (C,) in: class weights
@@ -60,9 +67,8 @@ CALLED = (
     ("z", "float"),  # factor of lse^2 in the loss
     ("cap", "float"),  # softcap
 )
-FIELDS = OPERANDS + PLANNED + CALLED
-FIRST_SLOT = 24
-BLOCK = struct.Struct("=q56xq56xq56x" + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
-COUNTERS, NO_MORE = struct.Struct("=q56xq56xq"), struct.Struct("=q")
-START = struct.Struct("=q56xq56xq56x6q")  # the counters and the operands
+FIELDS = RUN + OPERANDS + PLANNED + CALLED
+FIRST_SLOT = 16
+BLOCK = struct.Struct("=q56xq56x" + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
+START, START_ALONE = struct.Struct("=q56xq56x3q"), struct.Struct("=q56xq56x3q6q")  # the counters, RUN; and the operands
 TOTAL = struct.Struct("=3d")

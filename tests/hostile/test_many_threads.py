@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import sys
@@ -113,6 +114,8 @@ def test_calls_in_flight_share_the_cores(monkeypatch):
 
     class Library:
         """OpenMP's place, waiting in the first call."""
+
+        omp_get_thread_num = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
 
         def GOMP_parallel(self, function: int, block: Any, team: int, flags: int) -> None:
             teams.append(team)
