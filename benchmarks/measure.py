@@ -2,8 +2,9 @@
 
 So a machine that slows down for a while slows all of them, and the ratio of two within a round hardly notices. Before each
 sample, untimed: a pause, in which the worker threads of other libraries stop spinning; the call's ``prepare`` (inputs that
-were overwritten are restored); and for short calls one run, which wakes its own threads. A short call is repeated within a
-sample; a call in place then works on the gradient of the gradient, which takes the same time.
+were overwritten are restored); and for a short call as many runs as the sample will have: they wake its threads, and bring back
+to the caches what the calls of others have pushed out. A short call is repeated within a sample; a call in place then works on
+the gradient of the gradient, which takes the same time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.cases import LOSS, Case, Inputs, WrongResult, check
 from benchmarks.providers import BY_NAME, PROVIDERS, Call, Provider
 
 PAUSE = 0.01  # seconds; libgomp's threads spin for some 3 ms after a loop, sklearn's on the cores that PyTorch's need
-SHORT = 0.02  # seconds; a shorter call is run once before it is timed
+SHORT = 0.02  # seconds; a shorter call is run before it is timed
 SAMPLE = 0.002  # seconds that a sample should last
 
 Group = dict[str, Any]  # what is written as JSON: see `run_group`
@@ -116,7 +117,7 @@ def time_interleaved(calls: Mapping[str, Call], n_threads: int, effort: Effort, 
     """Runs a sample, and the samples: one a round, so that those of two calls pair up."""
     estimates = {name: estimate(call) for name, call in calls.items()}
     numbers = {name: max(1, min(1000, round(SAMPLE / t))) for name, t in estimates.items()}
-    a_round = sum(PAUSE + t * (numbers[name] + (t < SHORT)) for name, t in estimates.items())
+    a_round = sum(PAUSE + t * numbers[name] * (1 + (t < SHORT)) for name, t in estimates.items())
     rounds = max(effort.least, min(effort.most, int(effort.seconds / a_round)))
 
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -130,7 +131,7 @@ def time_interleaved(calls: Mapping[str, Call], n_threads: int, effort: Effort, 
                 set_threads(n_threads)
                 time.sleep(PAUSE)
                 if estimates[name] < SHORT:
-                    time_call(calls[name], 1)
+                    time_call(calls[name], numbers[name])
                 samples[name].append(time_call(calls[name], numbers[name]))
                 check_threads(n_threads, name)
     except KeyboardInterrupt:

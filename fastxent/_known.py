@@ -36,12 +36,16 @@ def _kind_of(name: str, logits: Array, target: Array, out: Array | None, options
     )  # fmt: skip
 
 
-def recall(name: str, logits: object, target: object, out: object, options: tuple[Any, ...]) -> tuple[Any, Any] | None:
+def recall(
+    name: str, logits: object, target: object, out: object, options: tuple[Any, ...], n_threads: int | None
+) -> tuple[Any, Any] | None:
     """Loss, and gradient if ``name`` is "value_and_grad"; None where all has to be checked.
 
     ``options``: axis, ignore_index, label_smoothing, reduction.
     """
     if type(logits) is not np.ndarray or type(target) is not np.ndarray or (out is not None and type(out) is not np.ndarray):
+        return None
+    if n_threads is not None and (type(n_threads) is not int or n_threads < 1):
         return None
     try:
         known = _known[_kind_of(name, logits, target, out, options)]
@@ -56,7 +60,7 @@ def recall(name: str, logits: object, target: object, out: object, options: tupl
         g_end = g_at + known.x_bytes
         if (g_at != x_at and g_at < x_at + known.x_bytes and x_at < g_end) or (g_at < y_at + known.y_bytes and y_at < g_end):
             return None  # memory is shared
-    total, bad, divisor = known.task(x_at, g_at, y_at)
+    total, bad, divisor = known.task(x_at, g_at, y_at, n_threads)
     return None if bad else (known.loss(over(total, divisor)), g)
 
 

@@ -117,8 +117,8 @@ def cross_entropy(
     >>> fx.cross_entropy(logits, [0, -100], reduction="none").round(4)
     array([0.417, 0.   ])
     """
-    plain, options = weight is sample_weight is n_threads is None, (axis, ignore_index, label_smoothing, reduction)
-    if plain and (met := recall("value", logits, target, None, options)):
+    plain, options = weight is sample_weight is None, (axis, ignore_index, label_smoothing, reduction)
+    if plain and (met := recall("value", logits, target, None, options, n_threads)):
         return met[0]
     check_reduction(reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
@@ -184,8 +184,8 @@ def cross_entropy_value_and_grad(
     array([[ 0.125, -0.375,  0.125,  0.125],
            [ 0.125,  0.125,  0.125, -0.375]])
     """
-    plain, options = weight is sample_weight is n_threads is None, (axis, ignore_index, label_smoothing, reduction)
-    if plain and (met := recall("value_and_grad", logits, target, out, options)):
+    plain, options = weight is sample_weight is None, (axis, ignore_index, label_smoothing, reduction)
+    if plain and (met := recall("value_and_grad", logits, target, out, options, n_threads)):
         return met
     check_reduction(reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
