@@ -94,7 +94,8 @@ def check_first(task):
 @njit(**INLINE)
 def deliver_loss(task, unit, state, y):
     """Store the rows' losses if they are wanted; return their sum, as ``walk`` takes it."""
-    if not task.double and task.store_loss == 0 and task.weighted == 0 and task.sampled == 0 and task.z == 0.0:  # Q = 1
+    plain = task.weighted == 0 and task.sampled == 0 and task.z == 0.0 and not task.soft  # Q = 1: l = log s - D
+    if plain and task.store_loss == 0 and not task.double:
         rest, product = sum_loss(task, unit, state, y)
         return rest, product, 0.0
     loss = row_loss(task, unit, state, y)
@@ -135,7 +136,8 @@ def value_and_grad(task, tile, number):
             loss = deliver_loss(task, unit, state, y)
         write_gradient(task, unit, factors(task, unit, state, y))
     else:
-        loss = deliver_no_loss(task, unit)
+        if not task.split or unit.start == 0:
+            loss = deliver_no_loss(task, unit)
         write_zeros(task, unit)
     return loss
 

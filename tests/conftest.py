@@ -105,6 +105,7 @@ OPTIONS = [
     "smoothing_one",
     "weight ignore smoothing sample_weight",
     "probabilities",
+    "probabilities unnormalised",
     "one_hot",
     "probabilities weight",
     "probabilities weight smoothing sample_weight",
@@ -177,7 +178,10 @@ def make_case(dtype: np.dtype, shape: tuple[int, ...], option: str = "index") ->
     if "ignore_class" in words:
         options["ignore_index"] = classes // 2
     if "probabilities" in words:
-        target = rng.dirichlet(np.full(classes, 0.5), rows).astype(acc)
+        target = rng.dirichlet(np.full(classes, 0.5), rows)
+        if "unnormalised" in words:  # nobody says that they must add up to 1
+            target = target * rng.uniform(0, 3, (*rows, 1))
+        target = target.astype(acc)
     if "one_hot" in words:
         target = np.eye(classes, dtype=acc)[target]
     return Case(logits, target, options)

@@ -104,6 +104,8 @@ def make_call(number: int) -> Call:
             if rng.random() < 0.7
             else np.eye(classes)[rng.integers(0, classes, rows)]
         )
+        if rng.random() < 0.3:
+            t = t * rng.uniform(0, 3, (*t.shape[:-1], 1))
         target = laid_out(rng, np.moveaxis(t, -1, axis).astype(acc))
     else:
         integer = INTEGERS[rng.integers(len(INTEGERS))] if classes < 128 else np.dtype(np.int64)

@@ -34,6 +34,7 @@ OPTIONS = [
     "smoothing",
     "weight ignore smoothing",
     "probabilities",
+    "probabilities unnormalised",
     "probabilities weight smoothing",
 ]
 EXTRAS = [
@@ -98,7 +99,10 @@ def make_case(dtype: torch.dtype, shape: tuple[int, ...], option: str = "index",
     if "softcap" in words:
         options["softcap"] = SOFTCAP
     if "probabilities" in words:
-        target = tensor(np.moveaxis(rng.dirichlet(np.full(classes, 0.5), rows), -1, axis), dtype)
+        t = rng.dirichlet(np.full(classes, 0.5), rows)
+        if "unnormalised" in words:  # nobody says that they must add up to 1
+            t = t * rng.uniform(0, 3, (*t.shape[:-1], 1))
+        target = tensor(np.moveaxis(t, -1, axis), dtype)
     return Case(x, target, options)
 
 
