@@ -383,14 +383,13 @@ def sample_weights(task, unit):
 @njit(**INLINE)
 def target_sums(task, state, y):
     """Q and D, with what a class index adds."""
-    q_sum, q_dot, q_y = state.q_sum * share(task), state.q_dot * share(task), y.w_y
-    if task.dense:
-        q_y = y.w_y * task.keep
-    else:
-        q_sum, q_dot = q_y * 0.0, q_y * 0.0
+    below = widen(capped(task, y.raw_x_y)) - widen(state.m)
+    if not task.dense:
+        return y.w_y, y.w_y * below
+    q_sum, q_dot = state.q_sum * share(task), state.q_dot * share(task)
     if task.labelled:
-        q_sum = q_sum + q_y
-        q_dot = q_dot + q_y * (widen(capped(task, y.raw_x_y)) - widen(state.m))
+        q_y = y.w_y * task.keep
+        q_sum, q_dot = q_sum + q_y, q_dot + q_y * below
     return q_sum, q_dot
 
 
@@ -406,7 +405,7 @@ def row_loss(task, unit, state, y):
 
 @njit(**INLINE)
 def sum_loss(task, unit, state, y):
-    """The sum of the rows' l = log s - D, but for the logs; the product of s, of which one log is taken for many rows."""
+    """Of l = log s - D, where Q = 1: the sum of -D over the rows, and the product of s, of which one log does for many rows."""
     _, q_dot = target_sums(task, state, y)
     s = where(unit.kept, state.s / up(state.m), 1.0)
     return 0.0 - sum_rows(task, where(unit.kept, q_dot, 0.0)), multiply_rows(task, s)
@@ -429,14 +428,8 @@ def scaled(task, x):
 def factors(task, unit, state, y):
     u = sample_weights(task, unit)
     b = where(unit.kept, scaled(task, u), 0.0)
-    q_sum, q_y = state.q_sum * share(task), splat(b, 0.0)
-    if task.labelled:
-        q_y = y.w_y
-        if task.dense:
-            q_sum = q_sum + y.w_y * task.keep
-            q_y = y.w_y * (task.keep + task.spread)
-        else:
-            q_sum = y.w_y
+    q_sum, _ = target_sums(task, state, y)
+    q_y = y.w_y * (task.keep + task.spread) if task.dense else y.w_y
     if task.z != 0.0:  # not always: the gradient would have to wait for the log
         q_sum = q_sum + (widen(state.m) + log_s(state)) * (2.0 * task.z)
     shift = shift_by(state.m)
