@@ -193,7 +193,8 @@ def check_target(target: object, x: Array, axis: int, ignore: int) -> tuple[Arra
         )
     if a.dtype.kind not in "iu":
         raise TypeError(f"target has dtype {a.dtype}; class indices must be integers")
-    if a.dtype.kind == "u" and a.itemsize == 8 and a.size and a.max() > np.iinfo(np.int64).max:
+    # int: NumPy 1 would compare the two as floats.
+    if a.dtype.kind == "u" and a.itemsize == 8 and a.size and int(a.max()) > np.iinfo(np.int64).max:
         raise _out_of_range(a, (a >= x.shape[axis]) & (a != np.uint64(max(ignore, 0))), x.shape[axis])
     return np.ascontiguousarray(a, dtype=np.int64).reshape(rows), None
 
