@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch._prims_common import is_non_overlapping_and_dense_or_false as is_non_overlapping_and_dense
 
 from fastxent import _memory, _parallel
 from fastxent._known import MOST_KNOWN
@@ -281,9 +280,9 @@ def value_and_grad(
 def gradient_like(input: Tensor) -> Tensor:
     """``torch.empty_like``, in recycled memory and huge pages where that counts."""
     nbytes = input.numel() * input.element_size()
-    if nbytes < _memory.SMALLEST or not (input.is_contiguous() or is_non_overlapping_and_dense(input)):
-        return torch.empty_like(input)
     contiguous = input.is_contiguous()
+    if nbytes < _memory.SMALLEST or not (contiguous or torch.ops.aten.is_non_overlapping_and_dense(input)):
+        return torch.empty_like(input)
     dtype = input.dtype
     g = torch.from_numpy(_memory.empty(input.shape if contiguous else (input.numel(),), _NUMPY[dtype]))
     if dtype == torch.bfloat16:  # NumPy has none
