@@ -121,8 +121,8 @@ def as_int64(target: Tensor) -> Tensor:
 
 def _out_of_bounds(target: Tensor, n_classes: int, ignore_index: int) -> IndexError:
     y = as_int64(target)
-    wrong = target[(y != ignore_index) & ((y < 0) | (y >= n_classes))]
-    return IndexError(f"Target {wrong[0].item()} is out of bounds.")
+    where = ((y != ignore_index) & ((y < 0) | (y >= n_classes))).nonzero()[0].tolist()
+    return IndexError(f"Target {target[tuple(where)].item()} is out of bounds.")
 
 
 def _address(tensor: Tensor | None) -> int:
