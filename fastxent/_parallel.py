@@ -118,7 +118,7 @@ def argument_block(
     block = ctypes.create_string_buffer(total + _task.TOTAL.size + 24 * plan.n_chunks + segments)
     at_total = ctypes.addressof(block) + total
     at_partial = at_total + _task.TOTAL.size
-    at_taken = at_partial + 16 * plan.n_chunks
+    at_taken = ctypes.addressof(block) + _behind_partial(plan)
     at_segments = at_taken + 8 * plan.n_chunks
     _task.BLOCK.pack_into(
         block, 0, 0, 0, 0, 0, 0, x, g, h, t, y, tiles, *plan.planned,
@@ -128,6 +128,11 @@ def argument_block(
     )  # fmt: skip
     _set_totals(block, total, 0.0, 0.0, divisor or math.nan)
     return block
+
+
+def _behind_partial(plan: Plan) -> int:
+    """Where in the block ``taken`` begins."""
+    return _AT_TOTAL + _task.TOTAL.size + 16 * plan.n_chunks
 
 
 class PackedTask:
@@ -250,8 +255,7 @@ def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan
 
 def _leave_nothing(block: ctypes.Array[ctypes.c_char], plan: Plan, this_round: int) -> None:
     """Take all chunks, so that nobody works on."""
-    at_taken = _AT_TOTAL + _task.TOTAL.size + 16 * plan.n_chunks
-    taken = (ctypes.c_int64 * plan.n_chunks).from_buffer(block, at_taken)
+    taken = (ctypes.c_int64 * plan.n_chunks).from_buffer(block, _behind_partial(plan))
     taken[:] = [this_round] * plan.n_chunks
 
 

@@ -30,7 +30,7 @@ def route(
     if weight is None and sample_weight is None and not _is_out_of_the_ordinary():
         kind = kind_of(input, target, options)
         known = known_calls.get(kind)
-        if (
+        if (  # `bytes_behind`, written out: two calls of it are a hundredth of the smallest loss
             known is not None
             and input.untyped_storage().nbytes() >= known.input_bytes + input.storage_offset() * known.itemsize
             and target.untyped_storage().nbytes() >= known.target_bytes + target.storage_offset() * 8
