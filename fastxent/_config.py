@@ -20,7 +20,7 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
     """Compile the common kernels now, not in the first call that needs them.
 
     A kernel takes some seconds to compile; it is then kept on disk, for later processes too. Compiled are loss and gradient for
-    class indices, rows side by side or not, and the check of the class indices; what else is used is compiled when it is.
+    class indices, rows side by side or not; what else is used is compiled when it is.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
     for dtype in dtypes:
         if dtype not in STORAGE:
             raise ValueError(f"dtypes holds {dtype!r}; allowed are {', '.join(STORAGE)}")
-    jobs = [("check_targets", Variant("f32"))]
+    jobs = []
     for dtype in dtypes:
         rows = Variant(STORAGE[dtype], labelled=True, adjacent=True)
         layouts = (

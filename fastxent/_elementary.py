@@ -17,7 +17,7 @@ from fastxent._simd import F64, I32, I64, INLINE, LANES, SCALAR, absolute, at_le
 #         c = coarse + k high is exact; r = ((x - base) - c) - fine - k low. If m is beyond the reach of the grid, all of it is
 #         base: x - base is exact then for every x that matters.
 #   e^r = 1 + r + r^2 q(r), q interpolated at Chebyshev nodes: 0.2 (f32), 0.002 (f64) of a half-ulp.
-#   2^k   is built from k's bits.
+#   2^k   is built from k's bits; 2^k e^r = 2^k + 2^k (r + r^2 q(r)), rounded once.
 # Softmax needs ratios of exponentials only. So exp_up returns exp(x - m) 2^UP, UP = 24 or 52: the factor cancels, and a
 # probability too small for a normal number keeps its bits until the last multiplication rounds it to a denormal one.
 # Below x - m = -(bias + UP) ln 2 the exponent field is 0 and the result exactly 0, also for x = -inf.
@@ -114,8 +114,8 @@ def _exp_up(x, shift):
         k = shifted - magic
         r = x - fma(k, ln2_high, shift.coarse)
         r = fma(k, -ln2_low, r - shift.fine)
-        e_r = fma(r * r, q_of(r), r) + 1.0
-        return e_r * _power_of_two(shifted)
+        power = _power_of_two(shifted)
+        return fma(power, fma(r * r, q_of(r), r), power)
 
     return exp_up
 

@@ -3,7 +3,7 @@
 from numba import njit
 
 from fastxent._elementary import exp_up, log, log1p, shift_by, up
-from fastxent._loadstore import call, exchange, fetch_add, gather, get, itemsize, load_masked, put, store_masked
+from fastxent._loadstore import call, fetch_add, gather, get, itemsize, load_masked, put, raise_to, read_slot, store_masked
 from fastxent._maths import (
     add,
     exponentials,
@@ -21,7 +21,7 @@ from fastxent._maths import (
     whole,
     write_gradient,
 )
-from fastxent._plan import CHECKED, TILE
+from fastxent._plan import CHECKED, CHECKS, TILE
 from fastxent._rows import flush, locate, put_rows, row_values, sum_rows, write, write_out, write_zeros
 from fastxent._simd import (
     INLINE,
@@ -41,20 +41,21 @@ from fastxent._simd import (
     where,
     widen,
 )
-from fastxent._task import ENTERED, FINISHED
+from fastxent._task import CHECK, DONE, ENTERED, OVER, SEGMENTS, WORK
 
 NAN = float("nan")
 MOST = 1e300  # of a product whose log is still to be taken
 NONE = 1 << 62  # past every class number
+PATIENCE = 100  # looks at whether the others are ready, before they are let run
 
 # ----------------------------------------------------------------------------------------------------
-# What each kernel does with unit ``number``; it returns a number, a factor and a count: see ``walk``
+# What each kernel does with unit ``number``; it returns a number and a factor: see ``walk``
 # ----------------------------------------------------------------------------------------------------
 
 
 @njit(**INLINE)
 def check_targets(task, tile, number):
-    """Class indices -> sum of their weights (the divisor of the mean), and how many are out of range."""
+    """Class indices -> sum of their weights (the divisor of the mean); notes if one is out of range."""
     n_kept, n_good = 0, 0
     weights = splat(task.w, 0.0)
     for row in range(number * CHECKED, (number + 1) * CHECKED, LANES):
@@ -71,24 +72,11 @@ def check_targets(task, tile, number):
             if task.sampled != 0:
                 weight = weight * load_masked(task.u + 8 * row, rows)
             weights = weights + where(good, weight, 0.0)
+    if n_good < n_kept:
+        put(task.total, 8, 1.0)
     if task.weighted != 0 or task.sampled != 0:
-        return lane(sum_across(weights), 0), 1.0, float(n_kept - n_good)
-    return float(n_good), 1.0, float(n_kept - n_good)
-
-
-@njit(**INLINE)
-def check_first(task):
-    """All class indices, by one thread: are they in range? Else nothing is to be read or written by them."""
-    weight, lost, bad = 0.0, 0.0, 0.0
-    for number in range((task.n_rows + CHECKED - 1) // CHECKED):
-        dw, _, db = check_targets(task, task.tiles, number)
-        weight, lost = add(weight, lost, dw)
-        bad += db
-    weight = whole(weight, lost)
-    if task.average != 0:
-        put(task.total, 16, weight if weight != 0.0 else NAN)
-    put(task.total, 8, bad)
-    return bad == 0.0
+        return lane(sum_across(weights), 0), 1.0
+    return float(n_good), 1.0
 
 
 @njit(**INLINE)
@@ -97,11 +85,11 @@ def deliver_loss(task, unit, state, y):
     plain = task.weighted == 0 and task.sampled == 0 and task.z == 0.0 and not task.soft  # Q = 1: l = log s - D
     if plain and task.store_loss == 0 and not task.double:
         rest, product = sum_loss(task, unit, state, y)
-        return rest, product, 0.0
+        return rest, product
     loss = row_loss(task, unit, state, y)
     if task.store_loss != 0:
         put_rows(task, task.loss, unit, narrow(task.loss, loss))
-    return sum_rows(task, loss), 1.0, 0.0
+    return sum_rows(task, loss), 1.0
 
 
 @njit(**INLINE)
@@ -109,7 +97,7 @@ def deliver_no_loss(task, unit):
     """All of the unit's rows are ignored."""
     if task.store_loss != 0:
         put_rows(task, task.loss, unit, splat(task.loss, 0.0))
-    return 0.0, 1.0, 0.0
+    return 0.0, 1.0
 
 
 @njit(**INLINE)
@@ -117,7 +105,7 @@ def value(task, tile, number):
     """Loss."""
     unit = locate(task, tile, number)
     if task.split and unit.start > 0:
-        return 0.0, 1.0, 0.0
+        return 0.0, 1.0
     if not any_lane(unit.kept):
         return deliver_no_loss(task, unit)
     y = row_label(task, unit, number)
@@ -128,7 +116,7 @@ def value(task, tile, number):
 def value_and_grad(task, tile, number):
     """Loss and gradient."""
     unit = locate(task, tile, number)
-    loss = 0.0, 1.0, 0.0
+    loss = 0.0, 1.0
     if any_lane(unit.kept):
         y = row_label(task, unit, number)
         state = row_state(task, unit, number)
@@ -158,7 +146,7 @@ def grad_hess(task, tile, number):
         for j in range(unit.start, unit.stop):
             mask = all_lanes() if task.across and j < unit.full else unit.writes
             write(task, task.h + (unit.g + j * task.g_step), unit.g_lanes, zero, mask)
-        return 0.0, 1.0, 0.0
+        return 0.0, 1.0
     f = factors(task, unit, span_state(task, unit), label(task, unit))
     for j in range(unit.start, unit.stop):
         whole = j < unit.full
@@ -167,7 +155,7 @@ def grad_hess(task, tile, number):
         h = hessian_vector(task, unit, j, reads, f)
         write(task, task.h + (unit.g + j * task.g_step), unit.g_lanes, h, writes)
     write_gradient(task, unit, f)
-    return 0.0, 1.0, 0.0
+    return 0.0, 1.0
 
 
 @njit(**INLINE)
@@ -237,7 +225,7 @@ def softmax(task, tile, number):
         mask = all_lanes() if j < unit.full else unit.writes
         write_out(task, unit, j, exponentials(task, unit, j, mask, shift) * inverse_s, mask)
     flush(task, unit)
-    return 0.0, 1.0, 0.0
+    return 0.0, 1.0
 
 
 @njit(**INLINE)
@@ -251,7 +239,7 @@ def log_softmax(task, tile, number):
         log_p = (widen(logits(task, unit, j, mask)) - m) - log_sum
         write_out(task, unit, j, narrow(task.x, log_p), mask)
     flush(task, unit)
-    return 0.0, 1.0, 0.0
+    return 0.0, 1.0
 
 
 @njit(**INLINE)
@@ -261,7 +249,7 @@ def logsumexp(task, tile, number):
     state = row_state(task, unit, number)
     if not task.split or unit.start == 0:
         put_rows(task, task.lse, unit, narrow(task.lse, widen(state.m) + log_s(state)))
-    return 0.0, 1.0, 0.0
+    return 0.0, 1.0
 
 
 @njit(**INLINE)
@@ -295,7 +283,7 @@ def binary(task, tile, number):
         up_hill, down_hill = where(x > 0.0, larger, smaller), where(x > 0.0, smaller, larger)
         g = scaled(task, weight * (negative * up_hill - positive * down_hill))
         store_masked(task.g + first * itemsize(task.g), narrow(task.g, g), mask)
-    return lane(sum_across(loss), 0), 1.0, 0.0
+    return lane(sum_across(loss), 0), 1.0
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -309,85 +297,103 @@ def log_of(task, x):
 
 
 @njit(**INLINE)
-def walk(task, visit):
+def walk(task, phase, me, visit, n_units, chunk):
     """Take chunks of units until none is left; sum each chunk in order; the last to finish sums the chunks in order.
 
     A thread begins with its own share of the chunks, the same in every run, for it may find them in its core's cache; then it
     takes what is left of the next one's.
 
-    A unit returns a number, a factor and a count. The numbers, and the logs of the factors, are added up, and lose nothing to
-    rounding on the way; of the factors there is one log for as many as have a product below the largest float64.
+    A unit returns a number and a factor. The numbers, and the logs of the factors, are added up, and lose nothing to rounding
+    on the way; of the factors there is one log for as many as have a product below the largest float64.
+
+    Returns whether this thread was the last to finish, and if so the sum.
     """
-    if task.labelled:
-        if task.check != 0 and not check_first(task):
-            return
-    n_chunks = task.n_chunks
-    partial = task.partial  # (n_chunks, 2) out
-    me = fetch_add(task, ENTERED) if task.thread_number == 0 else call(task.thread_number)
+    n_chunks = (n_units + chunk - 1) // chunk
+    partial = task.partial  # (n_chunks,) out
     tile = task.tiles + me * TILE
     first = me * n_chunks // task.team
+    number_of_phase = task.round + phase
     for nth in range(n_chunks):
-        chunk = first + nth if first + nth < n_chunks else first + nth - n_chunks
-        at = 8 * chunk
-        if get(task.taken, at) == task.round or exchange(task.taken, at, task.round) == task.round:
+        piece = first + nth if first + nth < n_chunks else first + nth - n_chunks
+        at = 8 * piece
+        if get(task.taken, at) >= number_of_phase or raise_to(task.taken, at, number_of_phase) >= number_of_phase:
             continue
-        total, lost, product, count = 0.0, 0.0, 1.0, 0.0
-        for number in range(chunk * task.chunk, min(task.n_units, (chunk + 1) * task.chunk)):
-            x, factor, n = visit(task, tile, number)
+        total, lost, product = 0.0, 0.0, 1.0
+        for number in range(piece * chunk, min(n_units, (piece + 1) * chunk)):
+            x, factor = visit(task, tile, number)
             if product * factor > MOST:
                 x, product = x + log_of(task, product), 1.0
             product *= factor
             total, lost = add(total, lost, x)
-            count += n
         if product != 1.0:
             total, lost = add(total, lost, log_of(task, product))
-        at = 16 * chunk
         put(partial, at, whole(total, lost))
-        put(partial, at + 8, count)
-        if fetch_add(task, FINISHED) == n_chunks - 1:
-            total, lost, count = 0.0, 0.0, 0.0
+        if fetch_add(task, DONE + 8 * phase) == n_chunks - 1:
+            total, lost = 0.0, 0.0
             for k in range(n_chunks):
-                total, lost = add(total, lost, get(partial, 16 * k))
-                count += get(partial, 16 * k + 8)
-            put(task.total, 0, whole(total, lost))
-            put(task.total, 8, count)
+                total, lost = add(total, lost, get(partial, 8 * k))
+            return True, whole(total, lost)
+    return False, 0.0
 
 
-def check_targets_task(task):
-    walk(task, check_targets)
+@njit(**INLINE)
+def wait(task, phase, last):
+    """Until all chunks of a phase are done: the last thread to finish has said so."""
+    if last:
+        fetch_add(task, OVER + phase)
+    turns = 0
+    while read_slot(task, OVER + phase) == 0:
+        turns += 1
+        if turns > PATIENCE and task.give_way != 0:
+            call(task.give_way)
 
 
-def save_segment_task(task):
-    walk(task, save_segment)
+@njit(**INLINE)
+def work(task, visit):
+    """The phases of a task. Before all class indices are checked, nothing is written, and nothing read by one of them."""
+    me = fetch_add(task, ENTERED) if task.thread_number == 0 else call(task.thread_number)
+    if task.labelled:
+        last, weight = walk(task, CHECK, me, check_targets, (task.n_rows + CHECKED - 1) // CHECKED, CHECKS)
+        if last and task.average != 0:
+            put(task.total, 16, weight if weight != 0.0 else NAN)
+        wait(task, CHECK, last)
+        if get(task.total, 8) != 0.0:
+            return
+    if task.split:
+        last, _ = walk(task, SEGMENTS, me, save_segment, task.n_units, task.chunk)
+        wait(task, SEGMENTS, last)
+    last, total = walk(task, WORK, me, visit, task.n_units, task.chunk)
+    if last:
+        put(task.total, 0, total)
 
 
 def value_task(task):
-    walk(task, value)
+    work(task, value)
 
 
 def value_and_grad_task(task):
-    walk(task, value_and_grad)
+    work(task, value_and_grad)
 
 
 def grad_hess_task(task):
-    walk(task, grad_hess)
+    work(task, grad_hess)
 
 
 def stats_task(task):
-    walk(task, stats)
+    work(task, stats)
 
 
 def softmax_task(task):
-    walk(task, softmax)
+    work(task, softmax)
 
 
 def log_softmax_task(task):
-    walk(task, log_softmax)
+    work(task, log_softmax)
 
 
 def logsumexp_task(task):
-    walk(task, logsumexp)
+    work(task, logsumexp)
 
 
 def binary_task(task):
-    walk(task, binary)
+    work(task, binary)

@@ -157,6 +157,22 @@ def store(typingctx, p, x):
     return types.void(p, x), codegen
 
 
+@intrinsic
+def store_apart(typingctx, p, x, step):
+    """Write the vectors of which ``x`` was made, ``step`` bytes from one to the next."""
+
+    def codegen(context, builder, sig, args):
+        base, wide, step = args
+        for nth in range(x.lanes // LANES):
+            lanes = ir.Constant(ir.VectorType(I32, LANES), list(range(nth * LANES, (nth + 1) * LANES)))
+            raw = _encode(builder, builder.shuffle_vector(wide, wide, lanes), p)
+            at = builder.gep(base, [builder.mul(step, I64(nth))])
+            builder.store(raw, _typed(builder, at, raw.type), align=1)
+        return context.get_dummy_value()
+
+    return types.void(p, x, types.int64), codegen
+
+
 def _store_masked(builder, ptr, address, x, mask):
     raw = _encode(builder, x, ptr)
     name = f"llvm.masked.store.{_masked_name(ptr)}.p0"
@@ -322,12 +338,12 @@ def put(typingctx, p, offset, value):
 
 
 @intrinsic
-def exchange(typingctx, p, offset, value):
-    """Write an integer and return what was there, atomically."""
+def raise_to(typingctx, p, offset, value):
+    """Make an integer ``value`` if it is less, and return what it was, atomically."""
 
     def codegen(context, builder, sig, args):
         address = builder.gep(args[0], [args[1]])
-        return builder.atomic_rmw("xchg", _typed(builder, address, I64), args[2], "acq_rel")
+        return builder.atomic_rmw("max", _typed(builder, address, I64), args[2], "acq_rel")
 
     return types.int64(p, types.int64, types.int64), codegen
 
@@ -355,6 +371,17 @@ def fetch_add(typingctx, task, slot):
 
 
 @intrinsic
+def read_slot(typingctx, task, slot):
+    """An integer slot of the task, which other threads may write; what they wrote before it is seen from now on."""
+
+    def codegen(context, builder, sig, args):
+        address = builder.gep(args[0], [builder.mul(args[1], I64(8))])
+        return builder.load_atomic(_typed(builder, address, I64), "acquire", align=8)
+
+    return types.int64(task, types.int64), codegen
+
+
+@intrinsic
 def itemsize(typingctx, p):
     """Bytes of one stored element."""
     return types.int64(p), lambda context, builder, sig, args: I64(ITEMSIZE[p.storage])
@@ -366,13 +393,18 @@ def address(typingctx, p):
     return types.int64(p), lambda context, builder, sig, args: builder.ptrtoint(args[0], I64)
 
 
-@intrinsic
-def prefetch(typingctx, p, offset):
-    """Ask for the cache line ``offset`` bytes behind ``p``, into the second-level cache; never faults."""
+def _prefetch(level):
+    @intrinsic
+    def prefetch(typingctx, p, offset):
+        def codegen(context, builder, sig, args):
+            address = builder.gep(args[0], [args[1]])
+            call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(4 - level), I32(1)])
+            return context.get_dummy_value()
 
-    def codegen(context, builder, sig, args):
-        address = builder.gep(args[0], [args[1]])
-        call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(2), I32(1)])
-        return context.get_dummy_value()
+        return types.void(p, types.int64), codegen
 
-    return types.void(p, types.int64), codegen
+    return prefetch
+
+
+# Ask for the cache line ``offset`` bytes behind ``p``, into the first- or second-level cache; never faults.
+prefetch_near, prefetch = _prefetch(1), _prefetch(2)

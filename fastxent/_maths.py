@@ -32,7 +32,7 @@ from collections import namedtuple
 from numba import njit
 
 from fastxent._elementary import Shift, exp_up, log, sech_squared, shift_by, tanh, up
-from fastxent._loadstore import gather, get, itemsize, load, load_masked, put, store, stream
+from fastxent._loadstore import gather, get, itemsize, load, load_masked, put, store_apart, stream
 from fastxent._rows import (
     BLOCK,
     aligned,
@@ -46,6 +46,7 @@ from fastxent._rows import (
     row_values,
     streams,
     sum_rows,
+    tile_step,
     write,
     write_out,
 )
@@ -164,7 +165,7 @@ def group_shift(shift):
 def sums_of(task, unit, j, x, e, q, m):
     """The sums s, Q, D, E over vector j, or over the group that begins there."""
     if task.keeps_e:
-        store(unit.tile + j * LANES * itemsize(unit.tile), e)
+        store_apart(unit.tile + j * tile_step(task, unit), e, tile_step(task, unit))
     d = x - m
     s = q_sum = q_dot = e_dot = fold(e)
     if task.dense:
@@ -294,13 +295,13 @@ def span_state(task, unit):
     return state
 
 
-# A row of many classes, and few of them: its segments are shared out over the threads. First task: ``save_segment`` for
-# each segment; second task: ``row_state`` puts them together, in order, wherever the row's statistics are needed.
+# A row of many classes, and few of them: its segments are shared out over the threads. First phase: ``save_segment`` for
+# each segment; second phase: ``row_state`` puts them together, in order, wherever the row's statistics are needed.
 
 
 @njit(**INLINE)
 def save_segment(task, tile, number):
-    """First task of a split row; returns what every unit returns: see ``_kernels.walk``."""
+    """First phase of a split row; returns what every unit returns: see ``_kernels.walk``."""
     unit = locate(task, tile, number)
     if any_lane(unit.kept):
         state = span_state(task, unit)
@@ -312,7 +313,7 @@ def save_segment(task, tile, number):
         put(at, 32, lane(state.e_dot, 0))
         if task.labelled:
             put(at, 40, lane(widen(label(task, unit).raw_x_y), 0))
-    return 0.0, 1.0, 0.0
+    return 0.0, 1.0
 
 
 @njit(**INLINE)
@@ -468,7 +469,7 @@ def put_label(task, unit, f):
 def exponentials(task, unit, j, mask, shift):
     """exp(x - m), vector j: out of the tile, if it was kept there."""
     if task.keeps_e:
-        return load(unit.tile + j * LANES * itemsize(unit.tile))
+        return load(unit.tile + j * tile_step(task, unit))
     return exp_up(logits(task, unit, j, mask), shift)
 
 

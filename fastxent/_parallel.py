@@ -27,7 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from fastxent import _task
-from fastxent._plan import TILE, Plan, Variant, check_plan
+from fastxent._plan import TILE, Plan, Variant
 
 # Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
 WORTH_A_THREAD = 16384
@@ -60,7 +60,8 @@ class _State:
 _start, _start_alone = _task.START.pack_into, _task.START_ALONE.pack_into
 _set_totals, _totals_of = _task.TOTAL.pack_into, _task.TOTAL.unpack_from
 _AT_TOTAL = _task.BLOCK.size
-_rounds = itertools.count(1)
+_AT_TAKEN = _AT_TOTAL + _task.TOTAL.size
+_rounds = itertools.count(_task.PHASES, _task.PHASES)
 
 _kernels: dict[tuple[str, Variant], Kernel] = {}
 
@@ -71,20 +72,17 @@ _kernels: dict[tuple[str, Variant], Kernel] = {}
 
 
 def run(name: str, plan: Plan, n_threads: int | None = None, **arguments: Any) -> tuple[float, float, float]:
-    """Run task ``name`` over ``plan``; arguments as in `argument_block`. Returns the sum, the count, and the divisor."""
+    """Run task ``name`` over ``plan``; arguments as in `argument_block`.
+
+    Returns the sum, whether a class index is out of range (then nothing has been written), and the divisor.
+    """
     tiles = _take_tiles()
     try:
         block = argument_block(plan, tiles=tiles[1], **arguments)
-        _launch_all(_kernels_of(name, plan), block, plan, n_threads)
+        _launch(kernel(name, plan.variant), block, plan, n_threads)
         return _totals_of(block, _AT_TOTAL)
     finally:
         _State.tiles.append(tiles)
-
-
-def _kernels_of(name: str, plan: Plan) -> list[Kernel]:
-    """What a task consists of: rows that are split take two, one after the other."""
-    names = ("save_segment", name) if plan.variant.split else (name,)
-    return [kernel(n, plan.variant) for n in names]
 
 
 def _take_tiles() -> tuple[np.ndarray[Any, Any], int]:
@@ -103,92 +101,74 @@ def argument_block(
     plan: Plan, *,
     x: int = 0, g: int = 0, h: int = 0, t: int = 0, y: int = 0, tiles: int = 0, w: int = 0, u: int = 0,
     loss: int = 0, lse: int = 0, entropy: int = 0, target_prob: int = 0, prediction: int = 0, target_rank: int = 0,
-    ignore: int = 0, keep: float = 1.0, spread: float = 0.0, factor: float = 1.0, divisor: float | None = 1.0,
-    check: bool = False, average: bool = False, z: float = 0.0, cap: float = 0.0,
+    ignore: int = 0, keep: float = 1.0, spread: float = 0.0, factor: float = 1.0, divisor: float = 1.0,
+    average: bool = False, z: float = 0.0, cap: float = 0.0,
 ) -> ctypes.Array[ctypes.c_char]:  # fmt: skip
     """What a task reads: addresses and numbers as in ``_task``, and behind them room for its sums.
 
-    ``divisor`` 0, a mean over nothing, is nan; None is for the task to make.
-
-    ``check``, for `small` work only: the class indices are checked, and with ``average`` the divisor is made, by the task.
-    The count is then the number of indices out of range; nothing has been written if there are any.
+    ``divisor`` 0, a mean over nothing, is nan. With class indices and ``average`` the task makes it.
     """
-    total = _task.BLOCK.size
     segments = 48 * plan.n_units if plan.variant.split else 0
-    block = ctypes.create_string_buffer(total + _task.TOTAL.size + 24 * plan.n_chunks + segments)
-    at_total = ctypes.addressof(block) + total
-    at_partial = at_total + _task.TOTAL.size
-    at_taken = ctypes.addressof(block) + _behind_partial(plan)
-    at_segments = at_taken + 8 * plan.n_chunks
+    block = ctypes.create_string_buffer(_AT_TAKEN + 16 * plan.most_chunks + segments)
+    at_total, at_taken = ctypes.addressof(block) + _AT_TOTAL, ctypes.addressof(block) + _AT_TAKEN
+    at_partial = at_taken + 8 * plan.most_chunks
+    at_segments = at_partial + 8 * plan.most_chunks
     _task.BLOCK.pack_into(
-        block, 0, 0, 0, 0, 0, 0, x, g, h, t, y, tiles, *plan.planned,
+        block, 0, 0, 0, 0, x, g, h, t, y, tiles, *plan.planned,
         ctypes.addressof(plan.table), at_partial, at_taken, at_segments, at_total,
         w, u, loss, lse, entropy, target_prob, prediction, target_rank,
-        w != 0, u != 0, loss != 0, g != x and g % plan.itemsize == 0, ignore, keep, spread, factor, check, average, z, cap,
+        w != 0, u != 0, loss != 0, g != x and g % plan.itemsize == 0, ignore, keep, spread, factor, average, z, cap,
+        _give_way(),
     )  # fmt: skip
-    _set_totals(block, total, 0.0, 0.0, divisor or math.nan)
+    _set_totals(block, _AT_TOTAL, 0.0, 0.0, divisor or math.nan)
     return block
 
 
-def _behind_partial(plan: Plan) -> int:
-    """Where in the block ``taken`` begins."""
-    return _AT_TOTAL + _task.TOTAL.size + 16 * plan.n_chunks
+@lru_cache
+def _give_way() -> int:
+    """Where the system's function is by which a thread that waits lets others run; 0: it has to do without."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+    except (TypeError, OSError, AttributeError):  # Windows: another thread runs when its time has come
+        return 0
 
 
 class PackedTask:
-    """A task over class indices, called again and again: all but three addresses is packed once.
-
-    The class indices are checked first, by the task itself if one thread is enough for it: then ``alone`` is true.
-    """
+    """A task over class indices, called again and again: all but three addresses is packed once."""
 
     def __init__(self, name: str, plan: Plan, **arguments: Any) -> None:
-        self.name, self.kernels, self.plan, self.arguments = name, _kernels_of(name, plan), plan, arguments
-        self.alone = small(plan.elements) and not plan.variant.split
+        self.name, self.kernel, self.plan, self.arguments = name, kernel(name, plan.variant), plan, arguments
+        self.alone = _is_for_one_thread(plan)
         self.blocks: list[tuple[ctypes.Array[ctypes.c_char], int]] = []  # those that no thread is using; their addresses
-        self.check = None
-        if plan.variant.labelled and not self.alone:
-            n_rows, n_classes, *_ = plan.planned
-            self.check = PackedTask("check_targets", check_plan(n_rows, n_classes), ignore=arguments["ignore"])
 
     def __call__(self, x: int, g: int, y: int, n_threads: int | None = None) -> tuple[float, float, float]:
         """As `run`."""
-        weight = 1.0
-        if self.check:
-            weight, bad, _ = self.check(0, 0, y, n_threads)
-            if bad:
-                return 0.0, bad, math.nan
         try:
             block, at = self.blocks.pop()
         except IndexError:
-            block = argument_block(self.plan, check=self.alone, **self.arguments)
+            block = argument_block(self.plan, **self.arguments)
             at = ctypes.addressof(block)
         tiles = _take_tiles()
         try:
-            _start_alone(block, 0, 0, 0, next(_rounds), 0, 1, x, g, 0, 0, y, tiles[1])
+            _start_alone(block, 0, next(_rounds), 0, 1, x, g, 0, 0, y, tiles[1])
             if self.alone:
-                self.kernels[0].call(at)
+                self.kernel.call(at)
             else:
-                if self.check:
-                    _set_totals(block, _AT_TOTAL, 0.0, 0.0, (weight or math.nan) if self.arguments["average"] else 1.0)
-                _launch_all(self.kernels, block, self.plan, n_threads)
-            return _totals_of(block, _AT_TOTAL)
+                _launch(self.kernel, block, self.plan, n_threads)
+            totals = _totals_of(block, _AT_TOTAL)
+            if not totals[1]:  # else the block keeps that
+                self.blocks.append((block, at))
+            return totals
         finally:
-            self.blocks.append((block, at))
             _State.tiles.append(tiles)
 
 
-def small(elements: int) -> bool:
-    """Is this work for one thread?"""
-    return elements < WORTH_A_THREAD
-
-
-def _launch_all(tasks: list[Kernel], block: ctypes.Array[ctypes.c_char], plan: Plan, n_threads: int | None) -> None:
-    for task in tasks:
-        _launch(task, block, plan, n_threads)
+def _is_for_one_thread(plan: Plan) -> bool:
+    return plan.elements < WORTH_A_THREAD or plan.n_chunks == 1
 
 
 def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_threads: int | None) -> None:
-    if small(plan.elements) or plan.n_chunks == 1 or _State.forked:
+    if _is_for_one_thread(plan) or _State.forked:
         _alone(task, block)
         return
     useful = min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD, _MOST_THREADS)
@@ -203,7 +183,7 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
         if team == 1:
             _alone(task, block)
         elif openmp is not None:
-            _start(block, 0, 0, 0, next(_rounds), _thread_number(openmp), team)
+            _start(block, 0, next(_rounds), _thread_number(openmp), team)
             openmp.GOMP_parallel(task.address, block, team, 0)
         else:
             _run_on_threads(task, block, plan, team)
@@ -212,7 +192,7 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
 
 
 def _alone(task: Kernel, block: ctypes.Array[ctypes.c_char]) -> None:
-    _start(block, 0, 0, 0, next(_rounds), 0, 1)
+    _start(block, 0, next(_rounds), 0, 1)
     task.call(block)
 
 
@@ -223,7 +203,7 @@ def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan
     over: list[None] = []
     wake: SimpleQueue[None] = SimpleQueue()
     this_round = next(_rounds)
-    _start(block, 0, 0, 0, this_round, 0, team)
+    _start(block, 0, this_round, 0, team)
 
     def help_out() -> None:
         entered.append(None)
@@ -254,9 +234,11 @@ def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan
 
 
 def _leave_nothing(block: ctypes.Array[ctypes.c_char], plan: Plan, this_round: int) -> None:
-    """Take all chunks, so that nobody works on."""
-    taken = (ctypes.c_int64 * plan.n_chunks).from_buffer(block, _behind_partial(plan))
-    taken[:] = [this_round] * plan.n_chunks
+    """Take all chunks of all phases, so that nobody works on, and say that they are over, so that nobody waits."""
+    taken = (ctypes.c_int64 * plan.most_chunks).from_buffer(block, _AT_TAKEN)
+    taken[:] = [this_round + _task.PHASES - 1] * plan.most_chunks
+    over = (ctypes.c_int64 * _task.PHASES).from_buffer(block, 8 * _task.OVER)
+    over[:] = [1] * _task.PHASES
 
 
 def _jobs() -> SimpleQueue[Callable[[], None]]:

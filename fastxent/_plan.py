@@ -18,11 +18,15 @@ FEW_CLASSES, MOST_TILED = 48, 256  # multiples of 16
 # second-level cache); those of a longer row are computed twice.
 MOST_KEPT = 2048
 TILE = MOST_KEPT * LANES * 8  # bytes
+# Units of neighbouring rows that are copied to the tile together. An odd number: then the classes are spread over all sets of a
+# cache.
+STRIP = 7
 # Elements handed to a thread at a time: long enough to hide the counter, short enough to share out evenly.
 CHUNK = 16384
-# Where class indices are checked, a unit is of this many; of logits of two classes, a logarithm each in float64, it is of 16,
-# which are worth as much as this many elements.
-CHECKED, BINARY_COST = 8 * LANES, 160
+# Where class indices are checked, a unit is of this many, and so many units are handed out at a time.
+CHECKED, CHECKS = 8 * LANES, 128
+# What 16 logits of two classes, a logarithm each in float64, are worth in elements.
+BINARY_COST = 160
 # Fewer rows than this, and each longer than two segments: the row is split, or threads would have nothing to do.
 FEW_ROWS, SEGMENT = 64, 1024
 MOST_SEGMENTS = 64
@@ -70,6 +74,12 @@ class Plan:
     def itemsize(self) -> int:
         """Bytes of one logit."""
         return ITEMSIZE[self.variant.logits]
+
+    @cached_property
+    def most_chunks(self) -> int:
+        """Of the phase that has most of them: the check of the class indices, or all else."""
+        checks = -(-self.planned[0] // (CHECKED * CHECKS)) if self.variant.labelled else 0
+        return max(self.n_chunks, checks)
 
     @cached_property
     def table(self) -> ctypes.Array[ctypes.c_int64]:
@@ -136,7 +146,7 @@ def make_plan(
     together = MOST_TILED if target is None and n_rows >= LANES else FEW_CLASSES
     across = n_classes > together and steps == sizes
     split = tiled = whole_rows = adjacent = False
-    segment = n_segments = 1
+    segment = n_segments = strip = 1
     if across:
         neighbours = True
         n_vectors = -(-n_classes // LANES)
@@ -159,15 +169,19 @@ def make_plan(
         adjacent = innermost.row == 1
         n_vectors = n_classes
         units_per_line = -(-innermost.extent // LANES)
+        if tiled and neighbours:  # whole strips, the last of which may have empty units
+            strip = min(STRIP, units_per_line)
+            units_per_line = -(-units_per_line // strip) * strip
         n_units = units_per_line * (n_rows // innermost.extent)
         per_unit = n_classes * LANES
 
     kept = not split and not capped and (tiled or (n_vectors <= MOST_KEPT and across))
     large = neighbours and not split and n_rows * n_classes * sizes[0] >= LARGE
     chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
+    chunk = -(-chunk // strip) * strip
     n_chunks = -(-n_units // chunk)
     planned = (
-        n_rows, n_classes, n_vectors, n_units, units_per_line, chunk, n_chunks, segment, n_segments, len(axes), *steps,
+        n_rows, n_classes, n_vectors, n_units, units_per_line, strip, chunk, segment, n_segments, len(axes), *steps,
     )  # fmt: skip
     variant = Variant(
         logits, target, labelled, smooth, across, neighbours, tiled, whole_rows, adjacent, capped, split, kept, large
@@ -176,20 +190,10 @@ def make_plan(
     return Plan(variant, planned, table, n_units, n_chunks, n_rows * n_classes)
 
 
-def check_plan(n_rows: int, n_classes: int) -> Plan:
-    """Plan a walk over class indices."""
-    return _flat_plan(n_rows, n_classes, Variant("f32"), CHECKED, CHUNK // CHECKED)
-
-
-def binary_plan(n: int, logits: str, target: str, differentiate: bool) -> Plan:
-    """Plan a walk over logits of two classes."""
-    return _flat_plan(n, 2, Variant(logits, target, differentiate=differentiate), LANES, CHUNK // BINARY_COST)
-
-
 @lru_cache(maxsize=4096)
-def _flat_plan(n: int, n_classes: int, variant: Variant, unit: int, chunk: int) -> Plan:
-    """Plan a walk over n elements, ``unit`` at a time, ``chunk`` units handed out at once."""
-    n_units = -(-n // unit)
-    n_chunks = -(-n_units // chunk)
-    planned = (n, n_classes, 1, n_units, n_units, chunk, n_chunks, 1, 1, 0, 0, 0, 0)
-    return Plan(variant, planned, (), n_units, n_chunks, n)
+def binary_plan(n: int, logits: str, target: str, differentiate: bool) -> Plan:
+    """Plan a walk over n logits of two classes."""
+    n_units = -(-n // LANES)
+    chunk = CHUNK // BINARY_COST
+    planned = (n, 2, 1, n_units, n_units, 1, chunk, 1, 1, 0, 0, 0, 0)
+    return Plan(Variant(logits, target, differentiate=differentiate), planned, (), n_units, -(-n_units // chunk), n)

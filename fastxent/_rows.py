@@ -18,6 +18,7 @@ from fastxent._loadstore import (
     load_masked,
     load_transposed,
     prefetch,
+    prefetch_near,
     put,
     scatter,
     store,
@@ -25,7 +26,19 @@ from fastxent._loadstore import (
     store_transposed,
     stream,
 )
-from fastxent._simd import INLINE, LANES, all_lanes, every_lane, first_lanes, iota, lane, product_across, splat, sum_across
+from fastxent._simd import (
+    INLINE,
+    LANES,
+    all_lanes,
+    every_lane,
+    first_lanes,
+    iota,
+    lane,
+    product_across,
+    splat,
+    sum_across,
+    where,
+)
 
 BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
 LINE = 64  # bytes of a cache line
@@ -43,7 +56,8 @@ Unit = namedtuple(
     "x_lanes g_lanes t_lanes "  # byte offsets of its rows from the first, lane by lane
     "row row_lanes "  # number of its first row; distance of its rows from it
     "y "  # class indices
-    "tile "  # its logits, class by class, where they had to be gathered; then, where they are kept, its exponentials
+    "tile "  # its logits, class by class, where they are put together; then, where they are kept, its exponentials
+    "ending "  # rows of the strip that ends with this unit; 0: with another one
     "rows "  # mask: lanes that are rows (across: all)
     "kept "  # mask: rows that are not ignored
     "start stop "  # its vectors: all, or one segment of a long row
@@ -95,11 +109,22 @@ def locate(task, tile, number):
         full = task.n_vectors if every_lane(kept) else 0
         reads, writes = kept, rows
     x_lanes = lanes * get(axes, 8)
+    ending = 0
     if task.tiled:
-        fill(task, tile, task.x + x, x_lanes, reads)
+        if task.neighbours:
+            nth = number % task.strip
+            begin = first - nth * LANES
+            in_strip = min(task.strip * LANES, get(axes, 0) - begin)
+            if nth == 0:
+                fill_strip(task, tile, task.x + x, in_strip)
+            if nth == task.strip - 1:
+                ending = in_strip
+            tile = tile + nth * LANES * itemsize(tile)
+        else:
+            fill(task, tile, task.x + x, x_lanes, reads)
     return Unit(
         x, g, t, 0, x_lanes, lanes * get(axes, 16), lanes * get(axes, 24),
-        row, row_lanes, y, tile, rows, kept, start, stop, full, reads, writes,
+        row, row_lanes, y, tile, ending, rows, kept, start, stop, full, reads, writes,
     )  # fmt: skip
 
 
@@ -109,21 +134,15 @@ def from_class(task, unit, first):
     return Unit(
         unit.x + first * itemsize(task.x), unit.g + first * itemsize(task.g), unit.t + first * itemsize(task.t), first,
         unit.x_lanes, unit.g_lanes, unit.t_lanes, unit.row, unit.row_lanes, unit.y,
-        unit.tile + first * itemsize(unit.tile), unit.rows, unit.kept, 0, 0, 0, unit.reads, unit.writes,
+        unit.tile + first * itemsize(unit.tile), 0, unit.rows, unit.kept, 0, 0, 0, unit.reads, unit.writes,
     )  # fmt: skip
 
 
 @njit(**INLINE)
 def fill(task, tile, p, lanes, mask):
-    """The logits of 16 rows, class by class: neighbours, or rows read whole and transposed, or gathered.
-
-    Of neighbours it is a copy, for their classes often lie a power of two apart, and a cache holds few such lines.
-    """
+    """The logits of 16 rows, class by class: rows read whole and transposed, or gathered."""
     vector = LANES * itemsize(tile)
-    if task.neighbours:
-        for j in range(task.n_vectors):
-            store(tile + j * vector, load_masked(p + j * task.x_step, mask))
-    elif task.whole_rows:
+    if task.whole_rows:
         look_at_later_rows(task, p, get(task.axes, 8))
         for c in range(0, task.n_classes, LANES):
             columns = min(LANES, task.n_classes - c)
@@ -131,6 +150,56 @@ def fill(task, tile, p, lanes, mask):
     else:
         for j in range(task.n_vectors):
             store(tile + j * vector, gather(p + j * task.x_step, lanes, mask))
+
+
+# Rows that are neighbours, with few classes: an image's pixels, whose classes lie planes apart, often a power of two, so that
+# a cache holds few of them at once. A strip of ``task.strip`` units is copied to the tile, plane by plane, before it is worked
+# on, and its gradient is copied back in the same way: a longer piece of a plane at a time, and no line waits for the next unit.
+
+
+@njit(**INLINE)
+def fill_strip(task, tile, p, n):
+    """The logits of n neighbouring rows, class by class, a vector for each of the strip's units."""
+    vector, step = LANES * itemsize(tile), LANES * itemsize(p)
+    n_whole = n // LANES
+    tail = first_lanes(n - n_whole * LANES)
+    for j in range(task.n_vectors):
+        line, here = p + j * task.x_step, tile + j * task.strip * vector
+        for k in range(n_whole):
+            store(here + k * vector, load(line + k * step))
+        if n_whole < task.strip:
+            store(here + n_whole * vector, load_masked(line + n_whole * step, tail))
+
+
+@njit(**INLINE)
+def flush_strip(task, unit):
+    """The other way round, past the caches if the gradient is."""
+    before = task.strip - 1
+    vector, step = LANES * itemsize(unit.tile), LANES * itemsize(task.g)
+    tile, p = unit.tile + -before * vector, task.g + (unit.g - before * step)
+    for j in range(task.n_vectors):
+        line, here = p + j * task.g_step, tile + j * task.strip * vector
+        head = 0
+        if task.large and task.stream != 0:
+            head = min(unit.ending, (-address(line)) % step // itemsize(line))
+            store_masked(line, load(here), first_lanes(head))
+        line, here = line + head * itemsize(line), here + head * itemsize(here)
+        n_whole = (unit.ending - head) // LANES
+        for k in range(n_whole):
+            if task.large and task.stream != 0:
+                stream(line + k * step, load(here + k * vector))
+            else:
+                store(line + k * step, load(here + k * vector))
+        tail = unit.ending - head - n_whole * LANES
+        if tail > 0:
+            store_masked(line + n_whole * step, load(here + n_whole * vector), first_lanes(tail))
+
+
+@njit(**INLINE)
+def tile_step(task, unit):
+    """Bytes from vector j to vector j + 1 in the tile."""
+    step = LANES * itemsize(unit.tile)
+    return step * task.strip if task.tiled and task.neighbours else step
 
 
 @njit(**INLINE)
@@ -145,10 +214,13 @@ def look_at_later_rows(task, p, row):
 @njit(**INLINE)
 def flush(task, unit):
     """What ``write_out`` has put into the tile goes to g."""
-    if task.tiled and not task.neighbours:
+    if task.tiled:
         tile, p = unit.tile, task.g + unit.g
         vector = LANES * itemsize(tile)
-        if task.whole_rows:
+        if task.neighbours:
+            if unit.ending > 0:
+                flush_strip(task, unit)
+        elif task.whole_rows:
             look_at_later_rows(task, p, get(task.axes, 16))
             for c in range(0, task.n_classes, LANES):
                 columns = min(LANES, task.n_classes - c)
@@ -212,15 +284,15 @@ def write(task, p, lanes, values, mask):
 def raw_logits(task, unit, j, mask):
     """x, vector j, as it is stored."""
     if task.tiled:
-        return load(unit.tile + j * LANES * itemsize(unit.tile))
+        return where(mask, load(unit.tile + j * tile_step(task, unit)), 0.0)
     return read(task, task.x + (unit.x + j * task.x_step), unit.x_lanes, mask)
 
 
 @njit(**INLINE)
 def write_out(task, unit, j, values, mask):
     """g, vector j; what goes into a tile is for ``flush`` to write."""
-    if task.tiled and not task.neighbours:
-        store(unit.tile + j * LANES * itemsize(unit.tile), values)
+    if task.tiled:
+        store(unit.tile + j * tile_step(task, unit), values)
     else:
         write(task, task.g + (unit.g + j * task.g_step), unit.g_lanes, values, mask)
 
@@ -232,8 +304,11 @@ def write_out(task, unit, j, values, mask):
 
 @njit(**INLINE)
 def look_ahead(task, unit, start, n):
-    """Past the cache: while exponentials are computed, ask for what is read a block, a row, or 16 rows later."""
-    if task.large:
+    """While exponentials are computed, ask for what is read a block, a row, or 16 rows later."""
+    if task.across and not task.large:  # it is in some cache, and most of the time not in the nearest
+        for j in range(start, start + n):
+            prefetch_near(task.x + unit.x, (j + min(BLOCK, task.n_vectors)) * task.x_step)
+    if task.large and not task.tiled:
         ahead, t_ahead = LANES * itemsize(task.x), LANES * itemsize(task.t)
         if task.across:
             ahead, t_ahead = BLOCK * task.x_step, BLOCK * task.t_step
@@ -265,6 +340,8 @@ def streams(task, unit):
     """May this unit's g be streamed?"""
     if task.across:
         return task.stream != 0
+    if task.tiled:
+        return False
     astray = (address(task.g + unit.g) | task.g_step) % (LANES * itemsize(task.g))
     return task.stream != 0 and every_lane(unit.writes) and astray == 0
 

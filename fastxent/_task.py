@@ -1,16 +1,20 @@
 """The argument block of a kernel: one contract, read by the kernels (as a Numba type) and written by ``_parallel``.
 
-8-byte slots: two counters that the threads of a team share, each alone on its cache line, then the arguments in this order.
+8-byte slots: counters that the threads of a team share, each alone on its cache line, then the arguments in this order.
 "axis" is the class axis, the others are the row axes; strides and steps are bytes, pointers are addresses.
 """
 
 import struct
 
-FINISHED, ENTERED = 0, 8  # slots of the counters: chunks done, threads at work
+# What a task does, one after the other: check the class indices, take the statistics of split rows, and its own work.
+CHECK, SEGMENTS, WORK = range(3)
+PHASES = 3
+# Slots of the counters: threads at work; chunks done, 8 slots a phase; is a phase over?, a slot a phase.
+ENTERED, DONE, OVER = 0, 8, 32
 
 # Who runs it: (name, kind)
 RUN = (
-    ("round", "int"),  # number of this run, of all runs of the process
+    ("round", "int"),  # number of this run's first phase, of all phases of all runs of the process
     ("thread_number", "int"),  # address of the OpenMP runtime's function that tells a thread's number, or 0
     ("team", "int"),  # number of threads
 )
@@ -30,8 +34,8 @@ PLANNED = (
     ("n_vectors", "int"),  # vectors of a unit: see _rows
     ("n_units", "int"),  # a unit: one row, or up to 16 rows of one line of the innermost row axis, or a segment of a row
     ("units_per_line", "int"),
+    ("strip", "int"),  # units that are copied to the tile together
     ("chunk", "int"),  # units handed out at a time
-    ("n_chunks", "int"),
     ("segment", "int"),  # vectors of a segment, where long rows are split
     ("n_segments", "int"),
     ("n_axes", "int"),
@@ -42,10 +46,10 @@ PLANNED = (
 # What else one call knows
 CALLED = (
     ("axes", "i64"),  # (n_axes, 5) in: extent, strides in x, g, t, rows; innermost first
-    ("partial", "f64"),  # (n_chunks, 2) out: sum and count of a chunk
-    ("taken", "i64"),  # (n_chunks,) in/out: the last run in which a thread took this chunk
+    ("partial", "f64"),  # (n_chunks,) out: sum of a chunk
+    ("taken", "i64"),  # (n_chunks,) in/out: number of the last phase in which a thread took this chunk
     ("segments", "f64"),  # (n_units, 6) in/out: statistics of the segments of split rows
-    ("total", "f64"),  # (3,) out: sum and count of all units; in/out: divisor of the gradient
+    ("total", "f64"),  # (3,) out: sum of the losses, is a class index out of range?; in/out: divisor of the gradient
     ("w", "f64"),  # (C,) in: class weights
     ("u", "f64"),  # (rows,) in: sample weights
     ("loss", "acc"),  # (rows,) out
@@ -62,13 +66,14 @@ CALLED = (
     ("keep", "float"),  # 1 - eps
     ("spread", "float"),  # eps / C
     ("factor", "float"),  # the gradient is multiplied by factor / divisor
-    ("check", "int"),  # are the class indices unchecked? Then the task, run by one thread, checks them first, and ...
-    ("average", "int"),  # ... divides the gradient by the sum of the weights of the rows that are kept
+    ("average", "int"),  # with class indices: is the gradient divided by the sum of the weights of the rows that are kept?
     ("z", "float"),  # factor of lse^2 in the loss
     ("cap", "float"),  # softcap
+    ("give_way", "int"),  # address of the system's function by which a thread that waits lets others run, or 0
 )
 FIELDS = RUN + OPERANDS + PLANNED + CALLED
-FIRST_SLOT = 16
-BLOCK = struct.Struct("=q56xq56x" + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
-START, START_ALONE = struct.Struct("=q56xq56x3q"), struct.Struct("=q56xq56x3q6q")  # the counters, RUN; and the operands
+FIRST_SLOT = 40
+_ZEROS = f"={8 * FIRST_SLOT}x"  # the counters begin at 0
+BLOCK = struct.Struct(_ZEROS + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
+START, START_ALONE = struct.Struct(_ZEROS + "3q"), struct.Struct(_ZEROS + "3q6q")  # RUN; and the operands
 TOTAL = struct.Struct("=3d")

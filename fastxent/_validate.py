@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastxent import _memory
-from fastxent._parallel import check_threads, run, small
-from fastxent._plan import FEW_CLASSES, Plan, check_plan, make_plan
+from fastxent._parallel import check_threads
+from fastxent._plan import FEW_CLASSES, Plan, make_plan
 
 Array = np.ndarray[Any, Any]
 
@@ -34,10 +34,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 class Problem(NamedTuple):
-    """A checked call: every array native, every shape right, every class index in range or ignored.
-
-    Of a small problem the class indices are still unchecked: the task that reads them does it, and saves a task of its own.
-    """
+    """A checked call: every array native, every shape right. Class indices are checked by the task that reads them."""
 
     x: Array  # logits
     axis: int  # class axis, >= 0
@@ -48,7 +45,7 @@ class Problem(NamedTuple):
     u: Array | None  # (rows,) float64, contiguous: sample weights
     ignore: int
     smoothing: float
-    divisor: float | None  # of the mean; None: y is unchecked
+    divisor: float  # of the mean, with t; with y, the task makes it
     n_threads: int | None
 
     @property
@@ -109,7 +106,9 @@ def problem(
     threads = None if n_threads is None else check_threads(n_threads, "n_threads")
     y, t = check_target(target, x, axis, ignore)
     if y is not None:
-        divisor = None if x.size and small(x.size) else check_classes(y, n_classes, w, u, ignore, threads)
+        divisor = 0.0
+        if x.size == 0:  # no task reads them
+            check_classes(y, n_classes, None, ignore)
     else:
         if ignore >= 0:
             raise ValueError(f"ignore_index = {ignore} has no meaning for a target of class probabilities")
@@ -208,15 +207,15 @@ def _laid_out_as(t: Array, x: Array, axis: int) -> Array:
     return new
 
 
-def check_classes(y: Array, n_classes: int, w: Array | None, u: Array | None, ignore: int, n_threads: int | None) -> float:
-    """The sum of the kept rows' weights: the divisor of the mean. Raises if a class index is out of range."""
-    if y.size == 0:
-        return 0.0
-    plan = check_plan(y.size, n_classes)
-    total, bad, _ = run("check_targets", plan, n_threads, y=address(y), w=address(w), u=address(u), ignore=ignore)
-    if bad:
+def check_classes(y: Array, n_classes: int, w: Array | None, ignore: int) -> float:
+    """The sum of the kept rows' weights: the divisor of the mean. Raises if a class index is neither a class nor ignored.
+
+    For those that no kernel reads: a kernel checks what it reads by itself.
+    """
+    kept = y[y != ignore]
+    if ((kept < 0) | (kept >= n_classes)).any():
         raise out_of_range(y, n_classes, ignore)
-    return total
+    return float(kept.size if w is None else w[kept].sum())
 
 
 def out_of_range(y: Array, n_classes: int, ignore: int) -> IndexError:

@@ -361,7 +361,7 @@ def nll_loss(
     p = problem(log_probs, target, axis, weight, None, ignore_index, 0.0, None, "log_probs")
     if p.y is None:
         raise TypeError("target holds class probabilities; nll_loss takes class indices")
-    divisor = check_classes(p.y, p.x.shape[p.axis], p.w, None, p.ignore, None) if p.divisor is None else p.divisor
+    divisor = check_classes(p.y, p.x.shape[p.axis], p.w, p.ignore)
     kept = p.y != p.ignore
     loss = np.zeros(p.rows)
     if p.x.size:
@@ -385,10 +385,10 @@ def _loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labe
     return _reduced(total, divisor, reduction, rows)
 
 
-def _reduced(total: float, divisor: float | None, reduction: str, rows: Array) -> Any:
+def _reduced(total: float, divisor: float, reduction: str, rows: Array) -> Any:
     if reduction == "none":
         return rows if rows.ndim else rows[()]
-    return rows.dtype.type(over(total, divisor or 0.0) if reduction == "mean" else total)
+    return rows.dtype.type(over(total, divisor) if reduction == "mean" else total)
 
 
 def _run(
@@ -397,7 +397,7 @@ def _run(
     """The sum of the losses, and the divisor of the gradient."""
     total, bad, divisor = run(
         name, plan, p.n_threads, x=address(p.x), t=address(p.t), y=address(p.y if labels is None else labels),
-        w=address(p.w), u=address(p.u), divisor=p.divisor if average else 1.0, check=p.divisor is None, average=average,
+        w=address(p.w), u=address(p.u), divisor=p.divisor if average else 1.0, average=average,
         **p.numbers, **more,
     )  # fmt: skip
     if p.y is not None and bad:

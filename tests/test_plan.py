@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from fastxent._plan import CHUNK, FEW_CLASSES, FEW_ROWS, LANES, MOST_TILED, check_plan, make_plan, row_axes
+from fastxent._plan import CHECKED, CHECKS, CHUNK, FEW_CLASSES, FEW_ROWS, LANES, MOST_TILED, STRIP, make_plan, row_axes
+from fastxent._task import PLANNED
 
 
 def c_strides(shape, itemsize=4):
@@ -17,6 +18,10 @@ def c_strides(shape, itemsize=4):
 def plan(shape, axis=1, strides=None, **more):
     s = strides or c_strides(shape)
     return make_plan(shape, (s, s, s), axis, "f32", labelled=True, **more)
+
+
+def planned(p):
+    return dict(zip((name for name, _ in PLANNED), p.planned, strict=True))
 
 
 def test_axes_are_merged_where_all_operands_allow_it():
@@ -43,20 +48,31 @@ def test_direction(shape, axis, across, neighbours):
     assert (variant.across, variant.neighbours) == (across, neighbours)
 
 
-@pytest.mark.parametrize("shape", [(1, 10), (33, 10), (1000, 3), (7, 1000), (100, 40000), (FEW_ROWS, 40000), (2, 5, 3, 17)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 10), (33, 10), (1000, 3), (7, 1000), (100, 40000), (FEW_ROWS, 40000), (2, 5, 3, 17), (2, 5, 30, 40), (3, 300, 20, 20)],
+)
 def test_units_cover_all_rows_once(shape):
     p = plan(shape)
+    now = planned(p)
     rows = math.prod(shape) // shape[1]
-    n_rows, n_classes, n_vectors, n_units, units_per_line, chunk, n_chunks = p.planned[:7]
-    assert (n_rows, n_classes) == (rows, shape[1])
-    assert (n_chunks - 1) * chunk < n_units <= n_chunks * chunk
+    assert (now["n_rows"], now["n_classes"]) == (rows, shape[1])
+    assert (p.n_chunks - 1) * now["chunk"] < p.n_units <= p.n_chunks * now["chunk"]
     if p.variant.across:
-        assert n_units == rows * p.planned[8]
-        assert (n_vectors - 1) * LANES < n_classes <= n_vectors * LANES
+        assert p.n_units == rows * now["n_segments"]
+        assert (now["n_vectors"] - 1) * LANES < shape[1] <= now["n_vectors"] * LANES
     else:
-        inner = p.axes[0]
-        assert (units_per_line - 1) * LANES < inner <= units_per_line * LANES
-        assert n_units == units_per_line * (rows // inner)
+        inner, strip = p.axes[0], now["strip"]
+        assert (now["units_per_line"] - strip) * LANES < inner <= now["units_per_line"] * LANES
+        assert p.n_units == now["units_per_line"] * (rows // inner)
+        assert now["units_per_line"] % strip == 0 and now["chunk"] % strip == 0
+
+
+def test_rows_side_by_side_with_few_classes_are_taken_in_strips():
+    assert planned(plan((16, 150, 128, 128)))["strip"] == STRIP
+    assert planned(plan((16, 150, 5, 5)))["strip"] == 2
+    assert planned(plan((16, MOST_TILED + 1, 128, 128)))["strip"] == 1
+    assert planned(plan((1000, 10)))["strip"] == 1
 
 
 def test_few_long_rows_are_split():
@@ -64,11 +80,17 @@ def test_few_long_rows_are_split():
     assert not plan((FEW_ROWS, 40000)).variant.split
     assert not plan((1, 1000)).variant.split
     assert not plan((1, 40000), may_split=False).variant.split
-    *_, segment, n_segments, _, _, _, _ = plan((1, 1 << 30)).planned
-    assert segment * n_segments * LANES >= 1 << 30
-    assert n_segments <= 64
+    longest = planned(plan((1, 1 << 30)))
+    assert longest["segment"] * longest["n_segments"] * LANES >= 1 << 30
+    assert longest["n_segments"] <= 64
 
 
 def test_a_chunk_is_worth_its_hand_out():
-    assert plan((1 << 20, 10)).planned[5] * LANES * 10 == pytest.approx(CHUNK, rel=0.1)
-    assert check_plan(1 << 20, 10).n_chunks == (1 << 20) // CHUNK
+    assert planned(plan((1 << 20, 10)))["chunk"] * LANES * 10 == pytest.approx(CHUNK, rel=0.1)
+
+
+def test_there_is_room_for_the_chunks_of_every_phase():
+    few = plan((100, 10))
+    assert few.most_chunks == few.n_chunks == 1
+    many = plan((1 << 22, 1))
+    assert many.most_chunks == (1 << 22) // (CHECKED * CHECKS) > many.n_chunks

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastxent import _memory, _parallel
 from fastxent._known import MOST_KNOWN
-from fastxent._plan import FEW_CLASSES, Plan, check_plan, make_plan
+from fastxent._plan import FEW_CLASSES, Plan, make_plan
 
 STORAGE = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
@@ -45,7 +45,7 @@ class _Call(NamedTuple):
     t: Tensor | None
     w: Tensor | None  # float64, contiguous
     u: Tensor | None  # float64, contiguous
-    divisor: float | None  # None: y is unchecked, and the task checks it
+    divisor: float  # of the mean, with t; with y, the task makes it
     n_threads: int
     acc: torch.dtype
 
@@ -77,15 +77,7 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
     y = target.resolve_neg()
     if y.dtype != torch.int64 or not y.is_contiguous():
         y = as_int64(y).contiguous()
-    divisor = None
-    if not _parallel.small(x.numel()):
-        plan = check_plan(y.numel(), n_classes)
-        divisor, bad, _ = _parallel.run(
-            "check_targets", plan, n_threads, y=y.data_ptr(), w=_address(w), u=_address(u), ignore=ignore_index
-        )
-        if bad:
-            raise _out_of_bounds(target, n_classes, ignore_index)
-    return _Call(x, axis, rows, target, y, None, w, u, divisor, n_threads, acc)
+    return _Call(x, axis, rows, target, y, None, w, u, 1.0, n_threads, acc)
 
 
 def _n_threads() -> int:
@@ -163,7 +155,7 @@ def _run(name: str, call: _Call, g: Tensor, options: Options, factor: float = 1.
     total, bad, divisor = _parallel.run(
         name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=_address(t),
         y=_address(call.y), w=_address(call.w), u=_address(call.u), loss=_address(loss), factor=factor,
-        divisor=call.divisor if average else 1.0, check=call.divisor is None, average=average,
+        divisor=call.divisor if average else 1.0, average=average,
         **_numbers(options, x.shape[call.axis]),
     )  # fmt: skip
     if bad:

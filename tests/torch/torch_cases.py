@@ -299,16 +299,16 @@ def one_torch_thread() -> Iterator[None]:
 
 @contextmanager
 def counted() -> Iterator[list[str]]:
-    """The names of the kernels that run inside, in order; the check of class indices is none."""
+    """The names of the kernels that run inside, in order."""
     names: list[str] = []
     run, run_packed = _parallel.run, _parallel.PackedTask.__call__
 
     def counting(name: str, *args: Any, **kwargs: Any) -> Any:
-        names.extend({name} - {"check_targets"})
+        names.append(name)
         return run(name, *args, **kwargs)
 
     def counting_packed(task: _parallel.PackedTask, *args: Any) -> Any:
-        names.extend({task.name} - {"check_targets"})
+        names.append(task.name)
         return run_packed(task, *args)
 
     with patch.object(_parallel, "run", counting), patch.object(_parallel.PackedTask, "__call__", counting_packed):
