@@ -163,6 +163,16 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype, shape, option):
             assert fx.cross_entropy(*case[:2], n_threads=n_threads, **options).tobytes() == alone.tobytes()
 
 
+@pytest.mark.parametrize("shape", [(50000, 3), (3000, 49)], ids=str)
+def test_bits_of_rows_side_by_side_do_not_depend_on_it(shape):
+    x, y, _ = make_case(FLOAT32, shape, "index")
+    columns = np.asfortranarray(x).T
+    want = fx.cross_entropy_value_and_grad(columns, y, axis=0, n_threads=1)
+    for n_threads in (2, 3, 4, 7):
+        got = fx.cross_entropy_value_and_grad(columns, y, axis=0, n_threads=n_threads)
+        assert [v.tobytes() for v in got] == [v.tobytes() for v in want]
+
+
 @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
 def test_bits_of_the_other_functions_do_not_depend_on_it_either(shape):
     x, y, _ = make_case(FLOAT32, shape)
