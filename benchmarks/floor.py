@@ -19,10 +19,11 @@ from numba import cfunc, njit, types
 
 from benchmarks.cases import GRAD, Array, Case
 from fastxent import _compile, _parallel, _task
-from fastxent._kernels import work
+from fastxent._kernels import enter, walk
 from fastxent._loadstore import load, prefetch, store, stream
 from fastxent._plan import CHUNK, Plan, Variant
 from fastxent._simd import INLINE, LANES, lane, splat, sum_across
+from fastxent._task import WORK
 
 VECTOR = 4 * LANES  # bytes
 AHEAD = 128  # vectors
@@ -85,15 +86,15 @@ def read(task, tile, number):
 
 
 def streamed_task(task):
-    work(task, streamed)
+    walk(task, WORK, enter(task), streamed, task.n_units, task.chunk)
 
 
 def stored_task(task):
-    work(task, stored)
+    walk(task, WORK, enter(task), stored, task.n_units, task.chunk)
 
 
 def read_task(task):
-    work(task, read)
+    walk(task, WORK, enter(task), read, task.n_units, task.chunk)
 
 
 TASKS = {"streamed": streamed_task, "stored": stored_task, "read": read_task}
@@ -129,11 +130,11 @@ class Floor:
         self.x = floats(n_units * unit)
         self.t = floats(n_units * unit) if soft else None
         self.g = self.x if which == IN_PLACE else floats(n_units * unit) if which == OUT else None
-        self.sums = np.zeros(3 + n_chunks)  # of all, then of each chunk
+        self.sums = np.zeros(5 + n_chunks)  # of all, then of each chunk
         self.taken = np.zeros(n_chunks, np.int64)
         fields = {
             "n_rows": -(-read_bytes // unit), "n_vectors": vectors, "n_units": n_units, "chunk": chunk,
-            "total": self.sums.ctypes.data, "partial": self.sums.ctypes.data + 24, "taken": self.taken.ctypes.data,
+            "total": self.sums.ctypes.data, "partial": self.sums.ctypes.data + 40, "taken": self.taken.ctypes.data,
             "x": self.x.ctypes.data, "t": _address(self.t), "g": _address(self.g),
         }  # fmt: skip
         self.block = ctypes.create_string_buffer(_task.BLOCK.size)

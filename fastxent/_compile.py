@@ -75,7 +75,7 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
 def compile_task(name: str, variant: Variant) -> Any:
     """Task ``name`` as a C function (``.address``); a cache that cannot be used is no error."""
     signature = types.void(task_type(name, variant))
-    function = _with_its_own_files(getattr(_kernels, name + "_task"), signature)
+    function = task_of(getattr(_kernels, name), variant, signature)
     with suppress(Exception):
         return cfunc(signature, cache=True)(function)
     try:
@@ -86,22 +86,29 @@ def compile_task(name: str, variant: Variant) -> Any:
         return cfunc(signature)(function)
 
 
-def _with_its_own_files(function: FunctionType, signature: Any) -> FunctionType:
-    """The function under a name that only this kernel has, and so with cache files of its own.
+def task_of(visit: Any, variant: Variant, signature: Any) -> FunctionType:
+    """``_kernels.task`` for what ``visit`` does with a unit, without the phases that the variant has no use for.
 
-    Numba keeps the kernels of one function in numbered files. Two processes that compile at once may give the same number to
-    two kernels, and would then run each other's. Under this name all who write to a file write the same.
+    It gets a name that only this kernel has, and so cache files of its own. Numba keeps the kernels of one function in numbered
+    files. Two processes that compile at once may give the same number to two kernels, and would then run each other's. Under
+    this name all who write to a file write the same.
     """
-    kernel = (str(signature), cpu_target.target_context.codegen().magic_tuple(), numba.__version__, llvmlite.__version__)
-    own = FunctionType(function.__code__, function.__globals__, function.__name__)
-    own.__qualname__ = f"{function.__name__}_{hashlib.sha256(repr(kernel).encode()).hexdigest()[:16]}"
+    parts = {"visit": visit}
+    if not variant.labelled:
+        parts["check"] = _kernels.go_on
+    if not variant.split:
+        parts["take_segments"] = _kernels.go_on
+    name = visit.py_func.__name__
+    kernel = (name, str(signature), cpu_target.target_context.codegen().magic_tuple(), numba.__version__, llvmlite.__version__)
+    own = FunctionType(_kernels.task.__code__, vars(_kernels) | parts, name)
+    own.__qualname__ = f"{name}_{hashlib.sha256(repr(kernel).encode()).hexdigest()[:16]}"
     return own
 
 
 def cache_folder() -> str:
     """Where compiled kernels are kept."""
     try:
-        locator = FunctionCache(_kernels.value_task).cache_path
+        locator = FunctionCache(_kernels.task).cache_path
     except RuntimeError:
         return "none: no folder can be written to"
     return str(locator)

@@ -41,7 +41,7 @@ from fastxent._simd import (
     where,
     widen,
 )
-from fastxent._task import CHECK, DONE, ENTERED, OVER, SEGMENTS, WORK
+from fastxent._task import BAD, CHECK, DIVISOR, DONE, ENTERED, OVER, SEGMENTS, WORK
 
 NAN = float("nan")
 MOST = 1e300  # of a product whose log is still to be taken
@@ -73,7 +73,7 @@ def check_targets(task, tile, number):
                 weight = weight * load_masked(task.u + 8 * row, rows)
             weights = weights + where(good, weight, 0.0)
     if n_good < n_kept:
-        put(task.total, 8, 1.0)
+        put(task.total, BAD, 1.0)
     if task.weighted != 0 or task.sampled != 0:
         return lane(sum_across(weights), 0), 1.0
     return float(n_good), 1.0
@@ -127,6 +127,7 @@ def value_and_grad(task, tile, number):
         if not task.split or unit.start == 0:
             loss = deliver_no_loss(task, unit)
         write_zeros(task, unit)
+    flush(task, unit)
     return loss
 
 
@@ -141,20 +142,21 @@ def grad_hess(task, tile, number):
     """Gradient and Hessian diagonal, which has the strides of the gradient."""
     unit = locate(task, tile, number)
     zero = splat(task.x, 0.0)
-    if not any_lane(unit.kept):
-        write_zeros(task, unit)
+    if any_lane(unit.kept):
+        f = factors(task, unit, span_state(task, unit), label(task, unit))
+        for j in range(unit.start, unit.stop):
+            whole = j < unit.full
+            reads = all_lanes() if whole else unit.reads
+            writes = all_lanes() if whole else unit.writes
+            h = hessian_vector(task, unit, j, reads, f)
+            write(task, task.h + (unit.g + j * task.g_step), unit.g_lanes, h, writes)
+        write_gradient(task, unit, f)
+    else:
         for j in range(unit.start, unit.stop):
             mask = all_lanes() if task.across and j < unit.full else unit.writes
             write(task, task.h + (unit.g + j * task.g_step), unit.g_lanes, zero, mask)
-        return 0.0, 1.0
-    f = factors(task, unit, span_state(task, unit), label(task, unit))
-    for j in range(unit.start, unit.stop):
-        whole = j < unit.full
-        reads = all_lanes() if whole else unit.reads
-        writes = all_lanes() if whole else unit.writes
-        h = hessian_vector(task, unit, j, reads, f)
-        write(task, task.h + (unit.g + j * task.g_step), unit.g_lanes, h, writes)
-    write_gradient(task, unit, f)
+        write_zeros(task, unit)
+    flush(task, unit)
     return 0.0, 1.0
 
 
@@ -287,7 +289,7 @@ def binary(task, tile, number):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Tasks: what a thread runs. Every thread of a team runs the same task on the same argument block.
+# The task: what a thread runs
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -301,13 +303,13 @@ def walk(task, phase, me, visit, n_units, chunk):
     """Take chunks of units until none is left; sum each chunk in order; the last to finish sums the chunks in order.
 
     A thread begins with its own share of the chunks, the same in every run, for it may find them in its core's cache; then it
-    takes what is left of the next one's.
+    takes what is left of the next one's. A thread with a negative number does nothing.
 
     A unit returns a number and a factor. The numbers, and the logs of the factors, are added up, and lose nothing to rounding
     on the way; of the factors there is one log for as many as have a product below the largest float64.
-
-    Returns whether this thread was the last to finish, and if so the sum.
     """
+    if me < 0:
+        return
     n_chunks = (n_units + chunk - 1) // chunk
     partial = task.partial  # (n_chunks,) out
     tile = task.tiles + me * TILE
@@ -332,15 +334,13 @@ def walk(task, phase, me, visit, n_units, chunk):
             total, lost = 0.0, 0.0
             for k in range(n_chunks):
                 total, lost = add(total, lost, get(partial, 8 * k))
-            return True, whole(total, lost)
-    return False, 0.0
+            put(task.total, 8 * phase, whole(total, lost))
+            fetch_add(task, OVER + phase)
 
 
 @njit(**INLINE)
-def wait(task, phase, last):
-    """Until all chunks of a phase are done: the last thread to finish has said so."""
-    if last:
-        fetch_add(task, OVER + phase)
+def wait(task, phase):
+    """Until all chunks of a phase are done."""
     turns = 0
     while read_slot(task, OVER + phase) == 0:
         turns += 1
@@ -349,51 +349,45 @@ def wait(task, phase, last):
 
 
 @njit(**INLINE)
-def work(task, visit):
-    """The phases of a task. Before all class indices are checked, nothing is written, and nothing read by one of them."""
-    me = fetch_add(task, ENTERED) if task.thread_number == 0 else call(task.thread_number)
-    if task.labelled:
-        last, weight = walk(task, CHECK, me, check_targets, (task.n_rows + CHECKED - 1) // CHECKED, CHECKS)
-        if last and task.average != 0:
-            put(task.total, 16, weight if weight != 0.0 else NAN)
-        wait(task, CHECK, last)
-        if get(task.total, 8) != 0.0:
-            return
-    if task.split:
-        last, _ = walk(task, SEGMENTS, me, save_segment, task.n_units, task.chunk)
-        wait(task, SEGMENTS, last)
-    last, total = walk(task, WORK, me, visit, task.n_units, task.chunk)
-    if last:
-        put(task.total, 0, total)
+def enter(task):
+    """The thread's number in its team."""
+    return fetch_add(task, ENTERED) if task.thread_number == 0 else call(task.thread_number)
 
 
-def value_task(task):
-    work(task, value)
+# What may come before the last phase takes and returns the thread's number.
 
 
-def value_and_grad_task(task):
-    work(task, value_and_grad)
+@njit(**INLINE)
+def check(task, me):
+    """Are all class indices in range? If not, -1: then nothing is to be written, and nothing read by one of them."""
+    walk(task, CHECK, me, check_targets, (task.n_rows + CHECKED - 1) // CHECKED, CHECKS)
+    wait(task, CHECK)
+    if task.average != 0:  # every thread writes the same
+        weight = get(task.total, 8 * CHECK)
+        put(task.total, DIVISOR, weight if weight != 0.0 else NAN)
+    return me if get(task.total, BAD) == 0.0 else -1
 
 
-def grad_hess_task(task):
-    work(task, grad_hess)
+@njit(**INLINE)
+def take_segments(task, me):
+    """The statistics of split rows."""
+    if me >= 0:
+        walk(task, SEGMENTS, me, save_segment, task.n_units, task.chunk)
+        wait(task, SEGMENTS)
+    return me
 
 
-def stats_task(task):
-    work(task, stats)
+@njit(**INLINE)
+def go_on(task, me):
+    """Nothing."""
+    return me
 
 
-def softmax_task(task):
-    work(task, softmax)
+visit = value  # for each kernel, ``_compile`` puts in what visits its units, and ``go_on`` for what its variant does not need
 
 
-def log_softmax_task(task):
-    work(task, log_softmax)
-
-
-def logsumexp_task(task):
-    work(task, logsumexp)
-
-
-def binary_task(task):
-    work(task, binary)
+def task(task):
+    """What every thread of a team runs, with the same argument block."""
+    me = check(task, enter(task))
+    me = take_segments(task, me)
+    walk(task, WORK, me, visit, task.n_units, task.chunk)

@@ -36,7 +36,6 @@ from fastxent._loadstore import gather, get, itemsize, load, load_masked, put, s
 from fastxent._rows import (
     BLOCK,
     aligned,
-    flush,
     locate,
     look_ahead,
     look_at_next_row,
@@ -69,6 +68,7 @@ from fastxent._simd import (
     where,
     widen,
 )
+from fastxent._task import DIVISOR
 
 INF = float("inf")
 GROUP = 8  # vectors in flight; float32 terms are added up over them, pairwise, before they go to the float64 totals
@@ -421,7 +421,7 @@ Factors = namedtuple("Factors", "shift a b inverse_s g_y")
 @njit(**INLINE)
 def scaled(task, x):
     """x factor / divisor; float64 logits notice that 1 / divisor would be rounded."""
-    divisor = get(task.total, 16)
+    divisor = get(task.total, DIVISOR)
     return x * task.factor / divisor if task.double else x * (task.factor / divisor)
 
 
@@ -496,7 +496,6 @@ def write_gradient(task, unit, f):
         g = with_label(task, unit, j, gradient_vector(task, unit, j, unit.reads, f), f)
         write_out(task, unit, j, g, unit.writes)
     put_label(task, unit, f)
-    flush(task, unit)
 
 
 @njit(**INLINE)

@@ -373,4 +373,3 @@ def write_zeros(task, unit):
     for j in range(unit.start, unit.stop):
         mask = all_lanes() if task.across and j < unit.full else unit.writes
         write_out(task, unit, j, zero, mask)
-    flush(task, unit)

@@ -11,6 +11,8 @@ CHECK, SEGMENTS, WORK = range(3)
 PHASES = 3
 # Slots of the counters: threads at work; chunks done, 8 slots a phase; is a phase over?, a slot a phase.
 ENTERED, DONE, OVER = 0, 8, 32
+# Bytes from the beginning of ``total``, behind a sum for each phase: is a class index out of range?; the gradient's divisor.
+BAD, DIVISOR = 24, 32
 
 # Who runs it: (name, kind)
 RUN = (
@@ -49,7 +51,7 @@ CALLED = (
     ("partial", "f64"),  # (n_chunks,) out: sum of a chunk
     ("taken", "i64"),  # (n_chunks,) in/out: number of the last phase in which a thread took this chunk
     ("segments", "f64"),  # (n_units, 6) in/out: statistics of the segments of split rows
-    ("total", "f64"),  # (3,) out: sum of the losses, is a class index out of range?; in/out: divisor of the gradient
+    ("total", "f64"),  # (5,) out: sum of the kept rows' weights, of nothing, of the losses; in/out: see BAD, DIVISOR
     ("w", "f64"),  # (C,) in: class weights
     ("u", "f64"),  # (rows,) in: sample weights
     ("loss", "acc"),  # (rows,) out
@@ -76,4 +78,4 @@ FIRST_SLOT = 40
 _ZEROS = f"={8 * FIRST_SLOT}x"  # the counters begin at 0
 BLOCK = struct.Struct(_ZEROS + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
 START, START_ALONE = struct.Struct(_ZEROS + "3q"), struct.Struct(_ZEROS + "3q6q")  # RUN; and the operands
-TOTAL = struct.Struct("=3d")
+TOTAL = struct.Struct("=16x3d")  # sum of the losses, BAD, DIVISOR
