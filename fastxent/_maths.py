@@ -249,10 +249,11 @@ def block_state(task, unit, start, stop):
         grouped = start + (n_whole - start) // GROUP * GROUP
         m_of_group, shift_of_group = repeat(finite, GROUP), group_shift(shift)
         for j in range(start, grouped, GROUP):
-            look_ahead(task, unit, j, GROUP)
+            for k in range(j, j + GROUP):
+                look_ahead(task, unit, k)
             totals = add_sums(task, totals, group_sums(task, unit, j, m_of_group, shift_of_group))
     for j in range(grouped, n_whole):
-        look_ahead(task, unit, j, 1)
+        look_ahead(task, unit, j)
         totals = add_sums(task, totals, vector_sums(task, unit, j, all_lanes(), finite, shift))
     for j in range(n_whole, stop):
         totals = add_sums(task, totals, vector_sums(task, unit, j, unit.reads, finite, shift))
@@ -502,7 +503,7 @@ def write_gradient(task, unit, f):
 def stream_gradient(task, unit, f):
     head, body, n_whole, tail = aligned(task, unit)
     mask = all_lanes() if task.across else unit.reads
-    write(task, task.g + unit.g, unit.g_lanes, gradient_vector(task, unit, 0, head, f), head)
+    write(task, task.g + unit.g, unit.g_lanes, gradient_vector(task, unit, unit.start, head, f), head)
     for j in range(n_whole):
         look_at_next_row(task, body, j)
         g = with_label(task, body, j, gradient_vector(task, body, j, mask, f), f)

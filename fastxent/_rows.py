@@ -303,23 +303,21 @@ def write_out(task, unit, j, values, mask):
 
 
 @njit(**INLINE)
-def look_ahead(task, unit, start, n):
-    """While exponentials are computed, ask for what is read a block, a row, or 16 rows later."""
+def look_ahead(task, unit, j):
+    """While the exponentials of vector j are computed, ask for what is read a block, a row, or 16 rows later."""
     if task.across and not task.large:  # it is in some cache, and most of the time not in the nearest
-        for j in range(start, start + n):
-            prefetch_near(task.x + unit.x, (j + min(BLOCK, task.n_vectors)) * task.x_step)
+        prefetch_near(task.x + unit.x, (j + min(BLOCK, task.n_vectors)) * task.x_step)
     if task.large and not task.tiled:
         ahead, t_ahead = LANES * itemsize(task.x), LANES * itemsize(task.t)
         if task.across:
             ahead, t_ahead = BLOCK * task.x_step, BLOCK * task.t_step
         if task.across and task.keeps_e:
             ahead, t_ahead = get(task.axes, 8), get(task.axes, 24)
-        for j in range(start, start + n):
-            prefetch(task.x + unit.x, j * task.x_step + ahead)
-            if task.double:  # two cache lines a vector
-                prefetch(task.x + unit.x, j * task.x_step + ahead + LINE)
-            if task.soft:
-                prefetch(task.t + unit.t, j * task.t_step + t_ahead)
+        prefetch(task.x + unit.x, j * task.x_step + ahead)
+        if task.double:  # two cache lines a vector
+            prefetch(task.x + unit.x, j * task.x_step + ahead + LINE)
+        if task.soft:
+            prefetch(task.t + unit.t, j * task.t_step + t_ahead)
 
 
 @njit(**INLINE)

@@ -19,6 +19,7 @@ from conftest import (
     INDEX_OPTIONS,
     INF,
     INTEGERS,
+    MOST_DTYPES,
     NAN,
     OPTIONS,
     REDUCTIONS,
@@ -82,7 +83,7 @@ LONG_SHAPES = {
 
 
 @pytest.mark.parametrize("option", ["index", "weight ignore smoothing sample_weight", "probabilities weight"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", MOST_DTYPES, ids=str)
 def test_long_rows(dtype, option):
     check(*(make_case(dtype, shape, option) for shape in LONG_SHAPES))
 
@@ -353,7 +354,7 @@ SOME_OPTIONS = ["index", "ignore_class", "weight ignore smoothing sample_weight"
 
 
 @pytest.mark.parametrize("option", SOME_OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", MOST_DTYPES, ids=str)
 def test_stats_grid(dtype, option):
     budgets = {name: Budget() for name in ("loss", "lse", "entropy", "target_prob")}
     for shape in GRID:
@@ -408,7 +409,7 @@ def run_torch_hessian(logits: np.ndarray, mass: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("option", SOME_OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", MOST_DTYPES, ids=str)
 def test_grad_hess_grid(dtype, option):
     """The Hessian u Q p (1 - p) has the scale of u Q p: 1 - p is as good as p near 1 is."""
     gradients, hessians = Budget(), Budget()
