@@ -73,9 +73,10 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
 
 
 def compile_task(name: str, variant: Variant) -> Any:
-    """Task ``name`` as a C function (``.address``); a cache that cannot be used is no error."""
-    signature = types.void(task_type(name, variant))
-    function = task_of(getattr(_kernels, name), variant, signature)
+    """Kernel ``name`` as a C function (``.address``); a cache that cannot be used is no error."""
+    task = task_type(name, variant)
+    signature = types.void(task) if name == "launch" else types.void(task, types.int64, types.int64)
+    function = own_function(name, signature)
     with suppress(Exception):
         return cfunc(signature, cache=True)(function)
     try:
@@ -86,21 +87,17 @@ def compile_task(name: str, variant: Variant) -> Any:
         return cfunc(signature)(function)
 
 
-def task_of(visit: Any, variant: Variant, signature: Any) -> FunctionType:
-    """``_kernels.task`` for what ``visit`` does with a unit, without the phases that the variant has no use for.
+def own_function(name: str, signature: Any) -> FunctionType:
+    """A function of ``_kernels`` for this kernel alone, under a name that only it has, and so with cache files of its own.
 
-    It gets a name that only this kernel has, and so cache files of its own. Numba keeps the kernels of one function in numbered
-    files. Two processes that compile at once may give the same number to two kernels, and would then run each other's. Under
-    this name all who write to a file write the same.
+    Numba keeps the kernels of one function in numbered files. Two processes that compile at once may give the same number to
+    two kernels, and would then run each other's. Under this name all who write to a file write the same.
     """
-    parts = {"visit": visit}
-    if not variant.labelled:
-        parts["check"] = _kernels.go_on
-    if not variant.split:
-        parts["take_segments"] = _kernels.go_on
-    name = visit.py_func.__name__
     kernel = (name, str(signature), cpu_target.target_context.codegen().magic_tuple(), numba.__version__, llvmlite.__version__)
-    own = FunctionType(_kernels.task.__code__, vars(_kernels) | parts, name)
+    is_whole = name in ("launch", "check")
+    function = getattr(_kernels, name if is_whole else "kernel")
+    names = vars(_kernels) if is_whole else vars(_kernels) | {"visit": getattr(_kernels, name)}
+    own = FunctionType(function.__code__, names, name)
     own.__qualname__ = f"{name}_{hashlib.sha256(repr(kernel).encode()).hexdigest()[:16]}"
     return own
 
@@ -108,7 +105,7 @@ def task_of(visit: Any, variant: Variant, signature: Any) -> FunctionType:
 def cache_folder() -> str:
     """Where compiled kernels are kept."""
     try:
-        locator = FunctionCache(_kernels.task).cache_path
+        locator = FunctionCache(_kernels.kernel).cache_path
     except RuntimeError:
         return "none: no folder can be written to"
     return str(locator)

@@ -42,7 +42,7 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
     for dtype in dtypes:
         if dtype not in STORAGE:
             raise ValueError(f"dtypes holds {dtype!r}; allowed are {', '.join(STORAGE)}")
-    jobs = []
+    jobs = [("launch", Variant("f32")), ("check", Variant("f32"))]
     for dtype in dtypes:
         rows = Variant(STORAGE[dtype], labelled=True, adjacent=True)
         layouts = (

@@ -3,7 +3,19 @@
 from numba import njit
 
 from fastxent._elementary import exp_up, log, log1p, shift_by, up
-from fastxent._loadstore import call, fetch_add, gather, get, itemsize, load_masked, put, raise_to, read_slot, store_masked
+from fastxent._loadstore import (
+    call,
+    fetch_add,
+    gather,
+    get,
+    itemsize,
+    load_masked,
+    put,
+    raise_to,
+    read_slot,
+    start,
+    store_masked,
+)
 from fastxent._maths import (
     add,
     exponentials,
@@ -14,7 +26,7 @@ from fastxent._maths import (
     row_label,
     row_loss,
     row_state,
-    save_segment,
+    save_segment,  # noqa: F401  (a kernel too: see ``visit``)
     scaled,
     span_state,
     sum_loss,
@@ -289,7 +301,7 @@ def binary(task, tile, number):
 
 
 # ----------------------------------------------------------------------------------------------------
-# The task: what a thread runs
+# What a thread runs
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -303,13 +315,11 @@ def walk(task, phase, me, visit, n_units, chunk):
     """Take chunks of units until none is left; sum each chunk in order; the last to finish sums the chunks in order.
 
     A thread begins with its own share of the chunks, the same in every run, for it may find them in its core's cache; then it
-    takes what is left of the next one's. A thread with a negative number does nothing.
+    takes what is left of the next one's.
 
     A unit returns a number and a factor. The numbers, and the logs of the factors, are added up, and lose nothing to rounding
     on the way; of the factors there is one log for as many as have a product below the largest float64.
     """
-    if me < 0:
-        return
     n_chunks = (n_units + chunk - 1) // chunk
     partial = task.partial  # (n_chunks,) out
     tile = task.tiles + me * TILE
@@ -354,40 +364,34 @@ def enter(task):
     return fetch_add(task, ENTERED) if task.thread_number == 0 else call(task.thread_number)
 
 
-# What may come before the last phase takes and returns the thread's number.
+def check(task, phase, me):
+    """A kernel: are all class indices in range, and what do the rows weigh?"""
+    walk(task, phase, me, check_targets, (task.n_rows + CHECKED - 1) // CHECKED, CHECKS)
 
 
-@njit(**INLINE)
-def check(task, me):
-    """Are all class indices in range? If not, -1: then nothing is to be written, and nothing read by one of them."""
-    walk(task, CHECK, me, check_targets, (task.n_rows + CHECKED - 1) // CHECKED, CHECKS)
-    wait(task, CHECK)
-    if task.average != 0:  # every thread writes the same
-        weight = get(task.total, 8 * CHECK)
-        put(task.total, DIVISOR, weight if weight != 0.0 else NAN)
-    return me if get(task.total, BAD) == 0.0 else -1
+visit = value  # what a kernel does with a unit: ``_compile`` puts in one of the functions above, or ``save_segment``
 
 
-@njit(**INLINE)
-def take_segments(task, me):
-    """The statistics of split rows."""
-    if me >= 0:
-        walk(task, SEGMENTS, me, save_segment, task.n_units, task.chunk)
+def kernel(task, phase, me):
+    """A kernel: ``visit`` for all units."""
+    walk(task, phase, me, visit, task.n_units, task.chunk)
+
+
+def launch(task):
+    """What every thread of a team runs, with the same argument block: a task's kernels, one after the other.
+
+    Before all class indices are checked, nothing is written, and nothing is read by one of them.
+    """
+    me = enter(task)
+    if task.check != 0:
+        start(task.check, task, CHECK, me)
+        wait(task, CHECK)
+        if get(task.total, BAD) != 0.0:
+            return
+        if task.average != 0:  # every thread writes the same
+            weight = get(task.total, 8 * CHECK)
+            put(task.total, DIVISOR, weight if weight != 0.0 else NAN)
+    if task.take_segments != 0:
+        start(task.take_segments, task, SEGMENTS, me)
         wait(task, SEGMENTS)
-    return me
-
-
-@njit(**INLINE)
-def go_on(task, me):
-    """Nothing."""
-    return me
-
-
-visit = value  # for each kernel, ``_compile`` puts in what visits its units, and ``go_on`` for what its variant does not need
-
-
-def task(task):
-    """What every thread of a team runs, with the same argument block."""
-    me = check(task, enter(task))
-    me = take_segments(task, me)
-    walk(task, WORK, me, visit, task.n_units, task.chunk)
+    start(task.kernel, task, WORK, me)

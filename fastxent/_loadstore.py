@@ -360,6 +360,19 @@ def call(typingctx, function):
 
 
 @intrinsic
+def start(typingctx, kernel, task, phase, me):
+    """Run the kernel at an address."""
+
+    def codegen(context, builder, sig, args):
+        address, *rest = args
+        pointer = builder.inttoptr(address, ir.FunctionType(ir.VoidType(), [BYTES, I64, I64]).as_pointer())
+        builder.call(pointer, rest)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, task, types.int64, types.int64), codegen
+
+
+@intrinsic
 def fetch_add(typingctx, task, slot):
     """Add 1 to an integer slot of the task and return what it was, atomically; this thread's earlier writes are seen first."""
 

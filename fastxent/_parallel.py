@@ -1,7 +1,8 @@
 """Runs a task on the host's OpenMP pool, on a thread pool, or serially.
 
-One compiled function per task takes one argument block and works until the block's counter says that nothing is left. So the
-three ways to run it differ in who calls it: ``GOMP_parallel`` calls it in every thread of the team that PyTorch uses too;
+A compiled function, ``launch``, takes one argument block, runs the kernels that it names, one after the other, and works until
+the block's counters say that nothing is left. So the three ways to run it differ in who calls it: ``GOMP_parallel`` calls it in
+every thread of the team that PyTorch uses too;
 threads of our own call it where there is no libgomp; or the caller alone calls it, and no parallel runtime is entered at all:
 small work, one thread, and any forked child (libgomp hangs after fork).
 
@@ -39,10 +40,10 @@ _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Kernel(NamedTuple):
-    """A compiled task."""
+    """A compiled function of ``_kernels``."""
 
-    call: Callable[[object], None]
-    address: int  # for other callers
+    call: Callable[[object], None]  # of "launch", which takes nothing but the argument block
+    address: int
     owner: object  # of the machine code, which lives as long as this does
 
 
@@ -64,6 +65,7 @@ _AT_TAKEN = _AT_TOTAL + _task.TOTAL.size
 _rounds = itertools.count(_task.PHASES, _task.PHASES)
 
 _kernels: dict[tuple[str, Variant], Kernel] = {}
+_ANY = Variant("f32")  # for those that read no logits
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -78,8 +80,8 @@ def run(name: str, plan: Plan, n_threads: int | None = None, **arguments: Any) -
     """
     tiles = _take_tiles()
     try:
-        block = argument_block(plan, tiles=tiles[1], **arguments)
-        _launch(kernel(name, plan.variant), block, plan, n_threads)
+        block = argument_block(name, plan, tiles=tiles[1], **arguments)
+        _launch(kernel("launch"), block, plan, n_threads)
         return _totals_of(block, _AT_TOTAL)
     finally:
         _State.tiles.append(tiles)
@@ -98,7 +100,7 @@ def _take_tiles() -> tuple[np.ndarray[Any, Any], int]:
 
 
 def argument_block(
-    plan: Plan, *,
+    name: str, plan: Plan, *,
     x: int = 0, g: int = 0, h: int = 0, t: int = 0, y: int = 0, tiles: int = 0, w: int = 0, u: int = 0,
     loss: int = 0, lse: int = 0, entropy: int = 0, target_prob: int = 0, prediction: int = 0, target_rank: int = 0,
     ignore: int = 0, keep: float = 1.0, spread: float = 0.0, factor: float = 1.0, divisor: float = 1.0,
@@ -108,13 +110,19 @@ def argument_block(
 
     ``divisor`` 0, a mean over nothing, is nan. With class indices and ``average`` the task makes it.
     """
-    segments = 48 * plan.n_units if plan.variant.split else 0
+    variant = plan.variant
+    kernels = (
+        kernel("check").address if variant.labelled else 0,
+        kernel("save_segment", variant).address if variant.split else 0,
+        kernel(name, variant).address,
+    )
+    segments = 48 * plan.n_units if variant.split else 0
     block = ctypes.create_string_buffer(_AT_TAKEN + 16 * plan.most_chunks + segments)
     at_total, at_taken = ctypes.addressof(block) + _AT_TOTAL, ctypes.addressof(block) + _AT_TAKEN
     at_partial = at_taken + 8 * plan.most_chunks
     at_segments = at_partial + 8 * plan.most_chunks
     _task.BLOCK.pack_into(
-        block, 0, 0, 0, 0, x, g, h, t, y, tiles, *plan.planned,
+        block, 0, 0, 0, 0, x, g, h, t, y, tiles, *plan.planned, *kernels,
         ctypes.addressof(plan.table), at_partial, at_taken, at_segments, at_total,
         w, u, loss, lse, entropy, target_prob, prediction, target_rank,
         w != 0, u != 0, loss != 0, g != x and g % plan.itemsize == 0, ignore, keep, spread, factor, average, z, cap,
@@ -137,7 +145,7 @@ class PackedTask:
     """A task over class indices, called again and again: all but three addresses is packed once."""
 
     def __init__(self, name: str, plan: Plan, **arguments: Any) -> None:
-        self.name, self.kernel, self.plan, self.arguments = name, kernel(name, plan.variant), plan, arguments
+        self.name, self.plan, self.arguments, self.launch = name, plan, arguments, kernel("launch")
         self.alone = _is_for_one_thread(plan)
         self.blocks: list[tuple[ctypes.Array[ctypes.c_char], int]] = []  # those that no thread is using; their addresses
 
@@ -146,15 +154,15 @@ class PackedTask:
         try:
             block, at = self.blocks.pop()
         except IndexError:
-            block = argument_block(self.plan, **self.arguments)
+            block = argument_block(self.name, self.plan, **self.arguments)
             at = ctypes.addressof(block)
         tiles = _take_tiles()
         try:
             _start_alone(block, 0, next(_rounds), 0, 1, x, g, 0, 0, y, tiles[1])
             if self.alone:
-                self.kernel.call(at)
+                self.launch.call(at)
             else:
-                _launch(self.kernel, block, self.plan, n_threads)
+                _launch(self.launch, block, self.plan, n_threads)
             totals = _totals_of(block, _AT_TOTAL)
             if not totals[1]:  # else the block keeps that
                 self.blocks.append((block, at))
@@ -410,8 +418,8 @@ def check_threads(n: object, name: str) -> int:
 # ----------------------------------------------------------------------------------------------------
 
 
-def kernel(name: str, variant: Variant) -> Kernel:
-    """The compiled task ``name`` for ``variant``: from memory, from the disk cache, or compiled now."""
+def kernel(name: str, variant: Variant = _ANY) -> Kernel:
+    """The compiled kernel ``name`` for ``variant``: from memory, from the disk cache, or compiled now."""
     try:
         return _kernels[name, variant]
     except KeyError:

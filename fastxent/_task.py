@@ -6,7 +6,7 @@
 
 import struct
 
-# What a task does, one after the other: check the class indices, take the statistics of split rows, and its own work.
+# What is done one after the other: the class indices are checked, the statistics of split rows are taken, the work is done.
 CHECK, SEGMENTS, WORK = range(3)
 PHASES = 3
 # Slots of the counters: threads at work; chunks done, 8 slots a phase; is a phase over?, a slot a phase.
@@ -47,6 +47,9 @@ PLANNED = (
 )
 # What else one call knows
 CALLED = (
+    ("check", "int"),  # address of the kernel that checks the class indices, or 0
+    ("take_segments", "int"),  # of the one that takes the statistics of split rows, or 0
+    ("kernel", "int"),  # and of the one that does the work
     ("axes", "i64"),  # (n_axes, 5) in: extent, strides in x, g, t, rows; innermost first
     ("partial", "f64"),  # (n_chunks,) out: sum of a chunk
     ("taken", "i64"),  # (n_chunks,) in/out: number of the last phase in which a thread took this chunk
