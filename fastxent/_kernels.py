@@ -1,4 +1,4 @@
-"""The kernels: what each does with one unit of rows, by the maths of ``_maths``, and the tasks that walk over all units."""
+"""The kernels: what each does with one unit of rows, by the maths of ``_maths``, and how threads walk over all units."""
 
 from numba import njit
 
@@ -391,7 +391,7 @@ def launch(task):
         if task.average != 0:  # every thread writes the same
             weight = get(task.total, 8 * CHECK)
             put(task.total, DIVISOR, weight if weight != 0.0 else NAN)
-    if task.take_segments != 0:
-        start(task.take_segments, task, SEGMENTS, me)
+    if task.save_segment != 0:
+        start(task.save_segment, task, SEGMENTS, me)
         wait(task, SEGMENTS)
     start(task.kernel, task, WORK, me)

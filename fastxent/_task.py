@@ -48,7 +48,7 @@ PLANNED = (
 # What else one call knows
 CALLED = (
     ("check", "int"),  # address of the kernel that checks the class indices, or 0
-    ("take_segments", "int"),  # of the one that takes the statistics of split rows, or 0
+    ("save_segment", "int"),  # of the one that takes the statistics of split rows, or 0
     ("kernel", "int"),  # and of the one that does the work
     ("axes", "i64"),  # (n_axes, 5) in: extent, strides in x, g, t, rows; innermost first
     ("partial", "f64"),  # (n_chunks,) out: sum of a chunk
