@@ -19,7 +19,7 @@ from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
 
 from fastxent import _elementary, _kernels, _loadstore, _maths, _plan, _rows, _simd, _task
-from fastxent._plan import Variant
+from fastxent._plan import KEEPERS, Variant
 
 lock = threading.RLock()
 
@@ -61,7 +61,7 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "entropic": name == "stats",
         "capped": variant.capped,
         "tiled": variant.tiled,
-        "keeps_e": variant.kept and name in ("value_and_grad", "softmax"),
+        "keeps_e": variant.kept and name in KEEPERS,
         "whole_rows": variant.whole_rows,
         "adjacent": variant.adjacent,
         "split": variant.split,

@@ -17,7 +17,8 @@ from fastxent._simd import F64, I32, I64, INLINE, LANES, SCALAR, absolute, at_le
 #         c = coarse + k high is exact; r = ((x - base) - c) - fine - k low. If m is beyond the reach of the grid, all of it is
 #         base: x - base is exact then for every x that matters.
 #   e^r = 1 + r + r^2 q(r), q interpolated at Chebyshev nodes: 0.2 (f32), 0.002 (f64) of a half-ulp.
-#   2^k   is built from k's bits; 2^k e^r = 2^k + 2^k (r + r^2 q(r)), rounded once.
+#   2^k   is the low bits moved to the exponent's place: with bias + UP in what is added, they are k + bias + UP.
+#         2^k e^r = 2^k + 2^k (r + r^2 q(r)), rounded once.
 # Softmax needs ratios of exponentials only. So exp_up returns exp(x - m) 2^UP, UP = 24 or 52: the factor cancels, and a
 # probability too small for a normal number keeps its bits until the last multiplication rounds it to a denormal one.
 # Below x - m = -(bias + UP) ln 2 the exponent field is 0 and the result exactly 0, also for x = -inf.
@@ -55,17 +56,13 @@ def _polynomial(coefficients):
 
 @intrinsic
 def _power_of_two(typingctx, shifted):
-    """``2^(k + UP)`` from ``shifted = k + magic``; 0 where k + UP is below the normal numbers."""
-    mantissa, bias, up = _FORMAT[shifted.kind][:3]
+    """``2^(n - bias)`` from ``shifted = 1.5 2^mantissa + n``, n >= 0; 0 for n = 0."""
+    mantissa = _FORMAT[shifted.kind][0]
     integer = {"f32": I32, "f64": I64}[shifted.kind]
-    # The bits of a float in [2^mantissa, 2^(mantissa+1)) are those of its first member plus the distance to it.
-    magic_bits = ((bias + mantissa) << mantissa) + (1 << (mantissa - 1))
 
     def codegen(context, builder, sig, args):
         ints = lanes_of(integer, shifted.lanes)
-        bits = builder.bitcast(args[0], ints)
-        exponent = builder.add(bits, ir.Constant(ints, [bias + up - magic_bits] * shifted.lanes))
-        field = builder.shl(exponent, ir.Constant(ints, [mantissa] * shifted.lanes))
+        field = builder.shl(builder.bitcast(args[0], ints), ir.Constant(ints, [mantissa] * shifted.lanes))
         return builder.bitcast(field, args[0].type)
 
     return shifted(shifted), codegen
@@ -103,15 +100,15 @@ def exp_up(x, shift):
 
 @overload(exp_up, jit_options=INLINE)
 def _exp_up(x, shift):
-    mantissa, _, _, ln2_high, ln2_low, q = _FORMAT[x.kind]
-    magic = 1.5 * 2.0**mantissa
+    mantissa, bias, up, ln2_high, ln2_low, q = _FORMAT[x.kind]
+    offset = 1.5 * 2.0**mantissa + (bias + up)
     log2e = 1.0 / math.log(2.0)
     q_of = _polynomial(q)
 
     def exp_up(x, shift):
         x = at_least(x - shift.base, shift.lowest)
-        shifted = fma(x - shift.coarse, log2e, splat(x, magic))
-        k = shifted - magic
+        shifted = fma(x - shift.coarse, log2e, splat(x, offset))
+        k = shifted - offset
         r = x - fma(k, ln2_high, shift.coarse)
         r = fma(k, -ln2_low, r - shift.fine)
         power = _power_of_two(shifted)
@@ -127,20 +124,18 @@ def tanh(x, height):
 
 @overload(tanh, jit_options=INLINE)
 def _tanh(x, height):
-    mantissa, _, up, ln2_high, ln2_low, q = _FORMAT[x.kind]
-    magic = 1.5 * 2.0**mantissa
+    mantissa, bias, _, ln2_high, ln2_low, q = _FORMAT[x.kind]
+    offset = 1.5 * 2.0**mantissa + bias
     lowest = -1.5 * mantissa  # e^d is nothing beside 1 there
     log2e = 1.0 / math.log(2.0)
-    down = 2.0**-up
     q_of = _polynomial(q)
 
     def tanh(x, height):
         d = at_least(absolute(x) * -2.0, lowest)
-        shifted = fma(d, log2e, splat(d, magic))
-        k = shifted - magic
-        r = fma(k, -ln2_high, d)
-        r = fma(k, -ln2_low, r)
-        power = _power_of_two(shifted) * down
+        shifted = fma(d, log2e, splat(d, offset))
+        k = shifted - offset
+        r = fma(k, -ln2_low, fma(k, -ln2_high, d))
+        power = _power_of_two(shifted)
         expm1 = fma(power, fma(r * r, q_of(r), r), power - 1.0)
         size = (expm1 * -height) / (expm1 + 2.0)
         return where(x < 0.0, size * -1.0, size)
@@ -181,7 +176,7 @@ _LN2_HIGH, _LN2_LOW = _FORMAT["f64"][3:5]
 
 
 @intrinsic
-def _split_exponent(typingctx, x):
+def split_exponent(typingctx, x):
     """``(k, m)`` with ``x = m * 2**k`` and m in [sqrt(1/2), sqrt(2)); k as float64 lanes."""
 
     def codegen(context, builder, sig, args):
@@ -199,7 +194,7 @@ def _split_exponent(typingctx, x):
 @njit(**INLINE)
 def log(x):
     """Natural logarithm of float64 lanes (normal numbers, 0, inf, nan); about 1 ulp."""
-    k, m = _split_exponent(x)
+    k, m = split_exponent(x)
     f = m - 1.0
     s = f / (f + 2.0)
     z = s * s

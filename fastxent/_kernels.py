@@ -14,7 +14,7 @@ from fastxent._loadstore import (
     raise_to,
     read_slot,
     start,
-    store_masked,
+    store_first,
 )
 from fastxent._maths import (
     add,
@@ -26,15 +26,16 @@ from fastxent._maths import (
     row_label,
     row_loss,
     row_state,
-    save_segment,  # noqa: F401  (a kernel too: see ``visit``)
+    save_segment,
     scaled,
     span_state,
     sum_loss,
+    to_row,
     whole,
     write_gradient,
 )
 from fastxent._plan import CHECKED, CHECKS, TILE
-from fastxent._rows import flush, locate, put_rows, row_values, sum_rows, write, write_out, write_zeros
+from fastxent._rows import flush, g_step, locate, put_rows, row_values, sum_rows, write, write_out, write_zeros, x_step
 from fastxent._simd import (
     INLINE,
     LANES,
@@ -134,7 +135,7 @@ def value_and_grad(task, tile, number):
         state = row_state(task, unit, number)
         if not task.split or unit.start == 0:
             loss = deliver_loss(task, unit, state, y)
-        write_gradient(task, unit, factors(task, unit, state, y))
+        write_gradient(task, unit, factors(task, unit, number, state, y))
     else:
         if not task.split or unit.start == 0:
             loss = deliver_no_loss(task, unit)
@@ -155,18 +156,18 @@ def grad_hess(task, tile, number):
     unit = locate(task, tile, number)
     zero = splat(task.x, 0.0)
     if any_lane(unit.kept):
-        f = factors(task, unit, span_state(task, unit), label(task, unit))
+        f = factors(task, unit, number, span_state(task, unit), label(task, unit))
         for j in range(unit.start, unit.stop):
             whole = j < unit.full
             reads = all_lanes() if whole else unit.reads
             writes = all_lanes() if whole else unit.writes
             h = hessian_vector(task, unit, j, reads, f)
-            write(task, task.h + (unit.g + j * task.g_step), unit.g_lanes, h, writes)
+            write(task, task.h + (unit.g + j * g_step(task)), unit.g_lanes, h, writes)
         write_gradient(task, unit, f)
     else:
         for j in range(unit.start, unit.stop):
             mask = all_lanes() if task.across and j < unit.full else unit.writes
-            write(task, task.h + (unit.g + j * task.g_step), unit.g_lanes, zero, mask)
+            write(task, task.h + (unit.g + j * g_step(task)), unit.g_lanes, zero, mask)
         write_zeros(task, unit)
     flush(task, unit)
     return 0.0, 1.0
@@ -201,7 +202,7 @@ def stats(task, tile, number):
     if task.across:
         x_y = splat(task.x, get(task.x + unit.x, lane(y, 0) * itemsize(task.x)))
     else:
-        x_y = gather(task.x + unit.x, unit.x_lanes + y * task.x_step, unit.kept)
+        x_y = gather(task.x + unit.x, unit.x_lanes + y * x_step(task), unit.kept)
 
     none, one, no = splat(y, NONE), splat(y, 1), splat(y, 0)
     first_max, first_nan, rank = none, none, no
@@ -234,10 +235,11 @@ def softmax(task, tile, number):
     """p_c = exp(x_c - m) / s."""
     unit = locate(task, tile, number)
     state = row_state(task, unit, number)
-    shift, inverse_s = shift_by(state.m), narrow(task.x, splat(task.w, 1.0) / state.s)
+    power, rest = to_row(task, number, state)
+    shift, inverse_s = shift_by(state.m), narrow(task.x, rest / state.s)
     for j in range(unit.start, unit.stop):
         mask = all_lanes() if j < unit.full else unit.writes
-        write_out(task, unit, j, exponentials(task, unit, j, mask, shift) * inverse_s, mask)
+        write_out(task, unit, j, exponentials(task, unit, j, mask, shift, power) * inverse_s, mask)
     flush(task, unit)
     return 0.0, 1.0
 
@@ -292,11 +294,11 @@ def binary(task, tile, number):
     loss = weight * (negative * (log1p_e + at_least(x, 0.0)) + positive * (log1p_e + at_least(x * -1.0, 0.0)))
     loss = where(mask, loss, 0.0)
     if task.store_loss != 0:
-        store_masked(task.loss + first * itemsize(task.loss), narrow(task.loss, loss), mask)
+        store_first(task.loss + first * itemsize(task.loss), narrow(task.loss, loss), mask)
     if task.differentiate:
         up_hill, down_hill = where(x > 0.0, larger, smaller), where(x > 0.0, smaller, larger)
         g = scaled(task, weight * (negative * up_hill - positive * down_hill))
-        store_masked(task.g + first * itemsize(task.g), narrow(task.g, g), mask)
+        store_first(task.g + first * itemsize(task.g), narrow(task.g, g), mask)
     return lane(sum_across(loss), 0), 1.0
 
 
@@ -369,7 +371,8 @@ def check(task, phase, me):
     walk(task, phase, me, check_targets, (task.n_rows + CHECKED - 1) // CHECKED, CHECKS)
 
 
-visit = value  # what a kernel does with a unit: ``_compile`` puts in one of the functions above, or ``save_segment``
+visit = value  # what a kernel does with a unit: ``_compile`` puts in one of the functions above, or one of these
+keep_segment = save_segment  # with task.keeps_e
 
 
 def kernel(task, phase, me):

@@ -8,22 +8,37 @@ from functools import partial
 
 from llvmlite import ir
 from numba import types
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from fastxent._simd import BYTES, I8, I16, I32, I64, LANES, NUMBA_SCALAR, SCALAR, Vec, broadcast, call_llvm, lanes_of
+from fastxent._simd import (
+    BYTES,
+    FEATURES,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    NUMBA_SCALAR,
+    SCALAR,
+    TRIPLE,
+    WIDE,
+    Vec,
+    broadcast,
+    call_llvm,
+    lanes_of,
+)
 
 STORED = {"f16": I16, "bf16": I16, "f32": ir.FloatType(), "f64": ir.DoubleType(), "i64": I64}
 ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "i64": 8}
 
 
 def _shape(like, element):
-    """``element``, or 16 lanes of it where ``like`` is 16 lanes."""
-    return lanes_of(element) if isinstance(like.type, ir.VectorType) else element
+    """``element``, or as many lanes of it as ``like`` has."""
+    return lanes_of(element, like.type.count) if isinstance(like.type, ir.VectorType) else element
 
 
 def _constant(shape, value):
-    return ir.Constant(shape, [value] * LANES if isinstance(shape, ir.VectorType) else value)
+    return ir.Constant(shape, [value] * shape.count if isinstance(shape, ir.VectorType) else value)
 
 
 def _bf16_from_f32(builder, x):
@@ -39,8 +54,7 @@ def _bf16_from_f32(builder, x):
 
 
 # x86 processors before 2012 have no instruction between float16 and float32, and LLVM would call a library that is not there.
-_triple, _, _features = cpu_target.target_context.codegen().magic_tuple()
-HALF_IN_HARDWARE = not _triple.startswith(("x86", "i686")) or "+f16c" in _features
+HALF_IN_HARDWARE = not TRIPLE.startswith(("x86", "i686")) or "+f16c" in FEATURES
 
 
 def _f32_from_f16(builder, raw):
@@ -107,36 +121,37 @@ def _typed(builder, address, element):
     return builder.bitcast(address, element.as_pointer())
 
 
-def _masked_name(ptr):
+def _masked_name(ptr, lanes=LANES):
     element = {"f16": "i16", "bf16": "i16"}.get(ptr.storage, ptr.storage)
-    return f"v{LANES}{element}"
+    return f"v{lanes}{element}"
 
 
 def _zeros(vector):
     return ir.Constant(vector, None)
 
 
+def _load(builder, ptr, address, lanes):
+    vector = lanes_of(STORED[ptr.storage], lanes)
+    return _decode(builder, builder.load(_typed(builder, address, vector), align=1), ptr)
+
+
 @intrinsic
 def load(typingctx, p):
     """16 neighbours at ``p``."""
-
-    def codegen(context, builder, sig, args):
-        vector = lanes_of(STORED[p.storage])
-        return _decode(builder, builder.load(_typed(builder, args[0], vector), align=1), p)
-
-    return Vec(p.kind)(p), codegen
+    return Vec(p.kind)(p), lambda context, builder, sig, args: _load(builder, p, args[0], LANES)
 
 
 def _load_masked(builder, ptr, address, mask):
-    vector = lanes_of(STORED[ptr.storage])
-    name = f"llvm.masked.load.{_masked_name(ptr)}.p0"
+    lanes = mask.type.count
+    vector = lanes_of(STORED[ptr.storage], lanes)
+    name = f"llvm.masked.load.{_masked_name(ptr, lanes)}.p0"
     raw = call_llvm(builder, name, vector, [_typed(builder, address, vector), I32(1), mask, _zeros(vector)])
     x = _decode(builder, raw, ptr)
     if ptr.kind == "i64":
         return x
     # LLVM 20 makes a plain load of a masked one whose lanes are selected by the same mask later on, and that reads past
     # the end of arrays. It does not look through a fence.
-    return call_llvm(builder, f"llvm.arithmetic.fence.v{LANES}{ptr.kind}", x.type, [x])
+    return call_llvm(builder, f"llvm.arithmetic.fence.v{lanes}{ptr.kind}", x.type, [x])
 
 
 @intrinsic
@@ -173,18 +188,49 @@ def store_apart(typingctx, p, x, step):
     return types.void(p, x, types.int64), codegen
 
 
-def _store_masked(builder, ptr, address, x, mask):
-    raw = _encode(builder, x, ptr)
-    name = f"llvm.masked.store.{_masked_name(ptr)}.p0"
-    call_llvm(builder, name, ir.VoidType(), [raw, _typed(builder, address, raw.type), I32(1), mask])
+def _store_in_pieces(module, vector):
+    """A function that writes the first n < 16 lanes in pieces of 8, 4, 2 and 1: without AVX-512 a masked store takes a dozen
+    cycles. It is not inlined: it stands where rows end, many times in a kernel, but in no loop over vectors."""
+    name = f"store_first_{LANES}_{vector.element}"
+    if name in module.globals:
+        return module.globals[name]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [BYTES, vector, I64]), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    builder = ir.IRBuilder(function.append_basic_block())
+    address, rest, n = function.args
+    size = LANES // 2
+    while size:
+        lanes = [ir.Constant(lanes_of(I32, size), list(range(at, at + size))) for at in (0, size)]
+        low, high = (builder.shuffle_vector(rest, rest, order) for order in lanes)
+        wanted = builder.icmp_unsigned("!=", builder.and_(n, I64(size)), I64(0))
+        with builder.if_then(wanted):
+            builder.store(low, _typed(builder, address, low.type), align=1)
+        behind = builder.gep(_typed(builder, address, low.type), [I64(1)], source_etype=low.type)
+        address = builder.select(wanted, builder.bitcast(behind, BYTES), address)
+        rest = builder.select(wanted, high, low)
+        size //= 2
+    builder.ret_void()
+    return function
 
 
 @intrinsic
-def store_masked(typingctx, p, x, mask):
-    """Write neighbours at ``p`` where ``mask``; nothing is touched where it is false."""
+def store_first(typingctx, p, x, mask):
+    """Write neighbours at ``p`` where ``mask``, which is true for the first lanes only; no other is touched."""
 
     def codegen(context, builder, sig, args):
-        _store_masked(builder, p, *args)
+        address, x, mask = args
+        raw = _encode(builder, x, p)
+        if WIDE:
+            name = f"llvm.masked.store.{_masked_name(p)}.p0"
+            call_llvm(builder, name, ir.VoidType(), [raw, _typed(builder, address, raw.type), I32(1), mask])
+        else:
+            n = builder.zext(builder.ctpop(builder.bitcast(mask, I16)), I64)
+            with builder.if_else(builder.icmp_unsigned("==", n, I64(LANES))) as (whole, part):
+                with whole:
+                    builder.store(raw, _typed(builder, address, raw.type), align=1)
+                with part:
+                    builder.call(_store_in_pieces(builder.module, raw.type), [address, raw, n])
         return context.get_dummy_value()
 
     return types.void(p, x, mask), codegen
@@ -237,81 +283,93 @@ def scatter(typingctx, p, offsets, x, mask):
     return types.void(p, offsets, x, mask), codegen
 
 
+SQUARE = 16 if WIDE else 8  # rows and columns that are transposed at a time: what the registers hold
+
+
 def _transpose(builder, rows):
-    """16 vectors, lane j of vector i -> lane i of vector j: exchange blocks of 1, 2, 4, 8 lanes between pairs of vectors."""
-    rows = list(rows)
-    for block in (1, 2, 4, 8):
-        keep = [lane if not lane & block else LANES + lane - block for lane in range(LANES)]
-        swap = [lane + block if not lane & block else LANES + lane for lane in range(LANES)]
-        for i in range(LANES):
+    """Lane j of vector i -> lane i of vector j: exchange blocks of 1, 2, 4, ... lanes between pairs of vectors."""
+    rows, size = list(rows), len(rows)
+    block = 1
+    while block < size:
+        keep = [lane if not lane & block else size + lane - block for lane in range(size)]
+        swap = [lane + block if not lane & block else size + lane for lane in range(size)]
+        for i in range(size):
             if not i & block:
                 a, b = rows[i], rows[i + block]
-                rows[i] = builder.shuffle_vector(a, b, ir.Constant(lanes_of(I32), keep))
-                rows[i + block] = builder.shuffle_vector(a, b, ir.Constant(lanes_of(I32), swap))
+                rows[i] = builder.shuffle_vector(a, b, ir.Constant(lanes_of(I32, size), keep))
+                rows[i + block] = builder.shuffle_vector(a, b, ir.Constant(lanes_of(I32, size), swap))
+        block *= 2
     return rows
 
 
-def _rows(builder, base, stride, mask, columns):
-    """For each of 16 rows its address and the mask of its elements: the first ``columns``, or none."""
-    spread = broadcast(builder, columns, "i64")
-    wanted = builder.icmp_signed("<", ir.Constant(lanes_of(I64), list(range(LANES))), spread)
-    for row in range(LANES):
-        at = builder.gep(base, [builder.mul(stride, I64(row))])
-        live = wanted
-        if mask is not None:
-            live = builder.select(builder.extract_element(mask, I32(row)), wanted, _zeros(wanted.type))
-        yield at, live
-
-
-def _if_all(builder, mask, emit):
-    """``emit(None)`` where all lanes of ``mask`` are true, which is the common case and cheaper, else ``emit(mask)``."""
-    with builder.if_else(builder.icmp_unsigned("==", builder.bitcast(mask, I16), I16(0xFFFF))) as (all_of_them, some):
-        with all_of_them:
-            emit(None)
-        with some:
-            emit(mask)
+def _squares():
+    """Of 16 x 16 elements: first row and first column of each square."""
+    return [(i, j) for i in range(0, LANES, SQUARE) for j in range(0, LANES, SQUARE)]
 
 
 @intrinsic
-def load_transposed(typingctx, p, stride, mask, columns, tile):
-    """16 rows, ``stride`` bytes apart -> 16 vectors at ``tile``: element j < columns of each row; 0 where not ``mask``."""
+def load_transposed(typingctx, p, stride, n, columns, tile):
+    """n rows (at most 16), ``stride`` bytes apart -> 16 vectors at ``tile``: element j < columns of each row.
+
+    A row that is not there is a copy of the last one: no lane needs a mask of its own.
+    """
 
     def codegen(context, builder, sig, args):
-        base, stride, mask, columns, tile = args
-
-        def emit(mask):
-            rows = [_load_masked(builder, p, at, live) for at, live in _rows(builder, base, stride, mask, columns)]
-            for j, column in enumerate(_transpose(builder, rows)):
-                at = builder.gep(tile, [I64(j * LANES * ITEMSIZE[p.kind])])
+        base, stride, n, columns, tile = args
+        all_columns = builder.icmp_signed("==", columns, I64(LANES))
+        last = builder.sub(n, I64(1))
+        rows = []
+        for row in range(LANES):
+            there = builder.select(builder.icmp_signed("<", last, I64(row)), last, I64(row))
+            rows.append(builder.gep(base, [builder.mul(stride, there)]))
+        for i, j in _squares():
+            here = [builder.gep(row, [I64(j * ITEMSIZE[p.storage])]) for row in rows[i : i + SQUARE]]
+            numbers = ir.Constant(lanes_of(I64, SQUARE), list(range(j, j + SQUARE)))
+            wanted = builder.icmp_signed("<", numbers, broadcast(builder, columns, "i64", SQUARE))
+            with builder.if_else(all_columns) as (whole, part):
+                with whole:
+                    a, from_whole = [_load(builder, p, at, SQUARE) for at in here], builder.block
+                with part:
+                    b, from_part = [_load_masked(builder, p, at, wanted) for at in here], builder.block
+            elements = []
+            for from_a, from_b in zip(a, b, strict=True):
+                elements.append(builder.phi(from_a.type))
+                elements[-1].add_incoming(from_a, from_whole)
+                elements[-1].add_incoming(from_b, from_part)
+            for k, column in enumerate(_transpose(builder, elements), j):
+                at = builder.gep(tile, [I64((k * LANES + i) * ITEMSIZE[p.kind])])
                 builder.store(column, _typed(builder, at, column.type), align=1)
-
-        _if_all(builder, mask, emit)
         return context.get_dummy_value()
 
-    return types.void(p, types.int64, mask, types.int64, tile), codegen
+    return types.void(p, types.int64, types.int64, types.int64, tile), codegen
 
 
 @intrinsic
-def store_transposed(typingctx, p, stride, mask, columns, tile):
-    """The other way round; nothing is touched outside the rows in ``mask`` and their first ``columns`` elements."""
+def store_transposed(typingctx, p, stride, tile):
+    """16 vectors at ``tile`` -> 16 rows of 16 elements, ``stride`` bytes apart.
+
+    Rows may overlap: of two elements at one place the one nearer to the beginning of its row stays.
+    """
 
     def codegen(context, builder, sig, args):
-        base, stride, mask, columns, tile = args
-        wide = lanes_of(SCALAR[p.kind])
-        vectors = [
-            builder.load(_typed(builder, builder.gep(tile, [I64(j * LANES * ITEMSIZE[p.kind])]), wide), align=1)
-            for j in range(LANES)
-        ]
-        rows = _transpose(builder, vectors)
-
-        def emit(mask):
-            for row, (at, live) in zip(rows, _rows(builder, base, stride, mask, columns), strict=True):
-                _store_masked(builder, p, at, row, live)
-
-        _if_all(builder, mask, emit)
+        base, stride, tile = args
+        part = lanes_of(SCALAR[p.kind], SQUARE)
+        for i, j in sorted(_squares(), key=lambda square: (-square[1], square[0])):
+            columns = [builder.gep(tile, [I64((k * LANES + i) * ITEMSIZE[p.kind])]) for k in range(j, j + SQUARE)]
+            elements = [builder.load(_typed(builder, at, part), align=1) for at in columns]
+            for row, x in enumerate(_transpose(builder, elements), i):
+                raw = _encode(builder, x, p)
+                at = builder.gep(base, [builder.add(builder.mul(stride, I64(row)), I64(j * ITEMSIZE[p.storage]))])
+                builder.store(raw, _typed(builder, at, raw.type), align=1)
         return context.get_dummy_value()
 
-    return types.void(p, types.int64, mask, types.int64, tile), codegen
+    return types.void(p, types.int64, tile), codegen
+
+
+@intrinsic
+def as_stored(typingctx, p, place):
+    """The address ``place`` as that of elements like those at ``p``."""
+    return p(p, place), lambda context, builder, sig, args: args[1]
 
 
 @intrinsic

@@ -17,7 +17,7 @@ A sample weight u multiplies a row's l and gradient; the gradient of a mean is d
 Online softmax (Milakov, Gimelshein 2018): a row is read once, in blocks; when a block raises the maximum from m to m',
     s' = f s        D' = D + Q (m - m')        E' = f (E + s (m - m'))        f = exp(m - m')
 with E = sum_c exp(x_c - m) (x_c - m), from which the entropy comes: log s - E / s.
-The terms of at most eight vectors are added in float32, pairwise; all further sums are float64 (of float64 logits,
+The terms of at most eight vectors are added in float32; all further sums are float64 (of float64 logits,
 compensated), and their order follows from the shape alone: same bits at any number of threads.
 
 One maths, two directions. 16 lanes hold classes of one row (``task.across``) or one class of 16 rows: ``_rows`` says when, and
@@ -31,11 +31,12 @@ from collections import namedtuple
 
 from numba import njit
 
-from fastxent._elementary import Shift, exp_up, log, sech_squared, shift_by, tanh, up
-from fastxent._loadstore import gather, get, itemsize, load, load_masked, put, store_apart, stream
+from fastxent._elementary import Shift, exp_up, log, sech_squared, shift_by, split_exponent, tanh, up
+from fastxent._loadstore import gather, get, itemsize, load, load_masked, put, store, store_apart, stream
 from fastxent._rows import (
     BLOCK,
     aligned,
+    g_step,
     locate,
     look_ahead,
     look_at_next_row,
@@ -45,13 +46,16 @@ from fastxent._rows import (
     row_values,
     streams,
     sum_rows,
+    t_step,
     tile_step,
     write,
     write_out,
+    x_step,
 )
 from fastxent._simd import (
     INLINE,
     LANES,
+    WIDE,
     all_lanes,
     any_lane,
     as_float,
@@ -71,7 +75,7 @@ from fastxent._simd import (
 from fastxent._task import DIVISOR
 
 INF = float("inf")
-GROUP = 8  # vectors in flight; float32 terms are added up over them, pairwise, before they go to the float64 totals
+GROUP = 8  # vectors whose float32 terms are added up before they go to the float64 totals
 
 # ----------------------------------------------------------------------------------------------------
 # Logits and target weights, a vector at a time
@@ -100,7 +104,7 @@ def logits(task, unit, j, mask):
 def target_weights(task, unit, j, mask):
     """q / ``share``, vector j: w ((1 - eps) t + eps / C), or w. What a class index adds at y is not in it: see ``Label``."""
     if task.soft:
-        t = read(task, task.t + (unit.t + j * task.t_step), unit.t_lanes, mask)
+        t = read(task, task.t + (unit.t + j * t_step(task)), unit.t_lanes, mask)
         q = fma(t, task.keep, splat(t, task.spread))
     else:
         q = splat(task.x, 1.0)
@@ -146,26 +150,8 @@ def block_max(task, unit, start, stop):
 
 
 @njit(**INLINE)
-def group(vector, task, unit, j):
-    """Vectors j ... j + GROUP - 1 of what ``vector`` gives, beside each other."""
-    every = all_lanes()
-    a = beside(vector(task, unit, j, every), vector(task, unit, j + 1, every))
-    b = beside(vector(task, unit, j + 2, every), vector(task, unit, j + 3, every))
-    c = beside(vector(task, unit, j + 4, every), vector(task, unit, j + 5, every))
-    d = beside(vector(task, unit, j + 6, every), vector(task, unit, j + 7, every))
-    return beside(beside(a, b), beside(c, d))
-
-
-@njit(**INLINE)
-def group_shift(shift):
-    return Shift(repeat(shift.base, GROUP), repeat(shift.coarse, GROUP), repeat(shift.fine, GROUP), repeat(shift.lowest, GROUP))
-
-
-@njit(**INLINE)
-def sums_of(task, unit, j, x, e, q, m):
+def sums_of(task, x, e, q, m):
     """The sums s, Q, D, E over vector j, or over the group that begins there."""
-    if task.keeps_e:
-        store_apart(unit.tile + j * tile_step(task, unit), e, tile_step(task, unit))
     d = x - m
     s = q_sum = q_dot = e_dot = fold(e)
     if task.dense:
@@ -178,16 +164,70 @@ def sums_of(task, unit, j, x, e, q, m):
 @njit(**INLINE)
 def vector_sums(task, unit, j, mask, m, shift):
     x = logits(task, unit, j, mask)
-    return sums_of(task, unit, j, x, where(mask, exp_up(x, shift), 0.0), target_weights(task, unit, j, mask), m)
+    e = where(mask, exp_up(x, shift), 0.0)
+    if task.keeps_e:
+        if task.split:
+            write(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, e, mask)
+        else:
+            store(unit.tile + j * tile_step(task, unit), e)
+    return sums_of(task, x, e, target_weights(task, unit, j, mask), m)
 
 
 @njit(**INLINE)
-def group_sums(task, unit, j, m, shift):
-    x = group(logits, task, unit, j)
+def beside_each_other(vector, task, unit, j):
+    """Vectors j ... j + 7 of what ``vector`` gives, as one of 128 lanes."""
+    every = all_lanes()
+    a = beside(vector(task, unit, j, every), vector(task, unit, j + 1, every))
+    b = beside(vector(task, unit, j + 2, every), vector(task, unit, j + 3, every))
+    c = beside(vector(task, unit, j + 4, every), vector(task, unit, j + 5, every))
+    d = beside(vector(task, unit, j + 6, every), vector(task, unit, j + 7, every))
+    return beside(beside(a, b), beside(c, d))
+
+
+@njit(**INLINE)
+def wide_group(task, unit, j, stop, m, shift):
+    """The sums over vectors j ... j + 7, step by step beside each other: no processor looks far enough ahead by itself."""
+    for k in range(j, j + GROUP):
+        look_ahead(task, unit, k)
+    x = beside_each_other(logits, task, unit, j)
     q = x
     if task.dense:
-        q = group(target_weights, task, unit, j)
-    return sums_of(task, unit, j, x, exp_up(x, shift), q, m)
+        q = beside_each_other(target_weights, task, unit, j)
+    base, coarse, fine, lowest = shift
+    wide = Shift(repeat(base, GROUP), repeat(coarse, GROUP), repeat(fine, GROUP), repeat(lowest, GROUP))
+    e = exp_up(x, wide)
+    if task.keeps_e:
+        if task.split:
+            store_apart(task.g + (unit.g + j * g_step(task)), e, g_step(task))
+        else:
+            store_apart(unit.tile + j * tile_step(task, unit), e, tile_step(task, unit))
+    return sums_of(task, x, e, q, repeat(m, GROUP))
+
+
+@njit(**INLINE)
+def both(a, b):
+    s, q_sum, q_dot, e_dot = a
+    t, r_sum, r_dot, f_dot = b
+    return s + t, q_sum + r_sum, q_dot + r_dot, e_dot + f_dot
+
+
+@njit(**INLINE)
+def narrow_group(task, unit, j, stop, m, shift):
+    """The sums over vectors j ... stop - 1, one after the other: beside each other they do not fit into the registers.
+
+    ``stop`` is there for LLVM: a loop of known length it would unroll, and then mix its rounds.
+    """
+    nothing = splat(m, 0.0)
+    sums = nothing, nothing, nothing, nothing
+    for k in range(j, stop, 2):
+        look_ahead(task, unit, k)
+        look_ahead(task, unit, k + 1)
+        pair = both(vector_sums(task, unit, k, all_lanes(), m, shift), vector_sums(task, unit, k + 1, all_lanes(), m, shift))
+        sums = both(sums, pair)
+    return sums
+
+
+group_sums = wide_group if WIDE else narrow_group
 
 
 @njit(**INLINE)
@@ -246,12 +286,9 @@ def block_state(task, unit, start, stop):
     n_whole = max(start, min(stop, unit.full))
     grouped = start
     if not task.double:
-        grouped = start + (n_whole - start) // GROUP * GROUP
-        m_of_group, shift_of_group = repeat(finite, GROUP), group_shift(shift)
+        grouped = start + (n_whole - start) // GROUP * GROUP if WIDE else start + (n_whole - start) // 2 * 2
         for j in range(start, grouped, GROUP):
-            for k in range(j, j + GROUP):
-                look_ahead(task, unit, k)
-            totals = add_sums(task, totals, group_sums(task, unit, j, m_of_group, shift_of_group))
+            totals = add_sums(task, totals, group_sums(task, unit, j, min(j + GROUP, grouped), finite, shift))
     for j in range(grouped, n_whole):
         look_ahead(task, unit, j)
         totals = add_sums(task, totals, vector_sums(task, unit, j, all_lanes(), finite, shift))
@@ -290,14 +327,23 @@ def span_state(task, unit):
     """The statistics of the unit's vectors, in one trip through memory."""
     if task.tiled or task.keeps_e:
         return block_state(task, unit, unit.start, unit.stop)
-    state = block_state(task, unit, unit.start, min(unit.stop, unit.start + BLOCK))
-    for at in range(unit.start + BLOCK, unit.stop, BLOCK):
+    nothing = splat(task.w, 0.0)
+    state = State(splat(task.x, -INF), nothing, nothing, nothing, nothing)
+    for at in range(unit.start, unit.stop, BLOCK):
         state = merge(state, block_state(task, unit, at, min(unit.stop, at + BLOCK)))
     return state
 
 
 # A row of many classes, and few of them: its segments are shared out over the threads. First phase: ``save_segment`` for
-# each segment; second phase: ``row_state`` puts them together, in order, wherever the row's statistics are needed.
+# each segment; second phase: ``row_state`` puts them together, in order, wherever the row's statistics are needed. Where there
+# is a gradient, the first phase leaves the exponentials in its place, as far as they can be stored there unrounded.
+
+
+@njit(**INLINE)
+def holds_label(task, unit):
+    """Across: is class y among the unit's classes?"""
+    y = lane(unit.y, 0)
+    return not task.split or unit.start * LANES <= y < unit.stop * LANES
 
 
 @njit(**INLINE)
@@ -305,15 +351,16 @@ def save_segment(task, tile, number):
     """First phase of a split row; returns what every unit returns: see ``_kernels.walk``."""
     unit = locate(task, tile, number)
     if any_lane(unit.kept):
-        state = span_state(task, unit)
         at = task.segments + 48 * number  # (segments, 6) out: m, s, Q, D, E, x_y
+        if task.labelled:  # by the one segment that holds it, before the exponentials take its place
+            if holds_label(task, unit):
+                put(at, 40, lane(widen(label(task, unit).raw_x_y), 0))
+        state = span_state(task, unit)
         put(at, 0, lane(widen(state.m), 0))
         put(at, 8, lane(state.s, 0))
         put(at, 16, lane(state.q_sum, 0))
         put(at, 24, lane(state.q_dot, 0))
         put(at, 32, lane(state.e_dot, 0))
-        if task.labelled:
-            put(at, 40, lane(widen(label(task, unit).raw_x_y), 0))
     return 0.0, 1.0
 
 
@@ -334,6 +381,19 @@ def row_state(task, unit, number):
     for segment in range(1, task.n_segments):
         state = merge(state, load_segment(task, at + 48 * segment))
     return state
+
+
+@njit(**INLINE)
+def to_row(task, number, state):
+    """What turns the exponentials that a segment has kept into those for the row's maximum: a power of two, with which they can
+    be multiplied without rounding, and a factor (float64) near 1."""
+    one = splat(task.w, 1.0)
+    if task.split and task.keeps_e:
+        shift = shift_by(widen(state.m))
+        f = exp_up(widen(load_segment(task, task.segments + 48 * number).m), shift) / up(shift.base)
+        _, rest = split_exponent(f)
+        return narrow(task.x, f / rest), rest
+    return narrow(task.x, one), one
 
 
 @njit(**INLINE)
@@ -360,7 +420,7 @@ def label(task, unit):
         if task.weighted != 0:
             w_y = splat(w_y, get(task.w, 8 * y))
     else:
-        x_y = gather(task.x + unit.x, unit.x_lanes + unit.y * task.x_step, unit.kept)
+        x_y = gather(task.x + unit.x, unit.x_lanes + unit.y * x_step(task), unit.kept)
         if task.weighted != 0:
             w_y = gather(task.w, unit.y * 8, unit.kept)
     return Label(x_y, w_y)
@@ -369,8 +429,8 @@ def label(task, unit):
 @njit(**INLINE)
 def row_label(task, unit, number):
     """The label of whole rows: of a split row another thread may already have overwritten x_y, so it was saved."""
-    if task.split:
-        at = task.segments + 48 * (number - number % task.n_segments)
+    if task.split and task.labelled:
+        at = task.segments + 48 * (number - number % task.n_segments + lane(unit.y, 0) // (task.segment * LANES))
         return Label(narrow(task.x, splat(task.w, get(at, 40))), label(task, unit).w_y)
     return label(task, unit)
 
@@ -416,7 +476,7 @@ def sum_loss(task, unit, state, y):
 # g_c = a e_c - b (q_c / share) and, at y, g_y = scaled(u (Q p_y - q_y)) computed from registers in float64: p_y - 1 cancels,
 # and must not be made from rounded parts. e = exp(x - m), a = scaled(u) Q / s, b = scaled(u) share.
 # h_c = a e_c (1 - p_c), p_c = e_c / s.
-Factors = namedtuple("Factors", "shift a b inverse_s g_y")
+Factors = namedtuple("Factors", "shift power a b inverse_s g_y")
 
 
 @njit(**INLINE)
@@ -427,7 +487,7 @@ def scaled(task, x):
 
 
 @njit(**INLINE)
-def factors(task, unit, state, y):
+def factors(task, unit, number, state, y):
     u = sample_weights(task, unit)
     b = where(unit.kept, scaled(task, u), 0.0)
     q_sum, _ = target_sums(task, state, y)
@@ -437,14 +497,16 @@ def factors(task, unit, state, y):
     shift = shift_by(state.m)
     inverse_s = where(unit.kept, splat(b, 1.0) / state.s, 0.0)  # s of an ignored row in the lanes is 0
     share_of_s = u * q_sum / state.s if task.double else u * q_sum * inverse_s  # float64 logits notice the one rounding more
-    a = where(unit.kept, scaled(task, share_of_s), 0.0)
+    power, rest = to_row(task, number, state)
+    a = where(unit.kept, scaled(task, share_of_s) * rest, 0.0)
     g_y = q_y
     if task.labelled:
         p_y = widen(exp_up(capped(task, y.raw_x_y), shift)) * inverse_s
         g_y = where(unit.kept, scaled(task, u * (q_sum * p_y - q_y)), 0.0)
     x = task.x
     b = b * share(task)
-    return Factors(shift, narrow(x, a), narrow(x, b), narrow(x, inverse_s), through_cap(task, y.raw_x_y, narrow(x, g_y)))
+    g_y = through_cap(task, y.raw_x_y, narrow(x, g_y))
+    return Factors(shift, power, narrow(x, a), narrow(x, b), narrow(x, inverse_s), g_y)
 
 
 @njit(**INLINE)
@@ -461,22 +523,23 @@ def with_label(task, unit, j, g, f):
 def put_label(task, unit, f):
     """Across: g_y, over what the sweep wrote there."""
     if task.labelled and task.across:
-        y = lane(unit.y, 0)
-        if not task.split or unit.start * LANES <= y < unit.stop * LANES:
-            put(task.g + unit.g, y * itemsize(task.g), lane(f.g_y, 0))
+        if holds_label(task, unit):
+            put(task.g + unit.g, lane(unit.y, 0) * itemsize(task.g), lane(f.g_y, 0))
 
 
 @njit(**INLINE)
-def exponentials(task, unit, j, mask, shift):
-    """exp(x - m), vector j: out of the tile, if it was kept there."""
+def exponentials(task, unit, j, mask, shift, power):
+    """exp(x - m), vector j: from where it was kept, or anew."""
     if task.keeps_e:
+        if task.split:
+            return read(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, mask) * power
         return load(unit.tile + j * tile_step(task, unit))
     return exp_up(logits(task, unit, j, mask), shift)
 
 
 @njit(**INLINE)
 def gradient_vector(task, unit, j, mask, f):
-    g = exponentials(task, unit, j, mask, f.shift) * f.a
+    g = exponentials(task, unit, j, mask, f.shift, f.power) * f.a
     if task.dense:
         g = g - target_weights(task, unit, j, mask) * f.b
     return through_cap(task, raw_logits(task, unit, j, mask), g) if task.capped else g
@@ -507,7 +570,7 @@ def stream_gradient(task, unit, f):
     for j in range(n_whole):
         look_at_next_row(task, body, j)
         g = with_label(task, body, j, gradient_vector(task, body, j, mask, f), f)
-        stream(task.g + (body.g + j * task.g_step), g)
+        stream(task.g + (body.g + j * g_step(task)), g)
     g = gradient_vector(task, body, n_whole, tail, f)
-    write(task, task.g + (body.g + n_whole * task.g_step), unit.g_lanes, g, tail)
+    write(task, task.g + (body.g + n_whole * g_step(task)), unit.g_lanes, g, tail)
     put_label(task, unit, f)

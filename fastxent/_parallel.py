@@ -28,7 +28,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from fastxent import _task
-from fastxent._plan import TILE, Plan, Variant
+from fastxent._plan import KEEPERS, TILE, Plan, Variant
 
 # Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
 WORTH_A_THREAD = 16384
@@ -113,7 +113,7 @@ def argument_block(
     variant = plan.variant
     kernels = (
         kernel("check").address if variant.labelled else 0,
-        kernel("save_segment", variant).address if variant.split else 0,
+        kernel("keep_segment" if name in KEEPERS and variant.kept else "save_segment", variant).address if variant.split else 0,
         kernel(name, variant).address,
     )
     segments = 48 * plan.n_units if variant.split else 0

@@ -14,10 +14,11 @@ ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
 # A row of this many classes or fewer is worked on with its 15 neighbours, a class a vector; a longer one by itself. Up to
 # MOST_TILED classes if the rows need not be gathered: those are read whole, or lie side by side.
 FEW_CLASSES, MOST_TILED = 48, 256  # multiples of 16
-# Vectors of a row whose exponentials are kept in a thread's tile until the row's sum is known (128 KB of float32, in the
-# second-level cache); those of a longer row are computed twice.
-MOST_KEPT = 2048
+# Vectors of a row whose exponentials are kept in a thread's tile until the row's sum is known (512 KB of float32, in the second
+# or third cache); those of a longer row are computed twice.
+MOST_KEPT = 8192
 TILE = MOST_KEPT * LANES * 8  # bytes
+KEEPERS = ("value_and_grad", "softmax", "keep_segment")
 # Units of neighbouring rows that are copied to the tile together. An odd number: then the classes are spread over all sets of a
 # cache.
 STRIP = 7
@@ -49,7 +50,7 @@ class Variant(NamedTuple):
     adjacent: bool = False  # rows in lanes, numbered one by one
     capped: bool = False  # softcap
     split: bool = False  # a unit is a segment of a row
-    kept: bool = False  # the exponentials of a unit are kept between the two trips
+    kept: bool = False  # the exponentials of a unit are kept between the two trips, by the kernels that make two
     large: bool = False  # the logits are past the cache: what comes next is asked for early, the gradient bypasses the cache
     differentiate: bool = False  # the binary task: with gradient
 
@@ -175,7 +176,9 @@ def make_plan(
         n_units = units_per_line * (n_rows // innermost.extent)
         per_unit = n_classes * LANES
 
-    kept = not split and not capped and (tiled or (n_vectors <= MOST_KEPT and across))
+    double = "f64" in (logits, target)
+    unrounded = logits == ("f64" if double else "f32")  # the exponentials of a split row are kept where its gradient will be
+    kept = not capped and (tiled or (across and (unrounded if split else n_vectors <= MOST_KEPT)))
     large = neighbours and not split and n_rows * n_classes * sizes[0] >= LARGE
     chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
     chunk = -(-chunk // strip) * strip

@@ -11,6 +11,7 @@ from numba import njit
 
 from fastxent._loadstore import (
     address,
+    as_stored,
     gather,
     get,
     itemsize,
@@ -22,7 +23,7 @@ from fastxent._loadstore import (
     put,
     scatter,
     store,
-    store_masked,
+    store_first,
     store_transposed,
     stream,
 )
@@ -30,6 +31,7 @@ from fastxent._simd import (
     INLINE,
     LANES,
     all_lanes,
+    count_lanes,
     every_lane,
     first_lanes,
     iota,
@@ -121,11 +123,31 @@ def locate(task, tile, number):
                 ending = in_strip
             tile = tile + nth * LANES * itemsize(tile)
         else:
-            fill(task, tile, task.x + x, x_lanes, reads)
+            fill(task, tile, task.x + x, n, x_lanes, reads)
     return Unit(
         x, g, t, 0, x_lanes, lanes * get(axes, 16), lanes * get(axes, 24),
         row, row_lanes, y, tile, ending, rows, kept, start, stop, full, reads, writes,
     )  # fmt: skip
+
+
+# Bytes from vector j of a unit to vector j + 1; where lanes are classes the compiler knows them.
+
+
+@njit(**INLINE)
+def x_step(task):
+    if task.whole_rows:
+        return itemsize(task.x)
+    return LANES * itemsize(task.x) if task.across else task.x_step
+
+
+@njit(**INLINE)
+def g_step(task):
+    return LANES * itemsize(task.g) if task.across else task.g_step
+
+
+@njit(**INLINE)
+def t_step(task):
+    return LANES * itemsize(task.t) if task.across else task.t_step
 
 
 @njit(**INLINE)
@@ -139,17 +161,25 @@ def from_class(task, unit, first):
 
 
 @njit(**INLINE)
-def fill(task, tile, p, lanes, mask):
+def first_of(task, c):
+    """Rows are taken 16 classes at a time, from c = 0, 16, ...; the last of them begins earlier, that it be whole too."""
+    return max(0, min(c, task.n_classes - LANES))
+
+
+@njit(**INLINE)
+def fill(task, tile, p, n, lanes, mask):
     """The logits of 16 rows, class by class: rows read whole and transposed, or gathered."""
     vector = LANES * itemsize(tile)
     if task.whole_rows:
         look_at_later_rows(task, p, get(task.axes, 8))
         for c in range(0, task.n_classes, LANES):
-            columns = min(LANES, task.n_classes - c)
-            load_transposed(p + c * itemsize(p), get(task.axes, 8), mask, columns, tile + c * vector)
+            first = first_of(task, c)
+            load_transposed(
+                p + first * itemsize(p), get(task.axes, 8), n, min(LANES, task.n_classes), tile + first * vector
+            )
     else:
         for j in range(task.n_vectors):
-            store(tile + j * vector, gather(p + j * task.x_step, lanes, mask))
+            store(tile + j * vector, gather(p + j * x_step(task), lanes, mask))
 
 
 # Rows that are neighbours, with few classes: an image's pixels, whose classes lie planes apart, often a power of two, so that
@@ -164,7 +194,7 @@ def fill_strip(task, tile, p, n):
     n_whole = n // LANES
     tail = first_lanes(n - n_whole * LANES)
     for j in range(task.n_vectors):
-        line, here = p + j * task.x_step, tile + j * task.strip * vector
+        line, here = p + j * x_step(task), tile + j * task.strip * vector
         for k in range(n_whole):
             store(here + k * vector, load(line + k * step))
         if n_whole < task.strip:
@@ -178,21 +208,27 @@ def flush_strip(task, unit):
     vector, step = LANES * itemsize(unit.tile), LANES * itemsize(task.g)
     tile, p = unit.tile + -before * vector, task.g + (unit.g - before * step)
     for j in range(task.n_vectors):
-        line, here = p + j * task.g_step, tile + j * task.strip * vector
-        head = 0
+        put_neighbours(task, p + j * g_step(task), tile + j * task.strip * vector, unit.ending)
+
+
+@njit(**INLINE)
+def put_neighbours(task, p, place, n):
+    """Copy n elements to the gradient, past the caches if it is."""
+    step, from_step = LANES * itemsize(p), LANES * itemsize(place)
+    if task.large and task.stream != 0:
+        head = min(n, (-address(p)) % step // itemsize(p))
+        if head > 0:
+            store_first(p, load(place), first_lanes(head))
+            p, place, n = p + head * itemsize(p), place + head * itemsize(place), n - head
+    n_whole = n // LANES
+    for k in range(n_whole):
         if task.large and task.stream != 0:
-            head = min(unit.ending, (-address(line)) % step // itemsize(line))
-            store_masked(line, load(here), first_lanes(head))
-        line, here = line + head * itemsize(line), here + head * itemsize(here)
-        n_whole = (unit.ending - head) // LANES
-        for k in range(n_whole):
-            if task.large and task.stream != 0:
-                stream(line + k * step, load(here + k * vector))
-            else:
-                store(line + k * step, load(here + k * vector))
-        tail = unit.ending - head - n_whole * LANES
-        if tail > 0:
-            store_masked(line + n_whole * step, load(here + n_whole * vector), first_lanes(tail))
+            stream(p + k * step, load(place + k * from_step))
+        else:
+            store(p + k * step, load(place + k * from_step))
+    tail = n - n_whole * LANES
+    if tail > 0:
+        store_first(p + n_whole * step, load(place + n_whole * from_step), first_lanes(tail))
 
 
 @njit(**INLINE)
@@ -212,6 +248,27 @@ def look_at_later_rows(task, p, row):
 
 
 @njit(**INLINE)
+def flush_rows(task, unit, tile, p):
+    """The gradient of whole rows; by way of a stage, where they are then one piece, what cannot be written as it comes: rows of
+    less than a vector, fewer than 16 of them, and what goes past the caches."""
+    row, own = get(task.axes, 16), task.n_classes * itemsize(p)
+    look_at_later_rows(task, p, row)
+    n = count_lanes(unit.rows)
+    staged = task.n_classes < LANES or n < LANES or (task.large and row == own)
+    stage = as_stored(p, tile + (task.n_classes + LANES) * LANES * itemsize(tile))
+    to, step = (stage, own) if staged else (p, row)
+    for c in range(0, task.n_classes, LANES):
+        first = first_of(task, c)
+        store_transposed(to + first * itemsize(p), step, tile + first * LANES * itemsize(tile))
+    if staged:
+        if row == own:
+            put_neighbours(task, p, stage, n * task.n_classes)
+        else:
+            for k in range(n):
+                put_neighbours(task, p + k * row, stage + k * own, task.n_classes)
+
+
+@njit(**INLINE)
 def flush(task, unit):
     """What ``write_out`` has put into the tile goes to g."""
     if task.tiled:
@@ -221,13 +278,10 @@ def flush(task, unit):
             if unit.ending > 0:
                 flush_strip(task, unit)
         elif task.whole_rows:
-            look_at_later_rows(task, p, get(task.axes, 16))
-            for c in range(0, task.n_classes, LANES):
-                columns = min(LANES, task.n_classes - c)
-                store_transposed(p + c * itemsize(p), get(task.axes, 16), unit.rows, columns, tile + c * vector)
+            flush_rows(task, unit, tile, p)
         else:
             for j in range(task.n_vectors):
-                scatter(p + j * task.g_step, unit.g_lanes, load(tile + j * vector), unit.rows)
+                scatter(p + j * g_step(task), unit.g_lanes, load(tile + j * vector), unit.rows)
 
 
 @njit(**INLINE)
@@ -246,7 +300,7 @@ def put_rows(task, p, unit, values):
     if task.across:
         put(p, unit.row * itemsize(p), lane(values, 0))
     elif task.adjacent:
-        store_masked(p + unit.row * itemsize(p), values, unit.rows)
+        store_first(p + unit.row * itemsize(p), values, unit.rows)
     else:
         scatter(p + unit.row * itemsize(p), unit.row_lanes * itemsize(p), values, unit.rows)
 
@@ -275,7 +329,7 @@ def read(task, p, lanes, mask):
 def write(task, p, lanes, values, mask):
     """The other way round."""
     if task.neighbours:
-        store_masked(p, values, mask)
+        store_first(p, values, mask)
     else:
         scatter(p, lanes, values, mask)
 
@@ -285,7 +339,7 @@ def raw_logits(task, unit, j, mask):
     """x, vector j, as it is stored."""
     if task.tiled:
         return where(mask, load(unit.tile + j * tile_step(task, unit)), 0.0)
-    return read(task, task.x + (unit.x + j * task.x_step), unit.x_lanes, mask)
+    return read(task, task.x + (unit.x + j * x_step(task)), unit.x_lanes, mask)
 
 
 @njit(**INLINE)
@@ -294,7 +348,7 @@ def write_out(task, unit, j, values, mask):
     if task.tiled:
         store(unit.tile + j * tile_step(task, unit), values)
     else:
-        write(task, task.g + (unit.g + j * task.g_step), unit.g_lanes, values, mask)
+        write(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, values, mask)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -306,18 +360,18 @@ def write_out(task, unit, j, values, mask):
 def look_ahead(task, unit, j):
     """While the exponentials of vector j are computed, ask for what is read a block, a row, or 16 rows later."""
     if task.across and not task.large:  # it is in some cache, and most of the time not in the nearest
-        prefetch_near(task.x + unit.x, (j + min(BLOCK, task.n_vectors)) * task.x_step)
+        prefetch_near(task.x + unit.x, (j + min(BLOCK, task.n_vectors)) * x_step(task))
     if task.large and not task.tiled:
         ahead, t_ahead = LANES * itemsize(task.x), LANES * itemsize(task.t)
         if task.across:
-            ahead, t_ahead = BLOCK * task.x_step, BLOCK * task.t_step
+            ahead, t_ahead = BLOCK * x_step(task), BLOCK * t_step(task)
         if task.across and task.keeps_e:
             ahead, t_ahead = get(task.axes, 8), get(task.axes, 24)
-        prefetch(task.x + unit.x, j * task.x_step + ahead)
+        prefetch(task.x + unit.x, j * x_step(task) + ahead)
         if task.double:  # two cache lines a vector
-            prefetch(task.x + unit.x, j * task.x_step + ahead + LINE)
+            prefetch(task.x + unit.x, j * x_step(task) + ahead + LINE)
         if task.soft:
-            prefetch(task.t + unit.t, j * task.t_step + t_ahead)
+            prefetch(task.t + unit.t, j * t_step(task) + t_ahead)
 
 
 @njit(**INLINE)
@@ -325,7 +379,7 @@ def look_at_next_row(task, unit, j):
     """Past the cache: ask for the next row while this one's gradient is computed."""
     if task.large and task.across and not task.keeps_e:
         if j < AHEAD:
-            prefetch(task.x + unit.x, j * task.x_step + get(task.axes, 8))
+            prefetch(task.x + unit.x, j * x_step(task) + get(task.axes, 8))
 
 
 # A gradient that is past the cache anyhow is written past the cache (``stream``): else each line would be read before it is
@@ -340,7 +394,7 @@ def streams(task, unit):
         return task.stream != 0
     if task.tiled:
         return False
-    astray = (address(task.g + unit.g) | task.g_step) % (LANES * itemsize(task.g))
+    astray = (address(task.g + unit.g) | g_step(task)) % (LANES * itemsize(task.g))
     return task.stream != 0 and every_lane(unit.writes) and astray == 0
 
 
@@ -365,8 +419,8 @@ def write_zeros(task, unit):
             head, body, n_whole, tail = aligned(task, unit)
             write(task, task.g + unit.g, unit.g_lanes, zero, head)
             for j in range(n_whole):
-                stream(task.g + (body.g + j * task.g_step), zero)
-            write(task, task.g + (body.g + n_whole * task.g_step), unit.g_lanes, zero, tail)
+                stream(task.g + (body.g + j * g_step(task)), zero)
+            write(task, task.g + (body.g + n_whole * g_step(task)), unit.g_lanes, zero, tail)
             return
     for j in range(unit.start, unit.stop):
         mask = all_lanes() if task.across and j < unit.full else unit.writes

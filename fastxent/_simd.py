@@ -24,6 +24,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.datamodel import models, register_default
+from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_global, signature
 from numba.extending import infer_getattr, intrinsic, lower_builtin, lower_getattr_generic
 
@@ -32,6 +33,10 @@ LANES = 16
 INLINE = {
     "forceinline": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False,
 }  # fmt: skip
+
+# What the host can do. One with AVX-512 holds 16 lanes in a register and has 32 of them; others need two or four for 16 lanes.
+TRIPLE, _, FEATURES = cpu_target.target_context.codegen().magic_tuple()
+WIDE = "+avx512f" in FEATURES
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 BYTES = I8.as_pointer()
@@ -315,9 +320,13 @@ def narrow(typingctx, like, x):
 
 @intrinsic
 def as_float(typingctx, like, x):
-    """Integer lanes ``x`` as lanes of ``like``'s kind; ``like`` is a Vec or a Ptr."""
+    """The low 32 bits of integer lanes ``x`` as lanes of ``like``'s kind; ``like`` is a Vec or a Ptr."""
     vec = Vec(like.kind)
-    return vec(like, x), lambda context, builder, sig, args: builder.sitofp(args[1], lanes_of(SCALAR[vec.kind]))
+
+    def codegen(context, builder, sig, args):
+        return builder.sitofp(builder.trunc(args[1], lanes_of(I32)), lanes_of(SCALAR[vec.kind]))
+
+    return vec(like, x), codegen
 
 
 @intrinsic
@@ -411,11 +420,11 @@ def _swap(typingctx, x, distance):
 
 @njit(**INLINE)
 def max_across(x):
-    """The largest lane, in every lane."""
+    """The largest lane, in every lane: of one number, so that on a host with narrow registers one holds it."""
     x = maximum(x, _swap(x, 8))
     x = maximum(x, _swap(x, 4))
     x = maximum(x, _swap(x, 2))
-    return maximum(x, _swap(x, 1))
+    return splat(x, lane(maximum(x, _swap(x, 1)), 0))
 
 
 @njit(**INLINE)
@@ -424,7 +433,7 @@ def sum_across(x):
     x = x + _swap(x, 8)
     x = x + _swap(x, 4)
     x = x + _swap(x, 2)
-    return x + _swap(x, 1)
+    return splat(x, lane(x + _swap(x, 1), 0))
 
 
 @njit(**INLINE)
