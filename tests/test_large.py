@@ -15,7 +15,7 @@ from fastxent import _plan
 SHAPES = {
     (5, 300): "rows that begin anywhere in a cache line",
     (18, 512): "rows that begin where a line does",
-    (3, 33000): "a row longer than what is kept of its exponentials",
+    (3, 33000): "few long rows: split, and not streamed",
 }
 OPTIONS = ["index", "weight ignore smoothing sample_weight", "probabilities weight"]
 
@@ -23,6 +23,15 @@ OPTIONS = ["index", "weight ignore smoothing sample_weight", "probabilities weig
 @pytest.fixture
 def all_is_large(monkeypatch):
     monkeypatch.setattr(_plan, "LARGE", 0)
+    _plan.make_plan.cache_clear()
+    yield
+    _plan.make_plan.cache_clear()
+
+
+@pytest.fixture
+def nothing_is_kept(monkeypatch):
+    """As if every row were longer than what is kept of its exponentials."""
+    monkeypatch.setattr(_plan, "MOST_KEPT", 0)
     _plan.make_plan.cache_clear()
     yield
     _plan.make_plan.cache_clear()
@@ -85,3 +94,40 @@ def test_ignored_rows_are_zeros(all_is_large):
         out, _ = aligned(logits.shape, logits.dtype, offset)
         fx.cross_entropy_value_and_grad(logits, [-100, 5, -100, -100], out=out)
         assert not out[[0, 2, 3]].any() and out[1].any()
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_exponentials_computed_twice(large, nothing_is_kept, request):
+    """A row of two blocks and a tail."""
+    if large:
+        request.getfixturevalue("all_is_large")
+    losses, gradients = Budget(), Budget()
+    case = make_case(np.dtype(np.float32), (5, 2051), "index")
+    truth, theirs = make_truth(case, "mean"), run_torch(case, "mean")
+    for out in (case.logits.copy(), aligned(case.logits.shape, case.logits.dtype, 3)[0]):
+        out[...] = case.logits
+        x = out if out.base is None else case.logits  # in place; streamed
+        loss, _ = fx.cross_entropy_value_and_grad(x, case.target, out=out, **case.options)
+        losses.add(loss, truth.loss, theirs[0], truth.loss_scale)
+        gradients.add(out, truth.grad, theirs[1], truth.grad_scale)
+    losses.check()
+    gradients.check()
+
+
+@pytest.mark.parametrize("y", [7, 20000, 39999])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_segments_of_a_row_far_apart(dtype, y):
+    """What a segment keeps of its exponentials is relative to its own maximum: brought down to the row's, also the smallest
+    probabilities keep their digits. The target may lie in any segment, and be overwritten."""
+    rng = np.random.default_rng(0)
+    logits = (3 * rng.standard_normal((2, 40000))).astype(dtype)
+    logits[:, 16384:32768] -= 60
+    logits[:, 32768:] -= 25
+    target = [y, -100]
+    want = fx.reference.cross_entropy_value_and_grad(logits, target, reduction="none")
+    loss, dlogits = fx.cross_entropy_value_and_grad(logits, target, reduction="none")
+    np.testing.assert_allclose(loss, want[0], rtol=4 * np.finfo(dtype).eps)
+    ulps = 4 if dtype is np.float32 else 60  # the reference, float64 too, rounds x - m
+    np.testing.assert_allclose(dlogits, want[1], rtol=ulps * np.finfo(dtype).eps)
+    fx.cross_entropy_value_and_grad(logits, target, reduction="none", out=logits)
+    np.testing.assert_array_equal(logits, dlogits)
