@@ -213,7 +213,8 @@ def both(a, b):
 
 @njit(**INLINE)
 def narrow_group(task, unit, j, stop, m, shift):
-    """The sums over vectors j ... stop - 1, one after the other: beside each other they do not fit into the registers.
+    """The sums over vectors j ... stop - 1, two by two: all beside each other they do not fit into the registers, and sums of
+    pairs lose fewer digits than a sum of eight in a row.
 
     ``stop`` is there for LLVM: a loop of known length it would unroll, and then mix its rounds.
     """

@@ -36,6 +36,11 @@ MOST_SEGMENTS = 64
 LARGE, PIECES = 1 << 24, 128
 
 
+def precision(logits: str, target: str | None) -> str:
+    """Of the arithmetic on logits and class probabilities of these storages."""
+    return "f64" if "f64" in (logits, target) else "f32"
+
+
 class Variant(NamedTuple):
     """What a kernel is compiled for. Storage is "f16", "bf16", "f32" or "f64"."""
 
@@ -57,7 +62,7 @@ class Variant(NamedTuple):
     @property
     def acc(self) -> str:
         """Precision of the arithmetic and of the losses."""
-        return "f64" if "f64" in (self.logits, self.target) else "f32"
+        return precision(self.logits, self.target)
 
 
 @dataclass(frozen=True)
@@ -176,8 +181,7 @@ def make_plan(
         n_units = units_per_line * (n_rows // innermost.extent)
         per_unit = n_classes * LANES
 
-    double = "f64" in (logits, target)
-    unrounded = logits == ("f64" if double else "f32")  # the exponentials of a split row are kept where its gradient will be
+    unrounded = logits == precision(logits, target)  # the exponentials of a split row are kept where its gradient will be
     kept = not capped and (tiled or (across and (unrounded if split else n_vectors <= MOST_KEPT)))
     large = neighbours and not split and n_rows * n_classes * sizes[0] >= LARGE
     chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)

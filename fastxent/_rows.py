@@ -174,9 +174,7 @@ def fill(task, tile, p, n, lanes, mask):
         look_at_later_rows(task, p, get(task.axes, 8))
         for c in range(0, task.n_classes, LANES):
             first = first_of(task, c)
-            load_transposed(
-                p + first * itemsize(p), get(task.axes, 8), n, min(LANES, task.n_classes), tile + first * vector
-            )
+            load_transposed(p + first * itemsize(p), get(task.axes, 8), n, min(LANES, task.n_classes), tile + first * vector)
     else:
         for j in range(task.n_vectors):
             store(tile + j * vector, gather(p + j * x_step(task), lanes, mask))
@@ -254,7 +252,7 @@ def flush_rows(task, unit, tile, p):
     row, own = get(task.axes, 16), task.n_classes * itemsize(p)
     look_at_later_rows(task, p, row)
     n = count_lanes(unit.rows)
-    staged = task.n_classes < LANES or n < LANES or (task.large and row == own)
+    staged = task.n_classes < LANES or n < LANES or (task.large and task.stream != 0 and row == own)
     stage = as_stored(p, tile + (task.n_classes + LANES) * LANES * itemsize(tile))
     to, step = (stage, own) if staged else (p, row)
     for c in range(0, task.n_classes, LANES):

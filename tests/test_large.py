@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
@@ -15,26 +16,29 @@ from fastxent import _plan
 SHAPES = {
     (5, 300): "rows that begin anywhere in a cache line",
     (18, 512): "rows that begin where a line does",
+    (35, 100): "16 rows at once, written by way of a stage; three rows are left",
     (3, 33000): "few long rows: split, and not streamed",
 }
 OPTIONS = ["index", "weight ignore smoothing sample_weight", "probabilities weight"]
 
 
-@pytest.fixture
-def all_is_large(monkeypatch):
-    monkeypatch.setattr(_plan, "LARGE", 0)
+def planned_with(monkeypatch, limit: str) -> Iterator[None]:
+    """Plans as if one of their limits were 0."""
+    monkeypatch.setattr(_plan, limit, 0)
     _plan.make_plan.cache_clear()
     yield
     _plan.make_plan.cache_clear()
+
+
+@pytest.fixture
+def all_is_large(monkeypatch):
+    yield from planned_with(monkeypatch, "LARGE")
 
 
 @pytest.fixture
 def nothing_is_kept(monkeypatch):
     """As if every row were longer than what is kept of its exponentials."""
-    monkeypatch.setattr(_plan, "MOST_KEPT", 0)
-    _plan.make_plan.cache_clear()
-    yield
-    _plan.make_plan.cache_clear()
+    yield from planned_with(monkeypatch, "MOST_KEPT")
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype, offset: int) -> tuple[np.ndarray, np.ndarray]:
