@@ -19,10 +19,11 @@ from numba import cfunc, njit, types
 
 from benchmarks.cases import GRAD, Array, Case
 from fastxent import _compile, _parallel, _task
+from fastxent._inlined import INLINE
 from fastxent._kernels import enter, walk
 from fastxent._loadstore import load, prefetch, store, stream
 from fastxent._plan import CHUNK, Plan, Variant
-from fastxent._simd import INLINE, LANES, lane, splat, sum_across
+from fastxent._simd import LANES, lane, splat, sum_across
 from fastxent._task import WORK
 
 VECTOR = 4 * LANES  # bytes

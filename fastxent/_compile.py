@@ -1,42 +1,16 @@
-"""Compiles a task of ``_kernels`` for a variant, with Numba, cached on disk. Importing this module imports Numba."""
+"""Compiles a task of ``_kernels`` for a variant. Importing this module imports Numba."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import pkgutil
-import threading
-import warnings
-from contextlib import suppress
-from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-import llvmlite
-import numba
+from llvmlite import binding
 from numba import cfunc, types
-from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
 
-from fastxent import _elementary, _kernels, _loadstore, _maths, _plan, _rows, _simd, _task
+from fastxent import _kernels, _machine_code, _simd, _task
 from fastxent._plan import KEEPERS, Variant
-
-lock = threading.RLock()
-
-if hasattr(os, "register_at_fork"):
-    # A child that is forked in the midst of compiling would find Numba locked, and for ever: the fork waits.
-    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
-
-
-def _source(module: Any) -> bytes:
-    """What a module was loaded from, in a folder or in a zip archive."""
-    return pkgutil.get_data(__package__, Path(module.__file__).name) or b""
-
-
-# Part of every signature, and so of every key in the disk cache: Numba looks at the file of the task only, and would serve
-# yesterday's kernel after a change in a helper.
-_COMPILED_FROM = (_simd, _loadstore, _elementary, _rows, _maths, _kernels, _task, _plan)
-BUILD_ID = hashlib.sha256(b"".join(map(_source, _COMPILED_FROM))).hexdigest()[:16]
 
 
 def task_type(name: str, variant: Variant) -> _simd.Task:
@@ -69,43 +43,31 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "double": acc == "f64",
         "differentiate": variant.differentiate,
     }
-    return _simd.Task(fields, tuple(constants.items()), BUILD_ID)
+    return _simd.Task(fields, tuple(constants.items()), _machine_code.build_id())
 
 
-def compile_task(name: str, variant: Variant) -> Any:
-    """Kernel ``name`` as a C function (``.address``); a cache that cannot be used is no error."""
+def c_function(name: str, variant: Variant) -> Any:
+    """Kernel ``name`` as a C function of Numba's."""
     task = task_type(name, variant)
-    signature = types.void(task) if name == "launch" else types.void(task, types.int64, types.int64)
-    function = own_function(name, signature)
-    with suppress(Exception):
-        return cfunc(signature, cache=True)(function)
-    try:
-        FunctionCache(function).flush()  # what lies there may be damaged: start again
-        return cfunc(signature, cache=True)(function)
-    except Exception as reason:  # no folder that can be written to: compile without a cache
-        warnings.warn(f"fastxent compiles without its disk cache: {reason}", RuntimeWarning, stacklevel=4)
-        return cfunc(signature)(function)
+    if name == "launch":
+        return cfunc(types.void(task))(_kernels.launch)
+    function = _kernels.check
+    if name != "check":  # ``kernel``, with the function of this name as its ``visit``
+        names = vars(_kernels) | {"visit": getattr(_kernels, name)}
+        function = FunctionType(_kernels.kernel.__code__, names, name)
+    return cfunc(types.void(task, types.int64, types.int64))(function)
 
 
-def own_function(name: str, signature: Any) -> FunctionType:
-    """A function of ``_kernels`` for this kernel alone, under a name that only it has, and so with cache files of its own.
-
-    Numba keeps the kernels of one function in numbered files. Two processes that compile at once may give the same number to
-    two kernels, and would then run each other's. Under this name all who write to a file write the same.
-    """
-    kernel = (name, str(signature), cpu_target.target_context.codegen().magic_tuple(), numba.__version__, llvmlite.__version__)
-    is_whole = name in ("launch", "check")
-    function = getattr(_kernels, name if is_whole else "kernel")
-    names = vars(_kernels) if is_whole else vars(_kernels) | {"visit": getattr(_kernels, name)}
-    own = FunctionType(function.__code__, names, name)
-    own.__qualname__ = f"{name}_{hashlib.sha256(repr(kernel).encode()).hexdigest()[:16]}"
-    return own
-
-
-def cache_folder() -> str:
-    """Where compiled kernels are kept."""
-    try:
-        locator = FunctionCache(_kernels.kernel).cache_path
-    except RuntimeError:
-        return "none: no folder can be written to"
-    return str(locator)
+def object_code(name: str, variant: Variant) -> bytes:
+    """Kernel ``name`` as an object file, in which it is called ``_machine_code.SYMBOL``."""
+    function = c_function(name, variant)
+    module = binding.parse_assembly(function.inspect_llvm())
+    module.get_function(function.native_name).name = _machine_code.SYMBOL
+    for value in (*module.functions, *module.global_variables):
+        if not value.is_declaration and value.name != _machine_code.SYMBOL:
+            value.linkage = "private"  # Numba's names, a few thousand letters each, stay out of the file
+    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    machine = binding.Target.from_triple(triple).create_target_machine(
+        cpu, features, opt=3, reloc="default", codemodel="jitdefault", jit=True
+    )
+    return bytes(machine.emit_object(module))

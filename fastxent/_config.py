@@ -75,7 +75,7 @@ def show_config() -> dict[str, Any]:
     """
     from llvmlite import binding
 
-    from fastxent import _compile
+    from fastxent import _machine_code
 
     features = binding.get_host_cpu_features()
     bits = next((bits for name, bits in (("avx512f", 512), ("avx2", 256)) if features.get(name)), 128)
@@ -96,7 +96,7 @@ def show_config() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: found for name in packages if (found := _version(name)) is not None},
         },
-        "cache": {"folder": _compile.cache_folder()},
+        "cache": {"folder": _machine_code.cache_folder()},
     }
 
 

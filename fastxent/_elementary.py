@@ -7,7 +7,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-from fastxent._simd import F64, I32, I64, INLINE, LANES, SCALAR, absolute, at_least, call_llvm, fma, lanes_of, splat, where
+from fastxent._inlined import INLINE
+from fastxent._simd import F64, I32, I64, LANES, SCALAR, absolute, at_least, call_llvm, fma, lanes_of, splat, where
 
 # exp(x - m) for x <= m, with exp(0) exactly 1 and no error from the difference x - m, which is the largest one elsewhere
 # (half an ulp of x - m = -12.3 is 4e-7, and so is then the relative error of the exponential).

@@ -1,8 +1,9 @@
-"""The kernels: what each does with one unit of rows, by the maths of ``_maths``, and how threads walk over all units."""
+"""The kernels: what each does with one unit of rows, by ``_maths`` and ``_trips``, and how threads walk over all units."""
 
 from numba import njit
 
 from fastxent._elementary import exp_up, log, log1p, shift_by, up
+from fastxent._inlined import INLINE
 from fastxent._loadstore import (
     call,
     fetch_add,
@@ -16,28 +17,10 @@ from fastxent._loadstore import (
     start,
     store_first,
 )
-from fastxent._maths import (
-    add,
-    exponentials,
-    factors,
-    label,
-    log_s,
-    logits,
-    row_label,
-    row_loss,
-    row_state,
-    save_segment,
-    scaled,
-    span_state,
-    sum_loss,
-    to_row,
-    whole,
-    write_gradient,
-)
+from fastxent._maths import factors, label, log_s, logits, row_loss, scaled, sum_loss
 from fastxent._plan import CHECKED, CHECKS, TILE
 from fastxent._rows import flush, g_step, locate, put_rows, row_values, sum_rows, write, write_out, write_zeros, x_step
 from fastxent._simd import (
-    INLINE,
     LANES,
     absolute,
     all_lanes,
@@ -55,6 +38,17 @@ from fastxent._simd import (
     widen,
 )
 from fastxent._task import BAD, CHECK, DIVISOR, DONE, ENTERED, OVER, SEGMENTS, WORK
+from fastxent._trips import (
+    add,
+    exponentials,
+    row_label,
+    row_state,
+    save_segment,
+    span_state,
+    to_row,
+    whole,
+    write_gradient,
+)
 
 NAN = float("nan")
 MOST = 1e300  # of a product whose log is still to be taken
@@ -135,7 +129,7 @@ def value_and_grad(task, tile, number):
         state = row_state(task, unit, number)
         if not task.split or unit.start == 0:
             loss = deliver_loss(task, unit, state, y)
-        write_gradient(task, unit, factors(task, unit, number, state, y))
+        write_gradient(task, unit, factors(task, unit, state, y, to_row(task, number, state)))
     else:
         if not task.split or unit.start == 0:
             loss = deliver_no_loss(task, unit)
@@ -156,7 +150,8 @@ def grad_hess(task, tile, number):
     unit = locate(task, tile, number)
     zero = splat(task.x, 0.0)
     if any_lane(unit.kept):
-        f = factors(task, unit, number, span_state(task, unit), label(task, unit))
+        state = span_state(task, unit)
+        f = factors(task, unit, state, label(task, unit), to_row(task, number, state))
         for j in range(unit.start, unit.stop):
             whole = j < unit.full
             reads = all_lanes() if whole else unit.reads

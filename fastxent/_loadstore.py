@@ -1,4 +1,4 @@
-"""Vectors and memory: loads, stores, gathers, transposes; half precision is widened and rounded on the way.
+"""Vectors and memory: loads, stores, gathers; half precision is widened and rounded on the way.
 
 Also what a kernel needs beside vectors: single elements, atomic counters, prefetches. Offsets and strides
 are bytes.
@@ -23,7 +23,6 @@ from fastxent._simd import (
     TRIPLE,
     WIDE,
     Vec,
-    broadcast,
     call_llvm,
     lanes_of,
 )
@@ -107,7 +106,7 @@ def _decode(builder, raw, ptr):
     return (builder.fpext if ptr.kind == "f64" else builder.fptrunc)(x, _shape(raw, SCALAR[ptr.kind]))
 
 
-def _encode(builder, x, ptr):
+def encode(builder, x, ptr):
     """Numbers -> stored bits, rounded to nearest even; to half precision by way of float32, as PyTorch does."""
     if ptr.storage == ptr.kind:
         return x
@@ -117,7 +116,7 @@ def _encode(builder, x, ptr):
     return (builder.fptrunc if ptr.kind == "f64" else builder.fpext)(x, _shape(x, STORED[ptr.storage]))
 
 
-def _typed(builder, address, element):
+def typed(builder, address, element):
     return builder.bitcast(address, element.as_pointer())
 
 
@@ -130,22 +129,22 @@ def _zeros(vector):
     return ir.Constant(vector, None)
 
 
-def _load(builder, ptr, address, lanes):
+def load_lanes(builder, ptr, address, lanes):
     vector = lanes_of(STORED[ptr.storage], lanes)
-    return _decode(builder, builder.load(_typed(builder, address, vector), align=1), ptr)
+    return _decode(builder, builder.load(typed(builder, address, vector), align=1), ptr)
 
 
 @intrinsic
 def load(typingctx, p):
     """16 neighbours at ``p``."""
-    return Vec(p.kind)(p), lambda context, builder, sig, args: _load(builder, p, args[0], LANES)
+    return Vec(p.kind)(p), lambda context, builder, sig, args: load_lanes(builder, p, args[0], LANES)
 
 
-def _load_masked(builder, ptr, address, mask):
+def load_lanes_masked(builder, ptr, address, mask):
     lanes = mask.type.count
     vector = lanes_of(STORED[ptr.storage], lanes)
     name = f"llvm.masked.load.{_masked_name(ptr, lanes)}.p0"
-    raw = call_llvm(builder, name, vector, [_typed(builder, address, vector), I32(1), mask, _zeros(vector)])
+    raw = call_llvm(builder, name, vector, [typed(builder, address, vector), I32(1), mask, _zeros(vector)])
     x = _decode(builder, raw, ptr)
     if ptr.kind == "i64":
         return x
@@ -157,7 +156,7 @@ def _load_masked(builder, ptr, address, mask):
 @intrinsic
 def load_masked(typingctx, p, mask):
     """Neighbours at ``p`` where ``mask``, else 0; nothing is read where it is false."""
-    return Vec(p.kind)(p, mask), lambda context, builder, sig, args: _load_masked(builder, p, *args)
+    return Vec(p.kind)(p, mask), lambda context, builder, sig, args: load_lanes_masked(builder, p, *args)
 
 
 @intrinsic
@@ -165,8 +164,8 @@ def store(typingctx, p, x):
     """Write 16 neighbours at ``p``."""
 
     def codegen(context, builder, sig, args):
-        raw = _encode(builder, args[1], p)
-        builder.store(raw, _typed(builder, args[0], raw.type), align=1)
+        raw = encode(builder, args[1], p)
+        builder.store(raw, typed(builder, args[0], raw.type), align=1)
         return context.get_dummy_value()
 
     return types.void(p, x), codegen
@@ -180,9 +179,9 @@ def store_apart(typingctx, p, x, step):
         base, wide, step = args
         for nth in range(x.lanes // LANES):
             lanes = ir.Constant(ir.VectorType(I32, LANES), list(range(nth * LANES, (nth + 1) * LANES)))
-            raw = _encode(builder, builder.shuffle_vector(wide, wide, lanes), p)
+            raw = encode(builder, builder.shuffle_vector(wide, wide, lanes), p)
             at = builder.gep(base, [builder.mul(step, I64(nth))])
-            builder.store(raw, _typed(builder, at, raw.type), align=1)
+            builder.store(raw, typed(builder, at, raw.type), align=1)
         return context.get_dummy_value()
 
     return types.void(p, x, types.int64), codegen
@@ -205,8 +204,8 @@ def _store_in_pieces(module, vector):
         low, high = (builder.shuffle_vector(rest, rest, order) for order in lanes)
         wanted = builder.icmp_unsigned("!=", builder.and_(n, I64(size)), I64(0))
         with builder.if_then(wanted):
-            builder.store(low, _typed(builder, address, low.type), align=1)
-        behind = builder.gep(_typed(builder, address, low.type), [I64(1)], source_etype=low.type)
+            builder.store(low, typed(builder, address, low.type), align=1)
+        behind = builder.gep(typed(builder, address, low.type), [I64(1)], source_etype=low.type)
         address = builder.select(wanted, builder.bitcast(behind, BYTES), address)
         rest = builder.select(wanted, high, low)
         size //= 2
@@ -220,15 +219,15 @@ def store_first(typingctx, p, x, mask):
 
     def codegen(context, builder, sig, args):
         address, x, mask = args
-        raw = _encode(builder, x, p)
+        raw = encode(builder, x, p)
         if WIDE:
             name = f"llvm.masked.store.{_masked_name(p)}.p0"
-            call_llvm(builder, name, ir.VoidType(), [raw, _typed(builder, address, raw.type), I32(1), mask])
+            call_llvm(builder, name, ir.VoidType(), [raw, typed(builder, address, raw.type), I32(1), mask])
         else:
             n = builder.zext(builder.ctpop(builder.bitcast(mask, I16)), I64)
             with builder.if_else(builder.icmp_unsigned("==", n, I64(LANES))) as (whole, part):
                 with whole:
-                    builder.store(raw, _typed(builder, address, raw.type), align=1)
+                    builder.store(raw, typed(builder, address, raw.type), align=1)
                 with part:
                     builder.call(_store_in_pieces(builder.module, raw.type), [address, raw, n])
         return context.get_dummy_value()
@@ -241,8 +240,8 @@ def stream(typingctx, p, x):
     """Write 16 neighbours at ``p``, aligned to the vector, past the caches (the array is not read again soon)."""
 
     def codegen(context, builder, sig, args):
-        raw = _encode(builder, args[1], p)
-        written = builder.store(raw, _typed(builder, args[0], raw.type), align=LANES * ITEMSIZE[p.storage])
+        raw = encode(builder, args[1], p)
+        written = builder.store(raw, typed(builder, args[0], raw.type), align=LANES * ITEMSIZE[p.storage])
         written.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
         return context.get_dummy_value()
 
@@ -274,96 +273,13 @@ def scatter(typingctx, p, offsets, x, mask):
     """Write lane by lane to ``p + offsets`` bytes where ``mask``."""
 
     def codegen(context, builder, sig, args):
-        raw = _encode(builder, args[2], p)
+        raw = encode(builder, args[2], p)
         addresses = _lane_addresses(builder, args[0], args[1])
         name = f"llvm.masked.scatter.{_masked_name(p)}.v{LANES}p0"
         call_llvm(builder, name, ir.VoidType(), [raw, addresses, I32(1), args[3]])
         return context.get_dummy_value()
 
     return types.void(p, offsets, x, mask), codegen
-
-
-SQUARE = 16 if WIDE else 8  # rows and columns that are transposed at a time: what the registers hold
-
-
-def _transpose(builder, rows):
-    """Lane j of vector i -> lane i of vector j: exchange blocks of 1, 2, 4, ... lanes between pairs of vectors."""
-    rows, size = list(rows), len(rows)
-    block = 1
-    while block < size:
-        keep = [lane if not lane & block else size + lane - block for lane in range(size)]
-        swap = [lane + block if not lane & block else size + lane for lane in range(size)]
-        for i in range(size):
-            if not i & block:
-                a, b = rows[i], rows[i + block]
-                rows[i] = builder.shuffle_vector(a, b, ir.Constant(lanes_of(I32, size), keep))
-                rows[i + block] = builder.shuffle_vector(a, b, ir.Constant(lanes_of(I32, size), swap))
-        block *= 2
-    return rows
-
-
-def _squares():
-    """Of 16 x 16 elements: first row and first column of each square."""
-    return [(i, j) for i in range(0, LANES, SQUARE) for j in range(0, LANES, SQUARE)]
-
-
-@intrinsic
-def load_transposed(typingctx, p, stride, n, columns, tile):
-    """n rows (at most 16), ``stride`` bytes apart -> 16 vectors at ``tile``: element j < columns of each row.
-
-    A row that is not there is a copy of the last one: no lane needs a mask of its own.
-    """
-
-    def codegen(context, builder, sig, args):
-        base, stride, n, columns, tile = args
-        all_columns = builder.icmp_signed("==", columns, I64(LANES))
-        last = builder.sub(n, I64(1))
-        rows = []
-        for row in range(LANES):
-            there = builder.select(builder.icmp_signed("<", last, I64(row)), last, I64(row))
-            rows.append(builder.gep(base, [builder.mul(stride, there)]))
-        for i, j in _squares():
-            here = [builder.gep(row, [I64(j * ITEMSIZE[p.storage])]) for row in rows[i : i + SQUARE]]
-            numbers = ir.Constant(lanes_of(I64, SQUARE), list(range(j, j + SQUARE)))
-            wanted = builder.icmp_signed("<", numbers, broadcast(builder, columns, "i64", SQUARE))
-            with builder.if_else(all_columns) as (whole, part):
-                with whole:
-                    a, from_whole = [_load(builder, p, at, SQUARE) for at in here], builder.block
-                with part:
-                    b, from_part = [_load_masked(builder, p, at, wanted) for at in here], builder.block
-            elements = []
-            for from_a, from_b in zip(a, b, strict=True):
-                elements.append(builder.phi(from_a.type))
-                elements[-1].add_incoming(from_a, from_whole)
-                elements[-1].add_incoming(from_b, from_part)
-            for k, column in enumerate(_transpose(builder, elements), j):
-                at = builder.gep(tile, [I64((k * LANES + i) * ITEMSIZE[p.kind])])
-                builder.store(column, _typed(builder, at, column.type), align=1)
-        return context.get_dummy_value()
-
-    return types.void(p, types.int64, types.int64, types.int64, tile), codegen
-
-
-@intrinsic
-def store_transposed(typingctx, p, stride, tile):
-    """16 vectors at ``tile`` -> 16 rows of 16 elements, ``stride`` bytes apart.
-
-    Rows may overlap: of two elements at one place the one nearer to the beginning of its row stays.
-    """
-
-    def codegen(context, builder, sig, args):
-        base, stride, tile = args
-        part = lanes_of(SCALAR[p.kind], SQUARE)
-        for i, j in sorted(_squares(), key=lambda square: (-square[1], square[0])):
-            columns = [builder.gep(tile, [I64((k * LANES + i) * ITEMSIZE[p.kind])]) for k in range(j, j + SQUARE)]
-            elements = [builder.load(_typed(builder, at, part), align=1) for at in columns]
-            for row, x in enumerate(_transpose(builder, elements), i):
-                raw = _encode(builder, x, p)
-                at = builder.gep(base, [builder.add(builder.mul(stride, I64(row)), I64(j * ITEMSIZE[p.storage]))])
-                builder.store(raw, _typed(builder, at, raw.type), align=1)
-        return context.get_dummy_value()
-
-    return types.void(p, types.int64, tile), codegen
 
 
 @intrinsic
@@ -377,7 +293,7 @@ def get(typingctx, p, offset):
     """The element ``offset`` bytes behind ``p``, as a number."""
 
     def codegen(context, builder, sig, args):
-        address = _typed(builder, builder.gep(args[0], [args[1]]), STORED[p.storage])
+        address = typed(builder, builder.gep(args[0], [args[1]]), STORED[p.storage])
         return _decode(builder, builder.load(address, align=1), p)
 
     return NUMBA_SCALAR[p.kind](p, types.int64), codegen
@@ -388,8 +304,8 @@ def put(typingctx, p, offset, value):
     """Write one element ``offset`` bytes behind ``p``."""
 
     def codegen(context, builder, sig, args):
-        raw = _encode(builder, args[2], p)
-        builder.store(raw, _typed(builder, builder.gep(args[0], [args[1]]), raw.type), align=1)
+        raw = encode(builder, args[2], p)
+        builder.store(raw, typed(builder, builder.gep(args[0], [args[1]]), raw.type), align=1)
         return context.get_dummy_value()
 
     return types.void(p, types.int64, NUMBA_SCALAR[p.kind]), codegen
@@ -401,7 +317,7 @@ def raise_to(typingctx, p, offset, value):
 
     def codegen(context, builder, sig, args):
         address = builder.gep(args[0], [args[1]])
-        return builder.atomic_rmw("max", _typed(builder, address, I64), args[2], "acq_rel")
+        return builder.atomic_rmw("max", typed(builder, address, I64), args[2], "acq_rel")
 
     return types.int64(p, types.int64, types.int64), codegen
 
@@ -436,7 +352,7 @@ def fetch_add(typingctx, task, slot):
 
     def codegen(context, builder, sig, args):
         address = builder.gep(args[0], [builder.mul(args[1], I64(8))])
-        return builder.atomic_rmw("add", _typed(builder, address, I64), I64(1), "acq_rel")
+        return builder.atomic_rmw("add", typed(builder, address, I64), I64(1), "acq_rel")
 
     return types.int64(task, types.int64), codegen
 
@@ -447,7 +363,7 @@ def read_slot(typingctx, task, slot):
 
     def codegen(context, builder, sig, args):
         address = builder.gep(args[0], [builder.mul(args[1], I64(8))])
-        return builder.load_atomic(_typed(builder, address, I64), "acquire", align=8)
+        return builder.load_atomic(typed(builder, address, I64), "acquire", align=8)
 
     return types.int64(task, types.int64), codegen
 

@@ -1,4 +1,4 @@
-"""The maths of fastxent: derived on top, then computed for one unit of rows at a time: statistics, loss, gradient.
+"""The maths of fastxent: derived on top, then a function for each term. ``_trips`` loops with them over the vectors of a unit.
 
 Letters (a row is one position of the axes other than the class axis; C classes, logits x)
     m = max_c x_c        s = sum_c exp(x_c - m)        lse = m + log s        p_c = exp(x_c - m) / s
@@ -31,51 +31,14 @@ from collections import namedtuple
 
 from numba import njit
 
-from fastxent._elementary import Shift, exp_up, log, sech_squared, shift_by, split_exponent, tanh, up
-from fastxent._loadstore import gather, get, itemsize, load, load_masked, put, store, store_apart, stream
-from fastxent._rows import (
-    BLOCK,
-    aligned,
-    g_step,
-    locate,
-    look_ahead,
-    look_at_next_row,
-    multiply_rows,
-    raw_logits,
-    read,
-    row_values,
-    streams,
-    sum_rows,
-    t_step,
-    tile_step,
-    write,
-    write_out,
-    x_step,
-)
-from fastxent._simd import (
-    INLINE,
-    LANES,
-    WIDE,
-    all_lanes,
-    any_lane,
-    as_float,
-    beside,
-    fma,
-    fold,
-    lane,
-    max_across,
-    maximum,
-    narrow,
-    repeat,
-    splat,
-    sum_across,
-    where,
-    widen,
-)
+from fastxent._elementary import exp_up, log, sech_squared, shift_by, tanh, up
+from fastxent._inlined import INLINE
+from fastxent._loadstore import gather, get, itemsize, load_masked
+from fastxent._rows import multiply_rows, raw_logits, read, row_values, sum_rows, t_step, x_step
+from fastxent._simd import LANES, fma, fold, lane, maximum, narrow, splat, where, widen
 from fastxent._task import DIVISOR
 
 INF = float("inf")
-GROUP = 8  # vectors whose float32 terms are added up before they go to the float64 totals
 
 # ----------------------------------------------------------------------------------------------------
 # Logits and target weights, a vector at a time
@@ -123,30 +86,11 @@ def share(task):
 
 
 # ----------------------------------------------------------------------------------------------------
-# First trip: the statistics of a unit
+# The statistics of rows, or of parts of them
 # ----------------------------------------------------------------------------------------------------
 
 # m in the logits' precision; the sums s, Q, D, E in float64, of which s and E carry exp_up's factor 2**UP.
 State = namedtuple("State", "m s q_sum q_dot e_dot")
-
-
-@njit(**INLINE)
-def block_max(task, unit, start, stop):
-    """m; four maxima at a time, or each would wait for the one before."""
-    a = b = c = d = splat(task.x, -INF)
-    n_whole = max(start, min(stop, unit.full))
-    grouped = start + (n_whole - start) // 4 * 4
-    for j in range(start, grouped, 4):
-        a = maximum(a, logits(task, unit, j, all_lanes()))
-        b = maximum(b, logits(task, unit, j + 1, all_lanes()))
-        c = maximum(c, logits(task, unit, j + 2, all_lanes()))
-        d = maximum(d, logits(task, unit, j + 3, all_lanes()))
-    m = maximum(maximum(a, b), maximum(c, d))
-    for j in range(grouped, n_whole):
-        m = maximum(m, logits(task, unit, j, all_lanes()))
-    for j in range(n_whole, stop):
-        m = maximum(m, where(unit.reads, logits(task, unit, j, unit.reads), -INF))
-    return max_across(m) if task.across else m
 
 
 @njit(**INLINE)
@@ -159,150 +103,6 @@ def sums_of(task, x, e, q, m):
     if task.entropic:
         e_dot = fold(where(e == 0.0, e, e * d))
     return s, q_sum, q_dot, e_dot
-
-
-@njit(**INLINE)
-def vector_sums(task, unit, j, mask, m, shift):
-    x = logits(task, unit, j, mask)
-    e = where(mask, exp_up(x, shift), 0.0)
-    if task.keeps_e:
-        if task.split:
-            write(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, e, mask)
-        else:
-            store(unit.tile + j * tile_step(task, unit), e)
-    return sums_of(task, x, e, target_weights(task, unit, j, mask), m)
-
-
-@njit(**INLINE)
-def beside_each_other(vector, task, unit, j):
-    """Vectors j ... j + 7 of what ``vector`` gives, as one of 128 lanes."""
-    every = all_lanes()
-    a = beside(vector(task, unit, j, every), vector(task, unit, j + 1, every))
-    b = beside(vector(task, unit, j + 2, every), vector(task, unit, j + 3, every))
-    c = beside(vector(task, unit, j + 4, every), vector(task, unit, j + 5, every))
-    d = beside(vector(task, unit, j + 6, every), vector(task, unit, j + 7, every))
-    return beside(beside(a, b), beside(c, d))
-
-
-@njit(**INLINE)
-def wide_group(task, unit, j, stop, m, shift):
-    """The sums over vectors j ... j + 7, step by step beside each other: no processor looks far enough ahead by itself."""
-    for k in range(j, j + GROUP):
-        look_ahead(task, unit, k)
-    x = beside_each_other(logits, task, unit, j)
-    q = x
-    if task.dense:
-        q = beside_each_other(target_weights, task, unit, j)
-    base, coarse, fine, lowest = shift
-    wide = Shift(repeat(base, GROUP), repeat(coarse, GROUP), repeat(fine, GROUP), repeat(lowest, GROUP))
-    e = exp_up(x, wide)
-    if task.keeps_e:
-        if task.split:
-            store_apart(task.g + (unit.g + j * g_step(task)), e, g_step(task))
-        else:
-            store_apart(unit.tile + j * tile_step(task, unit), e, tile_step(task, unit))
-    return sums_of(task, x, e, q, repeat(m, GROUP))
-
-
-@njit(**INLINE)
-def both(a, b):
-    s, q_sum, q_dot, e_dot = a
-    t, r_sum, r_dot, f_dot = b
-    return s + t, q_sum + r_sum, q_dot + r_dot, e_dot + f_dot
-
-
-@njit(**INLINE)
-def narrow_group(task, unit, j, stop, m, shift):
-    """The sums over vectors j ... stop - 1, two by two: all beside each other they do not fit into the registers, and sums of
-    pairs lose fewer digits than a sum of eight in a row.
-
-    ``stop`` is there for LLVM: a loop of known length it would unroll, and then mix its rounds.
-    """
-    nothing = splat(m, 0.0)
-    sums = nothing, nothing, nothing, nothing
-    for k in range(j, stop, 2):
-        look_ahead(task, unit, k)
-        look_ahead(task, unit, k + 1)
-        pair = both(vector_sums(task, unit, k, all_lanes(), m, shift), vector_sums(task, unit, k + 1, all_lanes(), m, shift))
-        sums = both(sums, pair)
-    return sums
-
-
-group_sums = wide_group if WIDE else narrow_group
-
-
-@njit(**INLINE)
-def add(total, lost, x):
-    """total + x, and what its rounding has lost added to ``lost`` (Knuth's two-sum)."""
-    new = total + x
-    there = new - total
-    return new, lost + ((total - (new - there)) + (x - there))
-
-
-@njit(**INLINE)
-def whole(total, lost):
-    """The sum; of an inf or nan nothing was lost, and inf - inf is nan."""
-    return total + lost if lost == lost else total
-
-
-@njit(**INLINE)
-def widen_add(task, total, x):
-    """A sum and what it has lost, with a vector's terms added; float32 terms lose nothing that counts."""
-    value, lost = total
-    if task.double:
-        return add(value, lost, widen(x))
-    return value + widen(x), lost
-
-
-@njit(**INLINE)
-def add_sums(task, totals, sums):
-    """The float64 totals with the sums of some vectors added."""
-    s, q_sum, q_dot, e_dot = totals
-    ds, dq_sum, dq_dot, de_dot = sums
-    s = widen_add(task, s, ds)
-    if task.dense:
-        q_sum, q_dot = widen_add(task, q_sum, dq_sum), widen_add(task, q_dot, dq_dot)
-    if task.entropic:
-        e_dot = widen_add(task, e_dot, de_dot)
-    return s, q_sum, q_dot, e_dot
-
-
-@njit(**INLINE)
-def total_over_classes(task, total):
-    """The sum over the vectors' classes: over the lanes too, if they are classes."""
-    value, lost = total
-    if task.double:  # of an inf or nan nothing was lost, and inf - inf is nan
-        value = where(lost == lost, value + lost, value)
-    return sum_across(value) if task.across else value
-
-
-@njit(**INLINE)
-def block_state(task, unit, start, stop):
-    """The statistics of vectors start ... stop - 1: twice through a block that the first-level cache holds."""
-    m = block_max(task, unit, start, stop)
-    shift = shift_by(m)
-    finite = where(m == -INF, splat(m, 0.0), m)
-    zero = (splat(task.w, 0.0), splat(task.w, 0.0))
-    totals = (zero, zero, zero, zero)
-    n_whole = max(start, min(stop, unit.full))
-    grouped = start
-    if not task.double:
-        grouped = start + (n_whole - start) // GROUP * GROUP if WIDE else start + (n_whole - start) // 2 * 2
-        for j in range(start, grouped, GROUP):
-            totals = add_sums(task, totals, group_sums(task, unit, j, min(j + GROUP, grouped), finite, shift))
-    for j in range(grouped, n_whole):
-        look_ahead(task, unit, j)
-        totals = add_sums(task, totals, vector_sums(task, unit, j, all_lanes(), finite, shift))
-    for j in range(n_whole, stop):
-        totals = add_sums(task, totals, vector_sums(task, unit, j, unit.reads, finite, shift))
-    s, q_sum, q_dot, e_dot = totals
-    return State(
-        m,
-        total_over_classes(task, s),
-        total_over_classes(task, q_sum) if task.dense else q_sum[0],
-        total_over_classes(task, q_dot) if task.dense else q_dot[0],
-        total_over_classes(task, e_dot) if task.entropic else e_dot[0],
-    )
 
 
 @njit(**INLINE)
@@ -321,80 +121,6 @@ def merge(a, b):
         (a.q_dot + a.q_sum * down_a) + (b.q_dot + b.q_sum * down_b),
         f_a * (a.e_dot + a.s * down_a) + f_b * (b.e_dot + b.s * down_b),
     )
-
-
-@njit(**INLINE)
-def span_state(task, unit):
-    """The statistics of the unit's vectors, in one trip through memory."""
-    if task.tiled or task.keeps_e:
-        return block_state(task, unit, unit.start, unit.stop)
-    nothing = splat(task.w, 0.0)
-    state = State(splat(task.x, -INF), nothing, nothing, nothing, nothing)
-    for at in range(unit.start, unit.stop, BLOCK):
-        state = merge(state, block_state(task, unit, at, min(unit.stop, at + BLOCK)))
-    return state
-
-
-# A row of many classes, and few of them: its segments are shared out over the threads. First phase: ``save_segment`` for
-# each segment; second phase: ``row_state`` puts them together, in order, wherever the row's statistics are needed. Where there
-# is a gradient, the first phase leaves the exponentials in its place, as far as they can be stored there unrounded.
-
-
-@njit(**INLINE)
-def holds_label(task, unit):
-    """Across: is class y among the unit's classes?"""
-    y = lane(unit.y, 0)
-    return not task.split or unit.start * LANES <= y < unit.stop * LANES
-
-
-@njit(**INLINE)
-def save_segment(task, tile, number):
-    """First phase of a split row; returns what every unit returns: see ``_kernels.walk``."""
-    unit = locate(task, tile, number)
-    if any_lane(unit.kept):
-        at = task.segments + 48 * number  # (segments, 6) out: m, s, Q, D, E, x_y
-        if task.labelled:  # by the one segment that holds it, before the exponentials take its place
-            if holds_label(task, unit):
-                put(at, 40, lane(widen(label(task, unit).raw_x_y), 0))
-        state = span_state(task, unit)
-        put(at, 0, lane(widen(state.m), 0))
-        put(at, 8, lane(state.s, 0))
-        put(at, 16, lane(state.q_sum, 0))
-        put(at, 24, lane(state.q_dot, 0))
-        put(at, 32, lane(state.e_dot, 0))
-    return 0.0, 1.0
-
-
-@njit(**INLINE)
-def load_segment(task, at):
-    f64 = task.segments
-    m = narrow(task.x, splat(f64, get(at, 0)))
-    return State(m, splat(f64, get(at, 8)), splat(f64, get(at, 16)), splat(f64, get(at, 24)), splat(f64, get(at, 32)))
-
-
-@njit(**INLINE)
-def row_state(task, unit, number):
-    """The statistics of whole rows."""
-    if not task.split:
-        return span_state(task, unit)
-    at = task.segments + 48 * (number - number % task.n_segments)
-    state = load_segment(task, at)
-    for segment in range(1, task.n_segments):
-        state = merge(state, load_segment(task, at + 48 * segment))
-    return state
-
-
-@njit(**INLINE)
-def to_row(task, number, state):
-    """What turns the exponentials that a segment has kept into those for the row's maximum: a power of two, with which they can
-    be multiplied without rounding, and a factor (float64) near 1."""
-    one = splat(task.w, 1.0)
-    if task.split and task.keeps_e:
-        shift = shift_by(widen(state.m))
-        f = exp_up(widen(load_segment(task, task.segments + 48 * number).m), shift) / up(shift.base)
-        _, rest = split_exponent(f)
-        return narrow(task.x, f / rest), rest
-    return narrow(task.x, one), one
 
 
 @njit(**INLINE)
@@ -425,15 +151,6 @@ def label(task, unit):
         if task.weighted != 0:
             w_y = gather(task.w, unit.y * 8, unit.kept)
     return Label(x_y, w_y)
-
-
-@njit(**INLINE)
-def row_label(task, unit, number):
-    """The label of whole rows: of a split row another thread may already have overwritten x_y, so it was saved."""
-    if task.split and task.labelled:
-        at = task.segments + 48 * (number - number % task.n_segments + lane(unit.y, 0) // (task.segment * LANES))
-        return Label(narrow(task.x, splat(task.w, get(at, 40))), label(task, unit).w_y)
-    return label(task, unit)
 
 
 @njit(**INLINE)
@@ -488,7 +205,9 @@ def scaled(task, x):
 
 
 @njit(**INLINE)
-def factors(task, unit, number, state, y):
+def factors(task, unit, state, y, to_row):
+    """``to_row``: what turns the exponentials that were kept into exp(x - m); see ``_trips.to_row``."""
+    power, rest = to_row
     u = sample_weights(task, unit)
     b = where(unit.kept, scaled(task, u), 0.0)
     q_sum, _ = target_sums(task, state, y)
@@ -498,7 +217,6 @@ def factors(task, unit, number, state, y):
     shift = shift_by(state.m)
     inverse_s = where(unit.kept, splat(b, 1.0) / state.s, 0.0)  # s of an ignored row in the lanes is 0
     share_of_s = u * q_sum / state.s if task.double else u * q_sum * inverse_s  # float64 logits notice the one rounding more
-    power, rest = to_row(task, number, state)
     a = where(unit.kept, scaled(task, share_of_s) * rest, 0.0)
     g_y = q_y
     if task.labelled:
@@ -508,70 +226,3 @@ def factors(task, unit, number, state, y):
     b = b * share(task)
     g_y = through_cap(task, y.raw_x_y, narrow(x, g_y))
     return Factors(shift, power, narrow(x, a), narrow(x, b), narrow(x, inverse_s), g_y)
-
-
-@njit(**INLINE)
-def with_label(task, unit, j, g, f):
-    """Rows in lanes: g_y takes its place in the register."""
-    if task.labelled and not task.across:
-        if task.tiled:  # few classes: their numbers are compared as floats, 16 at once
-            return where(as_float(g, unit.y) == float(j), f.g_y, g)
-        return where(unit.y == j, f.g_y, g)
-    return g
-
-
-@njit(**INLINE)
-def put_label(task, unit, f):
-    """Across: g_y, over what the sweep wrote there."""
-    if task.labelled and task.across:
-        if holds_label(task, unit):
-            put(task.g + unit.g, lane(unit.y, 0) * itemsize(task.g), lane(f.g_y, 0))
-
-
-@njit(**INLINE)
-def exponentials(task, unit, j, mask, shift, power):
-    """exp(x - m), vector j: from where it was kept, or anew."""
-    if task.keeps_e:
-        if task.split:
-            return read(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, mask) * power
-        return load(unit.tile + j * tile_step(task, unit))
-    return exp_up(logits(task, unit, j, mask), shift)
-
-
-@njit(**INLINE)
-def gradient_vector(task, unit, j, mask, f):
-    g = exponentials(task, unit, j, mask, f.shift, f.power) * f.a
-    if task.dense:
-        g = g - target_weights(task, unit, j, mask) * f.b
-    return through_cap(task, raw_logits(task, unit, j, mask), g) if task.capped else g
-
-
-@njit(**INLINE)
-def write_gradient(task, unit, f):
-    """Second trip: g."""
-    if task.large:
-        if streams(task, unit):
-            stream_gradient(task, unit, f)
-            return
-    for j in range(unit.start, min(unit.stop, unit.full)):
-        look_at_next_row(task, unit, j)
-        g = with_label(task, unit, j, gradient_vector(task, unit, j, all_lanes(), f), f)
-        write_out(task, unit, j, g, all_lanes())
-    for j in range(max(unit.start, unit.full), unit.stop):
-        g = with_label(task, unit, j, gradient_vector(task, unit, j, unit.reads, f), f)
-        write_out(task, unit, j, g, unit.writes)
-    put_label(task, unit, f)
-
-
-@njit(**INLINE)
-def stream_gradient(task, unit, f):
-    head, body, n_whole, tail = aligned(task, unit)
-    mask = all_lanes() if task.across else unit.reads
-    write(task, task.g + unit.g, unit.g_lanes, gradient_vector(task, unit, unit.start, head, f), head)
-    for j in range(n_whole):
-        look_at_next_row(task, body, j)
-        g = with_label(task, body, j, gradient_vector(task, body, j, mask, f), f)
-        stream(task.g + (body.g + j * g_step(task)), g)
-    g = gradient_vector(task, body, n_whole, tail, f)
-    write(task, task.g + (body.g + n_whole * g_step(task)), unit.g_lanes, g, tail)
-    put_label(task, unit, f)

@@ -424,12 +424,12 @@ def kernel(name: str, variant: Variant = _ANY) -> Kernel:
         return _kernels[name, variant]
     except KeyError:
         pass
-    from fastxent import _compile  # imports Numba: half a second, and only for those who compute
+    from fastxent import _machine_code  # imports llvmlite: only for those who compute
 
-    with _compile.lock:
+    with _machine_code.lock:
         if (name, variant) not in _kernels:
-            compiled = _compile.compile_task(name, variant)
-            _kernels[name, variant] = Kernel(_FUNCTION(compiled.address), compiled.address, compiled)
+            address, owner = _machine_code.kernel(name, variant)
+            _kernels[name, variant] = Kernel(_FUNCTION(address), address, owner)
     return _kernels[name, variant]
 
 

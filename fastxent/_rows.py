@@ -9,6 +9,7 @@ from collections import namedtuple
 
 from numba import njit
 
+from fastxent._inlined import INLINE
 from fastxent._loadstore import (
     address,
     as_stored,
@@ -17,18 +18,15 @@ from fastxent._loadstore import (
     itemsize,
     load,
     load_masked,
-    load_transposed,
     prefetch,
     prefetch_near,
     put,
     scatter,
     store,
     store_first,
-    store_transposed,
     stream,
 )
 from fastxent._simd import (
-    INLINE,
     LANES,
     all_lanes,
     count_lanes,
@@ -41,6 +39,7 @@ from fastxent._simd import (
     sum_across,
     where,
 )
+from fastxent._transpose import load_transposed, store_transposed
 
 BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
 LINE = 64  # bytes of a cache line

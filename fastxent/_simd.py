@@ -28,12 +28,9 @@ from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_global, signature
 from numba.extending import infer_getattr, intrinsic, lower_builtin, lower_getattr_generic
 
-LANES = 16
-# Helpers are called by kernels only: no wrappers for Python and C callers are compiled for them, a quarter of the time.
-INLINE = {
-    "forceinline": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False,
-}  # fmt: skip
+from fastxent._inlined import INLINE
 
+LANES = 16
 # What the host can do. One with AVX-512 holds 16 lanes in a register and has 32 of them; others need two or four for 16 lanes.
 TRIPLE, _, FEATURES = cpu_target.target_context.codegen().magic_tuple()
 WIDE = "+avx512f" in FEATURES

@@ -23,25 +23,28 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compiling import compile_into_cache
+from compiling import object_code
 from hypothesis import settings
 
-from fastxent import _compile
+from fastxent import _machine_code
 from fastxent import reference as ref
 
 # Compiling a kernel leaves some 20 MB behind in LLVM, and the tests compile hundreds: a process of its own does it, and is
-# replaced from time to time. What it puts into the disk cache is then loaded here.
+# replaced from time to time.
 _compiler = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=25)
-_load = _compile.compile_task
 
 
-def _compile_elsewhere(name: str, variant: Any) -> Any:
+def _compiled_elsewhere(name: str, variant: Any) -> bytes:
     # A compiler that dies leaves its task unanswered: hence the limit, far above the seconds that a kernel takes.
-    _compiler.apply_async(compile_into_cache, (name, variant)).get(timeout=300)
-    return _load(name, variant)
+    return _compiler.apply_async(object_code, (name, variant)).get(timeout=300)
 
 
-_compile.compile_task = _compile_elsewhere
+_machine_code.compiled = _compiled_elsewhere
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first: one that began last would be waited for by all workers but one."""
+    items.sort(key=lambda item: item.path.name not in ("test_fuzz.py", "test_guard_pages.py"))
 
 
 def pytest_unconfigure() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import platform
 import shutil
 import subprocess
@@ -13,32 +14,27 @@ import pytest
 from torch_cases import run_script
 
 import fastxent
+from fastxent import _machine_code
 
 PACKAGE = Path(fastxent.__file__).parent
 LOSS = "0.126928"  # log(1 + exp(-2))
 
-# The kernel of the binary loss is the quickest to compile.
+# The kernel of the binary loss is the quickest to compile. Numba is there only if there was something to compile.
 BINARY = """
 import sys, warnings
 sys.path[:0] = sys.argv[1:]  # another fastxent than that of the tests
 import numpy as np, fastxent as fx
-from numba.core import event
-class Compiled(event.Listener):
-    seen = False
-    def on_start(self, event): self.seen = True
-    def on_end(self, event): pass
-compiled = Compiled()
-with event.install_listener("numba:compile", compiled), warnings.catch_warnings(record=True) as caught:
+with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    loss = fx.binary_cross_entropy_with_logits(np.full(5, 2, {dtype!r}), np.ones(5, {dtype!r}))
-print(f"{{loss:.6f}}", "compiled" if compiled.seen else "loaded", *(w.category.__name__ for w in caught))
+    loss = fx.binary_cross_entropy_with_logits(np.full(5, 2, "f4"), np.ones(5, "f4"))
+print(f"{loss:.6f}", "compiled" if "numba" in sys.modules else "loaded", *(w.category.__name__ for w in caught))
 """
 COMPILED, LOADED = f"{LOSS} compiled", f"{LOSS} loaded"
 
 
-def binary(cache: Path | str, *paths: str, dtype: str = "f4", **environment: str) -> str:
+def binary(cache: Path | str, *paths: str, **environment: str) -> str:
     """The loss, where its kernel came from, and what was warned about, in a process that uses this cache."""
-    return run_script(BINARY.format(dtype=dtype), *paths, NUMBA_CACHE_DIR=str(cache), **environment)
+    return run_script(BINARY, *paths, NUMBA_CACHE_DIR=str(cache), **environment)
 
 
 def files(cache: Path) -> list[Path]:
@@ -52,60 +48,49 @@ def package(tmp_path: Path) -> Path:
     return Path(shutil.copytree(PACKAGE, tmp_path / "site" / "fastxent", ignore=skip))
 
 
-def test_a_kernel_is_compiled_once(tmp_path):
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("cache")
+    assert binary(cache) == COMPILED
+    return cache
+
+
+def test_a_kernel_is_compiled_once_and_loaded_without_numba(compiled_once):
+    assert binary(compiled_once) == LOADED
+
+
+def test_two_processes_that_compile_at_once(tmp_path):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    both = [subprocess.Popen([sys.executable, "-c", BINARY], env=environment, stdout=subprocess.PIPE, text=True) for _ in "ab"]
+    assert [process.communicate(timeout=200)[0].strip() for process in both] == [COMPILED, COMPILED]
+    assert [f.name.partition("-")[0] for f in files(tmp_path)] == ["binary", "launch"]  # nothing half written is left
+    assert binary(tmp_path) == LOADED
+
+
+def test_a_damaged_file_is_replaced(compiled_once, tmp_path, monkeypatch):
+    """Not only survived: else every later process would compile again."""
+    shutil.copytree(compiled_once, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    (file,) = (f for f in files(tmp_path) if "binary" in f.name)
+    good = file.read_bytes()
+    assert _machine_code._read(file.name) == good[32:]
+    middle = len(good) // 2
+    for bad in (b"", good[:20], good[:middle], good[:-1], good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]):
+        file.write_bytes(bad)
+        assert _machine_code._read(file.name) is None
     assert [binary(tmp_path), binary(tmp_path)] == [COMPILED, LOADED]
 
 
-RACE = """
-import sys, time
-from pathlib import Path
-from numba.core.caching import IndexDataCacheFile as File
-import numpy as np, fastxent as fx
-folder, me, other, dtype = Path(sys.argv[1]), *sys.argv[2:]
-def wait_for(what):
-    end = time.monotonic() + 120
-    while not (folder / what).exists():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
-save_index, save_data = File._save_index, File._save_data
-def index(self, overloads):
-    (folder / f"{me} has looked").touch()
-    wait_for(f"{other} has looked")
-    if me == "late":
-        wait_for("early has an index")
-    save_index(self, overloads)
-    (folder / f"{me} has an index").touch()
-def data(self, name, data):
-    wait_for("late has an index")
-    if me == "early":
-        wait_for("late is done")
-    save_data(self, name, data)
-    (folder / f"{me} is done").touch()
-File._save_index, File._save_data = index, data
-fx.binary_cross_entropy_with_logits(np.zeros(5, dtype), np.ones(5, dtype))
-"""
-
-
-def test_two_processes_that_compile_at_once_do_not_swap_their_kernels(tmp_path):
-    """Both look for a free number before either has taken one. Numba's index then names the other's file."""
-    cache, signs = tmp_path / "cache", tmp_path / "signs"
-    signs.mkdir()
-    pair = [("early", "late", "f4"), ("late", "early", "f8")]
-    started = [
-        subprocess.Popen([sys.executable, "-c", RACE, str(signs), *names], env={**os.environ, "NUMBA_CACHE_DIR": str(cache)})
-        for names in pair
-    ]
-    assert [process.wait(timeout=200) for process in started] == [0, 0]
-    assert [binary(cache, dtype=dtype) for dtype in ("f8", "f4")] == [LOADED, LOADED]
-
-
-@pytest.mark.parametrize(("ending", "left"), [(".nbi", 0.0), (".nbi", 0.5), (".nbc", 0.99)])
-def test_a_truncated_file_is_replaced(tmp_path, ending, left):
-    """Not only survived: else every later process would compile again, and warn."""
-    assert binary(tmp_path) == COMPILED
-    (file,) = (f for f in files(tmp_path) if f.suffix == ending and "binary" in f.name)
-    file.write_bytes(file.read_bytes()[: int(left * file.stat().st_size)])
-    assert [binary(tmp_path), binary(tmp_path)] == [COMPILED, LOADED]
+def test_the_place_is_chosen_or_beside_the_package_or_the_users(package, tmp_path):
+    home = {name: str(tmp_path / "home") for name in ("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA")}
+    assert binary("", str(package.parent), **home) == COMPILED
+    beside = package / "__pycache__"
+    assert [f for f in files(beside) if f.suffix == ".fastxent"]
+    assert not (tmp_path / "home").exists()
+    shutil.rmtree(beside)
+    beside.write_text("")  # as if it could not be written to: root may write to any folder
+    assert [binary("", str(package.parent), **home) for _ in "ab"] == [COMPILED, LOADED]
+    assert files(tmp_path / "home")
 
 
 def test_nothing_can_be_written_anywhere(package):
@@ -118,29 +103,27 @@ def test_nothing_can_be_written_anywhere(package):
     assert binary("", str(package.parent), **home) == f"{COMPILED} RuntimeWarning RuntimeWarning"
 
 
-CHANGES = {
-    "_simd.py": ("lane(x + _swap(x, 1), 0)", "lane(x + _swap(x, 2), 0)"),
-    "_loadstore.py": ("I32(1), mask, _zeros(vector)", "I32(1), _zeros(mask.type), _zeros(vector)"),
-    "_elementary.py": ("LN2_HIGH - (", "LN2_HIGH + ("),
-    "_rows.py": ("LINE = 64", "LINE = 32"),
-    "_maths.py": ("x * (task.factor / divisor)", "x * (divisor / task.factor)"),
-    "_kernels.py": ("(negative * (", "(positive * ("),
-}
-
-
-@pytest.mark.parametrize("helper", CHANGES)
-def test_an_upgrade_that_changes_only_a_helper(tmp_path, package, helper):
-    """Numba looks at the file of the task alone, and not even at that where its time and size are the same."""
+def test_an_upgrade_that_changes_only_a_helper(tmp_path, package):
+    """Also where the time of its file says nothing."""
     assert binary(tmp_path / "cache", str(package.parent)) == COMPILED
-    file, before = package / helper, (package / helper).stat()
-    old, new = CHANGES[helper]
+    file, before = package / "_elementary.py", (package / "_elementary.py").stat()
     source = file.read_text()
-    assert source.count(old) == 1
-    file.write_text(source.replace(old, new))
+    assert source.count("LN2_HIGH - (") == 1
+    file.write_text(source.replace("LN2_HIGH - (", "LN2_HIGH + ("))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     loss, how = binary(tmp_path / "cache", str(package.parent)).split()
-    assert how == "compiled"
-    assert (loss == LOSS) == (helper in ("_rows.py", "_maths.py"))  # the binary loss uses neither
+    assert how == "compiled" and loss != LOSS
+
+
+def test_every_source_of_a_kernel_counts(monkeypatch):
+    modules = run_script("import sys, fastxent._compile\nprint(*(m for m in sys.modules if m.startswith('fastxent.')))").split()
+    assert {f"fastxent.{name}" for name in _machine_code.SOURCES} == {*modules} - {"fastxent._machine_code"}
+    read, ids = pkgutil.get_data, {_machine_code.build_id()}
+    for source in _machine_code.SOURCES:
+        changed = f"{source}.py"
+        monkeypatch.setattr(pkgutil, "get_data", lambda package, file, c=changed: read(package, file) + b" " * (file == c))
+        ids.add(_machine_code.build_id.__wrapped__())
+    assert len(ids) == 1 + len(_machine_code.SOURCES)
 
 
 def test_from_a_zip_archive(tmp_path, package):
