@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import logging  # noqa: F401  # before the lock: see there
 import os
-import pkgutil
 import sys
 import threading
 import warnings
 from contextlib import suppress
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
+from typing import Any
 
 import llvmlite
 from llvmlite import binding
@@ -39,11 +40,16 @@ SOURCES = (
 )  # fmt: skip
 
 
+def _source(name: str) -> bytes:
+    """What a module is loaded from, in a folder or in a zip archive; nothing is imported."""
+    spec: Any = find_spec(f"{__package__}.{name}")
+    return bytes(spec.loader.get_data(spec.origin))
+
+
 @lru_cache(maxsize=1)
 def build_id() -> str:
-    """Hash of the sources, in a folder or in a zip archive."""
-    code = b"".join(pkgutil.get_data(__package__, f"{name}.py") or b"" for name in SOURCES)
-    return hashlib.sha256(code).hexdigest()[:16]
+    """Hash of the sources."""
+    return hashlib.sha256(b"".join(map(_source, SOURCES))).hexdigest()[:16]
 
 
 @lru_cache(maxsize=1)
