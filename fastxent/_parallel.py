@@ -2,9 +2,8 @@
 
 A compiled function, ``launch``, takes one argument block, runs the kernels that it names, one after the other, and works until
 the block's counters say that nothing is left. So the three ways to run it differ in who calls it: ``GOMP_parallel`` calls it in
-every thread of the team that PyTorch uses too;
-threads of our own call it where there is no libgomp; or the caller alone calls it, and no parallel runtime is entered at all:
-small work, one thread, and any forked child (libgomp hangs after fork).
+every thread of the team that PyTorch uses too; threads of our own call it where there is no libgomp; or the caller alone calls
+it, and no parallel runtime is entered at all: small work, one thread, and any forked child (libgomp hangs after fork).
 
 ``prange`` is not used: it resets ``torch.get_num_threads()``, freezes multiprocessing's start method, aborts when two threads
 call it and kills forked children (DESIGN.md, section 5).
