@@ -25,15 +25,15 @@ sys.path[:0] = sys.argv[1:]  # another fastxent than that of the tests
 import numpy as np, fastxent as fx
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    loss = fx.binary_cross_entropy_with_logits(np.full(5, 2, "f4"), np.ones(5, "f4"))
-print(f"{loss:.6f}", "compiled" if "numba" in sys.modules else "loaded", *(w.category.__name__ for w in caught))
+    loss = fx.binary_cross_entropy_with_logits(np.full(5, 2, {dtype!r}), np.ones(5, {dtype!r}))
+print(f"{{loss:.6f}}", "compiled" if "numba" in sys.modules else "loaded", *(w.category.__name__ for w in caught))
 """
 COMPILED, LOADED = f"{LOSS} compiled", f"{LOSS} loaded"
 
 
-def binary(cache: Path | str, *paths: str, **environment: str) -> str:
+def binary(cache: Path | str, *paths: str, dtype: str = "f4", **environment: str) -> str:
     """The loss, where its kernel came from, and what was warned about, in a process that uses this cache."""
-    return run_script(BINARY, *paths, NUMBA_CACHE_DIR=str(cache), **environment)
+    return run_script(BINARY.format(dtype=dtype), *paths, NUMBA_CACHE_DIR=str(cache), **environment)
 
 
 def files(cache: Path) -> list[Path]:
@@ -58,12 +58,15 @@ def test_a_kernel_is_compiled_once_and_loaded_without_numba(compiled_once):
     assert binary(compiled_once) == LOADED
 
 
-def test_two_processes_that_compile_at_once(tmp_path):
+def test_processes_that_compile_at_once_do_not_swap_their_kernels(tmp_path):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    both = [subprocess.Popen([sys.executable, "-c", BINARY], env=environment, stdout=subprocess.PIPE, text=True) for _ in "ab"]
-    assert [process.communicate(timeout=200)[0].strip() for process in both] == [COMPILED, COMPILED]
-    assert [f.name.partition("-")[0] for f in files(tmp_path)] == ["binary", "launch"]  # nothing half written is left
-    assert binary(tmp_path) == LOADED
+    started = [
+        subprocess.Popen([sys.executable, "-c", BINARY.format(dtype=d)], env=environment, stdout=subprocess.PIPE, text=True)
+        for d in ("f4", "f4", "f8")
+    ]
+    assert {process.communicate(timeout=200)[0].strip() for process in started} == {COMPILED}
+    assert [f.name.partition("-")[0] for f in files(tmp_path)] == ["binary", "binary", "launch"]  # nothing half written is left
+    assert [binary(tmp_path, dtype=dtype) for dtype in ("f8", "f4")] == [LOADED, LOADED]
 
 
 def test_a_damaged_file_is_replaced(compiled_once, tmp_path, monkeypatch):
