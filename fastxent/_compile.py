@@ -9,7 +9,7 @@ from llvmlite import binding
 from numba import cfunc, types
 from numba.core.registry import cpu_target
 
-from fastxent import _kernels, _machine_code, _simd, _task
+from fastxent import _direct, _kernels, _machine_code, _simd, _task
 from fastxent._plan import KEEPERS, Variant
 
 
@@ -47,7 +47,9 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
 
 
 def c_function(name: str, variant: Variant) -> Any:
-    """Kernel ``name`` as a C function of Numba's."""
+    """Kernel ``name``, or a function of ``_direct``, as a C function of Numba's."""
+    if name in ("answer", "run_at"):
+        return cfunc(types.int64(types.int64, types.int64, types.int64))(getattr(_direct, name))
     task = task_type(name, variant)
     if name == "launch":
         return cfunc(types.void(task))(_kernels.launch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
@@ -12,15 +13,20 @@ from typing import Any
 
 from fastxent import _parallel
 from fastxent._parallel import available_cpus, get_num_threads
-from fastxent._plan import Variant
+from fastxent._plan import ITEMSIZE, Variant, make_plan
 from fastxent._validate import STORAGE
+
+
+# Few classes; many; those of a language model, past the cache; those of pixels, in it and past it.
+_COMMON = ((64, 10), (64, 1000), (4096, 32000), (8, 21, 64, 64), (16, 150, 128, 128))
 
 
 def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[int, int, str], None] | None = None) -> None:
     """Compile the common kernels now, not in the first call that needs them.
 
     A kernel takes some seconds to compile; it is then kept on disk, for later processes too. Compiled are loss and gradient for
-    class indices, rows side by side or not; what else is used is compiled when it is.
+    class indices of short and long rows, of logits past the cache, and of pixels with the classes on the second axis; what else
+    is used is compiled when it is.
 
     Parameters
     ----------
@@ -42,21 +48,22 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
     for dtype in dtypes:
         if dtype not in STORAGE:
             raise ValueError(f"dtypes holds {dtype!r}; allowed are {', '.join(STORAGE)}")
-    jobs = [("launch", Variant("f32")), ("check", Variant("f32"))]
+    jobs = [(name, Variant("f32")) for name in ("launch", "check", "answer", "run_at")]
     for dtype in dtypes:
-        rows = Variant(STORAGE[dtype], labelled=True, adjacent=True)
-        layouts = (
-            rows._replace(tiled=True, whole_rows=True),
-            rows._replace(neighbours=True),
-            rows._replace(across=True, neighbours=True, adjacent=False),
-        )
-        jobs += [(name, variant) for variant in layouts for name in ("value", "value_and_grad")]
+        variants = dict.fromkeys(_variant_for(shape, dtype) for shape in _COMMON)
+        jobs += [(name, variant) for variant in variants for name in ("value", "value_and_grad")]
     for done, (name, variant) in enumerate(jobs):
         if progress is not None:
             progress(done, len(jobs), f"{name} {variant.logits}")
         _parallel.kernel(name, variant)
     if progress is not None:
         progress(len(jobs), len(jobs), "done")
+
+
+def _variant_for(shape: tuple[int, ...], dtype: str) -> Variant:
+    """What a C-contiguous array, with the classes on the second axis, is compiled for."""
+    strides = tuple(math.prod(shape[axis + 1 :]) * ITEMSIZE[STORAGE[dtype]] for axis in range(len(shape)))
+    return make_plan(shape, (strides,) * 3, 1, STORAGE[dtype], labelled=True).variant
 
 
 def show_config() -> dict[str, Any]:

@@ -145,15 +145,19 @@ class PackedTask:
 
     def __init__(self, name: str, plan: Plan, **arguments: Any) -> None:
         self.name, self.plan, self.arguments, self.launch = name, plan, arguments, kernel("launch")
+        self.small = plan.elements < WORTH_A_THREAD
         self.alone = _is_for_one_thread(plan)
         self.blocks: list[tuple[ctypes.Array[ctypes.c_char], int]] = []  # those that no thread is using; their addresses
+
+    def new_block(self, tiles: int = 0) -> ctypes.Array[ctypes.c_char]:
+        return argument_block(self.name, self.plan, tiles=tiles, **self.arguments)
 
     def __call__(self, x: int, g: int, y: int, n_threads: int | None = None) -> tuple[float, float, float]:
         """As `run`."""
         try:
             block, at = self.blocks.pop()
         except IndexError:
-            block = argument_block(self.name, self.plan, **self.arguments)
+            block = self.new_block()
             at = ctypes.addressof(block)
         tiles = _take_tiles()
         try:

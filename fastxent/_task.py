@@ -82,3 +82,18 @@ _ZEROS = f"={8 * FIRST_SLOT}x"  # the counters begin at 0
 BLOCK = struct.Struct(_ZEROS + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
 START, START_ALONE = struct.Struct(_ZEROS + "3q"), struct.Struct(_ZEROS + "3q6q")  # RUN; and the operands
 TOTAL = struct.Struct("=16x3d")  # sum of the losses, BAD, DIVISOR
+
+# The table of small calls that are known: words of 8 bytes, all numbers; see ``_direct``.
+MOST_AXES, MOST_ENTRIES = 4, 64
+# Its beginning: number of entries; is a gradient written?; the type of arrays; ``launch``, and functions of Python's
+COUNT, WRITES, NDARRAY, LAUNCH, FLOAT, BOOL, INT = range(7)
+HEAD = 7
+# An entry: the argument block; bytes of the logits and of the class indices; dtype, number of axes and shape of both; options
+BLOCK_AT, X_BYTES, Y_BYTES, X_KIND = range(4)
+Y_KIND = X_KIND + 2 + MOST_AXES
+OPTIONS, N_OPTIONS = Y_KIND + 2 + MOST_AXES, 4
+ENTRY = OPTIONS + N_OPTIONS
+# The word in which it is, in CPython's and NumPy's objects. ``_builtin`` looks at a real array before anybody relies on it.
+TYPE, DATA, NDIM, DIMS, DTYPE, FLAGS = 1, 2, 3, 4, 7, 8
+CONTIGUOUS_AND_ALIGNED, WRITEABLE = 0x101, 0x400  # of an array's flags
+LOW_HALF = 0xFFFFFFFF  # of a word: a C int

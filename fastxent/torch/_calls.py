@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastxent import _memory, _parallel
-from fastxent._known import MOST_KNOWN
 from fastxent._plan import FEW_CLASSES, Plan, make_plan
 
 STORAGE = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
@@ -56,11 +55,11 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
     rows = input.shape[:axis] + input.shape[axis + 1 :]
     n_classes = input.shape[axis]
     x = input.detach().resolve_neg() if input.is_neg() else input
-    if not _walkable(x, axis):
+    if not walkable(x, axis):
         x = x.detach().movedim(axis, -1).contiguous().movedim(-1, axis)
     w = None if weight is None else weight.detach().to(torch.float64).resolve_neg().contiguous()
     u = None if sample_weight is None else sample_weight.detach().to(torch.float64).resolve_neg().contiguous()
-    n_threads = _n_threads()
+    n_threads = threads()
     double = (
         x.dtype == torch.float64
         or target.dtype == torch.float64
@@ -80,25 +79,20 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
     return _Call(x, axis, rows, target, y, None, w, u, 1.0, n_threads, acc)
 
 
-def _n_threads() -> int:
+def threads() -> int:
     return _parallel.setting() or torch.get_num_threads()
 
 
 def check_memory(*tensors: Tensor | None) -> None:
     """PyTorch lets the memory of a tensor be freed under it, or cut short."""
     for t in tensors:
-        if t is not None and bytes_behind(t) < _reach(t):
+        if t is not None and t.untyped_storage().nbytes() < t.storage_offset() * t.element_size() + reach(t):
             raise RuntimeError(
                 "The tensor has a non-zero number of elements, but its data is not allocated yet, or not any more."
             )
 
 
-def bytes_behind(t: Tensor) -> int:
-    """Bytes of memory from a tensor's first element on."""
-    return t.untyped_storage().nbytes() - int(t.storage_offset()) * t.element_size()
-
-
-def _reach(t: Tensor) -> int:
+def reach(t: Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last."""
     if t.numel() == 0:
         return 0
@@ -111,7 +105,7 @@ def as_int64(target: Tensor) -> Tensor:
     return torch.where(y < 0, _PAST_ALL_CLASSES, y) if target.dtype == torch.uint64 else y
 
 
-def _out_of_bounds(target: Tensor, n_classes: int, ignore_index: int) -> IndexError:
+def out_of_bounds(target: Tensor, n_classes: int, ignore_index: int) -> IndexError:
     y = as_int64(target)
     where = ((y != ignore_index) & ((y < 0) | (y >= n_classes))).nonzero()[0].tolist()
     return IndexError(f"Target {target[tuple(where)].item()} is out of bounds.")
@@ -121,13 +115,13 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _walkable(x: Tensor, axis: int) -> bool:
+def walkable(x: Tensor, axis: int) -> bool:
     """May a kernel take x as it lies? Else lanes would be gathered for many classes: a copy is faster."""
     return x.shape[axis] <= FEW_CLASSES or any(s == 1 and n > 1 for n, s in zip(x.shape, x.stride(), strict=True))
 
 
 @lru_cache(maxsize=4096)
-def _plan(
+def plan_of(
     shape: torch.Size,
     strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
     axis: int,
@@ -150,16 +144,16 @@ def _run(name: str, call: _Call, g: Tensor, options: Options, factor: float = 1.
     x, t = call.x, call.t
     strides = (x.stride(), g.stride(), (x if t is None else t).stride())
     labelled, smooth = call.y is not None, call.y is not None and options.label_smoothing > 0
-    plan = _plan(x.shape, strides, call.axis, x.dtype, None if t is None else t.dtype, labelled, smooth, options.softcap != 0)
+    plan = plan_of(x.shape, strides, call.axis, x.dtype, None if t is None else t.dtype, labelled, smooth, options.softcap != 0)
     average = options.reduction == MEAN
     total, bad, divisor = _parallel.run(
         name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=_address(t),
         y=_address(call.y), w=_address(call.w), u=_address(call.u), loss=_address(loss), factor=factor,
         divisor=call.divisor if average else 1.0, average=average,
-        **_numbers(options, x.shape[call.axis]),
+        **numbers(options, x.shape[call.axis]),
     )  # fmt: skip
     if bad:
-        raise _out_of_bounds(call.target, x.shape[call.axis], options.ignore_index)
+        raise out_of_bounds(call.target, x.shape[call.axis], options.ignore_index)
     return _scalar(total / divisor, call.acc) if loss is None else loss
 
 
@@ -170,61 +164,7 @@ def _scalar(value: float, dtype: torch.dtype) -> Tensor:
         return torch.tensor(value, dtype=dtype)
 
 
-class Known(NamedTuple):
-    """Tasks for a kind of call that was met before."""
-
-    value: _parallel.PackedTask
-    gradient: _parallel.PackedTask
-    input_bytes: int
-    target_bytes: int
-    itemsize: int
-    in_place: bool  # may the gradient be written where the logits are?
-
-
-known_calls: dict[tuple[Any, ...], Known | None] = {}
-
-
-def kind_of(input: Tensor, target: Tensor, options: Options) -> tuple[Any, ...]:
-    """All that a call without weights is sorted by. The keys tell device, layout, and all that is odd about a tensor."""
-    keys = torch._C._dispatch_keys
-    return (
-        input.shape, input.stride(), input.dtype, keys(input).raw_repr(),
-        target.shape, target.stride(), target.dtype, keys(target).raw_repr(), options,
-    )  # fmt: skip
-
-
-def remember(kind: tuple[Any, ...], input: Tensor, target: Tensor, options: Options) -> None:
-    """Keep the tasks of a call that was found good, or None if they cannot take its tensors as they lie."""
-    if len(known_calls) >= MOST_KNOWN:
-        known_calls.clear()
-    known_calls[kind] = _known(input, target, options)
-
-
-def _known(input: Tensor, target: Tensor, options: Options) -> Known | None:
-    axis = 0 if input.dim() == 1 else 1
-    if (
-        input.dtype not in (torch.float32, torch.float64)
-        or target.dtype != torch.int64
-        or not target.is_contiguous()
-        or options.reduction == NONE
-        or input.is_neg()
-        or target.is_neg()
-        or not _walkable(input, axis)
-    ):
-        return None
-    g = torch.empty_like(input, device="meta")  # its strides are those of `gradient_like`
-    if not _lies_well(g, input, axis):
-        return None
-    strides = (input.stride(), g.stride(), input.stride())
-    plan = _plan(input.shape, strides, axis, input.dtype, None, True, options.label_smoothing > 0, options.softcap != 0)
-    if plan.variant.large:  # it has more to pack, and takes longer anyway
-        return None
-    arguments = _numbers(options, input.shape[axis]) | {"average": options.reduction == MEAN}
-    value, gradient = (_parallel.PackedTask(name, plan, **arguments) for name in ("value", "value_and_grad"))
-    return Known(value, gradient, _reach(input), _reach(target), input.itemsize, g.stride() == input.stride())
-
-
-def _numbers(options: Options, n_classes: int) -> dict[str, float]:
+def numbers(options: Options, n_classes: int) -> dict[str, float]:
     """The options as the tasks know them."""
     return {
         "ignore": options.ignore_index, "keep": 1.0 - options.label_smoothing, "spread": options.label_smoothing / n_classes,
@@ -232,17 +172,24 @@ def _numbers(options: Options, n_classes: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _lies_well(g: Tensor, x: Tensor, axis: int) -> bool:
+def lies_well(g: Tensor, x: Tensor, axis: int) -> bool:
     """Do the lanes of the gradient lie as those of the logits do?"""
     return x.shape[axis] <= FEW_CLASSES or (g.stride(axis) == 1) == (x.stride(axis) == 1)
 
 
-def known_loss(task: _parallel.PackedTask, options: Options, input: Tensor, g: Tensor, target: Tensor) -> Tensor:
-    n_threads = None if task.alone else _n_threads()
-    total, bad, divisor = task(input.data_ptr(), g.data_ptr(), target.data_ptr(), n_threads)
-    if bad:
-        raise _out_of_bounds(target, input.shape[input.dim() > 1], options.ignore_index)
-    return _scalar(total / divisor, input.dtype)
+def may_be_overwritten(x: Tensor, *others: Tensor | None) -> bool:
+    """Has every logit a place of its own, in which its gradient can lie?"""
+    memory = x.untyped_storage().data_ptr()
+    if x.is_neg() or any(t is not None and t.untyped_storage().data_ptr() == memory for t in others):
+        return False
+    reach = 0  # from the first element to the last, over the axes seen so far
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    if x.is_leaf or (x._is_view() and x._base.is_leaf and x._base.requires_grad):  # type: ignore[union-attr]
+        raise RuntimeError("a leaf tensor that requires grad cannot be overwritten: inplace=True needs computed logits")
+    return True
 
 
 def value(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
@@ -262,7 +209,7 @@ def value_and_grad(
     """Loss, and ``factor`` times its gradient, in ``out`` if given; that may be ``input``."""
     call = _prepare(input, target, weight, sample_weight, options.ignore_index)
     result = gradient_like(input) if out is None else out
-    g = result if _lies_well(result, call.x, call.axis) else torch.empty_like(call.x)
+    g = result if lies_well(result, call.x, call.axis) else torch.empty_like(call.x)
     loss = _run("value_and_grad", call, g, options, factor)
     if g is not result:
         result.copy_(g)

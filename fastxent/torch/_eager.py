@@ -7,34 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxent.torch._calls import NONE, SUM, Known, Options, check_memory, gradient_like, known_loss, value, value_and_grad
+from fastxent.torch._calls import NONE, SUM, Options, check_memory, value, value_and_grad
 from fastxent.torch._formula import differentiable_backward
 
-# What the node is asked for; one argument, since each costs autograd a check. Only the logits are differentiated here.
-Call = tuple[Tensor, Tensor | None, Tensor | None, Options, bool, Known | None]
+# What the node is made of, the loss and its gradient (None for reduction none) first; one argument, since each costs autograd a
+# check. Only the logits are differentiated here.
+Made = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Options, bool]
 
 
 class _Eager(torch.autograd.Function):
-    """The node of eager mode. Its gradient is no saved tensor: it is made here, and handed over by the first backward."""
+    """The node of eager mode. Its gradient is no saved tensor: the first backward hands it over."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, call: Call) -> Tensor:
-        target, weight, sample_weight, options, inplace, known = call
+    def forward(ctx: Any, input: Tensor, made: Made) -> Tensor:
+        loss, ctx.grad, target, weight, sample_weight, ctx.options, ctx.inplace = made
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.inplace, ctx.grad = options, inplace, None
-        if options.reduction == NONE:
-            ctx.save_for_backward(input, target, weight, sample_weight)
-            return value(input, target, weight, sample_weight, options)
-        if known is not None:
-            if inplace:
-                ctx.grad = input.detach()
-            else:
-                ctx.grad = torch.empty_like(input) if known.gradient.alone else gradient_like(input)
-            loss = known_loss(known.gradient, options, input, ctx.grad, target)
-        else:
-            out = input.detach() if inplace else None
-            loss, ctx.grad = value_and_grad(input, target, weight, sample_weight, options, out)
-        if inplace:
+        if ctx.inplace and ctx.grad is not None:
             torch.autograd.graph.increment_version(input)
         else:
             ctx.save_for_backward(input, target, weight, sample_weight)
@@ -42,27 +30,9 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None]:
-        if grad_output is None:
-            return None, None
-        if torch.is_grad_enabled() or (ctx.options.reduction == NONE and _is_batched(grad_output)):
-            if ctx.inplace:
-                raise RuntimeError("inplace=True has overwritten the logits: there is no double backward through it")
-            return differentiable_backward(ctx.saved_tensors, ctx.options, grad_output), None
-        if ctx.options.reduction == NONE:
-            input, target, weight, sample_weight = ctx.saved_tensors
-            check_memory(sample_weight)
-            rows = grad_output if sample_weight is None else grad_output * sample_weight
-            out = input.detach() if ctx.inplace else None
-            _, grad = value_and_grad(input, target, weight, rows, ctx.options._replace(reduction=SUM), out)
-            if ctx.inplace:
-                torch.autograd.graph.increment_version(input)
-            return grad, None
         grad = ctx.grad
-        if grad is None:
-            raise RuntimeError(
-                "Trying to backward through the graph a second time: the gradient was handed over by the first backward. "
-                "Specify retain_graph=True there."
-            )
+        if grad is None or grad_output is None or torch.is_grad_enabled():
+            return _backward(ctx, grad_output), None
         try:
             factor = grad_output.item()
         except RuntimeError:  # asked afterwards, for it is rare: is this one of vmap's tensors (batched gradients)?
@@ -82,10 +52,46 @@ class _Eager(torch.autograd.Function):
         return (grad.mul_(factor) if ours else grad * factor), None
 
 
+def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
+    """What the forward has not prepared: gradients of reduction none, and those that are to be differentiated again."""
+    reduced = ctx.options.reduction != NONE
+    if grad_output is None:
+        return None
+    if torch.is_grad_enabled() or (not reduced and _is_batched(grad_output)):
+        if ctx.inplace:
+            raise RuntimeError("inplace=True has overwritten the logits: there is no double backward through it")
+        return differentiable_backward(ctx.saved_tensors, ctx.options, grad_output)
+    if reduced:
+        raise RuntimeError(
+            "Trying to backward through the graph a second time: the gradient was handed over by the first backward. "
+            "Specify retain_graph=True there."
+        )
+    input, target, weight, sample_weight = ctx.saved_tensors
+    check_memory(sample_weight)
+    rows = grad_output if sample_weight is None else grad_output * sample_weight
+    out = input.detach() if ctx.inplace else None
+    _, grad = value_and_grad(input, target, weight, rows, ctx.options._replace(reduction=SUM), out)
+    if ctx.inplace:
+        torch.autograd.graph.increment_version(input)
+    return grad
+
+
 # Function.apply without its look for functorch's tensors: `route` has sent those elsewhere. And the engine calls the backward
 # itself, not a method that looks for it: half a microsecond of 23.
 apply = super(torch.autograd.Function, _Eager).apply
 _Eager._backward_cls.apply = _Eager.backward  # type: ignore[attr-defined]
+
+
+def attach(
+    input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options, inplace: bool
+) -> Tensor:
+    """The loss, with its node."""
+    grad = None
+    if options.reduction == NONE:
+        loss = value(input, target, weight, sample_weight, options)
+    else:
+        loss, grad = value_and_grad(input, target, weight, sample_weight, options, input.detach() if inplace else None)
+    return apply(input, (loss, grad, target, weight, sample_weight, options, inplace))
 
 
 def _is_batched(t: Tensor) -> bool:

@@ -12,34 +12,18 @@ from fastxent.torch._calls import (
     STORAGE,
     Options,
     as_int64,
-    kind_of,
-    known_calls,
-    known_loss,
-    remember,
+    may_be_overwritten,
     value,
 )
-from fastxent.torch._eager import apply
+from fastxent.torch._eager import attach
 from fastxent.torch._formula import formula, loss_dtype, stock
+from fastxent.torch._known import is_out_of_the_ordinary, remember
 from fastxent.torch._operators import value_and_grad_op, value_op
 
 
 def route(
     input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options, inplace: bool
 ) -> Tensor:
-    kind = None
-    if weight is None and sample_weight is None and not _is_out_of_the_ordinary():
-        kind = kind_of(input, target, options)
-        known = known_calls.get(kind)
-        if (  # `bytes_behind`, written out: two calls of it are a hundredth of the smallest loss
-            known is not None
-            and input.untyped_storage().nbytes() >= known.input_bytes + input.storage_offset() * known.itemsize
-            and target.untyped_storage().nbytes() >= known.target_bytes + target.storage_offset() * 8
-        ):
-            if not (torch.is_grad_enabled() and input.requires_grad):
-                return known_loss(known.value, options, input, input, target)
-            inplace = inplace and _may_be_overwritten(input, target)
-            if not inplace or known.in_place:
-                return apply(input, (target, None, None, options, inplace, known))
     if options.label_smoothing < 0.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
     if not _takes(input, target, weight, sample_weight, options):
@@ -53,25 +37,14 @@ def route(
         else:
             loss = value_op(input, target, weight, sample_weight, *options)
     elif differentiate:
-        inplace = inplace and _may_be_overwritten(input, target, weight, sample_weight)
-        loss = apply(input, (target, weight, sample_weight, options, inplace, None))
+        inplace = inplace and may_be_overwritten(input, target, weight, sample_weight)
+        loss = attach(input, target, weight, sample_weight, options, inplace)
     else:
         loss = value(input, target, weight, sample_weight, options)
-    if kind is not None and kind not in known_calls:
-        remember(kind, input, target, options)
+    if weight is None and sample_weight is None and not is_out_of_the_ordinary():
+        remember(input, target, options)
     dtype = loss_dtype(input, target, weight)
     return loss if loss.dtype == dtype else loss.to(dtype)
-
-
-def _is_out_of_the_ordinary() -> bool:
-    """Is somebody tracing, transforming or casting?"""
-    return (
-        torch.compiler.is_compiling()  # first: Dynamo must not look at the others
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_any_autocast_enabled()
-    )
 
 
 def _takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> bool:
@@ -109,21 +82,6 @@ def _by_pytorch(input: Tensor, target: Tensor, weight: Tensor | None, sample_wei
     if sample_weight is not None and sample_weight.shape != rows:
         raise ValueError(f"sample_weight has shape {tuple(sample_weight.shape)}; it must be {rows}: one weight per row")
     return formula(input, target, weight, sample_weight, options)
-
-
-def _may_be_overwritten(x: Tensor, *others: Tensor | None) -> bool:
-    """Has every logit a place of its own, in which its gradient can lie?"""
-    memory = x.untyped_storage().data_ptr()
-    if x.is_neg() or any(t is not None and t.untyped_storage().data_ptr() == memory for t in others):
-        return False
-    reach = 0  # from the first element to the last, over the axes seen so far
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return False
-        reach += stride * (size - 1)
-    if x.is_leaf or (x._is_view() and x._base.is_leaf and x._base.requires_grad):  # type: ignore[union-attr]
-        raise RuntimeError("a leaf tensor that requires grad cannot be overwritten: inplace=True needs computed logits")
-    return True
 
 
 def _on_cpu(*tensors: Tensor) -> bool:

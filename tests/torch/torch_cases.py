@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastxent import _parallel
 from fastxent import reference as ref
+from fastxent.torch import _known
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 REDUCTIONS = ["none", "mean", "sum"]
@@ -301,17 +302,26 @@ def one_torch_thread() -> Iterator[None]:
 def counted() -> Iterator[list[str]]:
     """The names of the kernels that run inside, in order."""
     names: list[str] = []
-    run, run_packed = _parallel.run, _parallel.PackedTask.__call__
+    run, ready = _parallel.run, _known._ready
 
     def counting(name: str, *args: Any, **kwargs: Any) -> Any:
         names.append(name)
         return run(name, *args, **kwargs)
 
-    def counting_packed(task: _parallel.PackedTask, *args: Any) -> Any:
-        names.append(task.name)
-        return run_packed(task, *args)
+    def counting_ready(task: _parallel.PackedTask) -> Any:
+        known = ready(task)
 
-    with patch.object(_parallel, "run", counting), patch.object(_parallel.PackedTask, "__call__", counting_packed):
+        def call(*args: Any) -> Any:
+            names.append(task.name)
+            return known(*args)
+
+        return call
+
+    with (
+        patch.object(_parallel, "run", counting),
+        patch.object(_known, "_ready", counting_ready),
+        patch.dict(_known.known_calls, clear=True),
+    ):
         yield names
 
 

@@ -1,0 +1,172 @@
+"""Small calls, in machine code from the arguments of a Python call to its result.
+
+Python takes microseconds to see that arrays look like those of an earlier call, and to hand their addresses on; the work on 32
+rows of 10 takes one. So here are two functions that CPython calls as builtins of its own (``METH_FASTCALL``): their arguments
+are addresses of objects, and the GIL is held, so an argument block is nobody else's. ``_task`` says where things are in the
+table that they read, ``_builtin`` makes and fills it. All addresses are numbers here; memory is counted in words of 8 bytes.
+"""
+
+from llvmlite import ir
+from numba import float32, njit, types
+from numba.extending import intrinsic
+
+from fastxent import _task
+from fastxent._inlined import INLINE
+from fastxent._simd import I8, I64, SCALAR, call_llvm
+
+_SLOT = {name: _task.FIRST_SLOT + nth for nth, (name, _) in enumerate(_task.FIELDS)}
+ROUND, X, G, Y = (_SLOT[name] for name in ("round", "x", "g", "y"))
+SUM, BAD_AT, DIVISOR_AT = (
+    (_task.BLOCK.size + offset) // 8 for offset in (16, _task.BAD, _task.DIVISOR)
+)  # behind the block: see ``_parallel``
+
+
+def _load(numba_type, llvm_type):
+    @intrinsic
+    def load(typingctx, address, nth):
+        def codegen(context, builder, sig, args):
+            at = builder.gep(builder.inttoptr(args[0], llvm_type.as_pointer()), [args[1]])
+            return builder.load(at, align=8)
+
+        return numba_type(types.int64, types.int64), codegen
+
+    return load
+
+
+word, number = _load(types.int64, I64), _load(types.float64, SCALAR["f64"])  # the nth word at an address
+
+
+@intrinsic
+def set_word(typingctx, address, nth, value):
+    """Write the nth word, or half word, at an address."""
+
+    def codegen(context, builder, sig, args):
+        address, nth, value = args
+        builder.store(value, builder.gep(builder.inttoptr(address, value.type.as_pointer()), [nth]), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, value), codegen
+
+
+@intrinsic
+def clear(typingctx, block):
+    """The counters begin at 0."""
+
+    def codegen(context, builder, sig, args):
+        at = builder.inttoptr(args[0], I8.as_pointer())
+        call_llvm(builder, "llvm.memset.p0.i64", ir.VoidType(), [at, I8(0), I64(8 * _task.FIRST_SLOT), ir.IntType(1)(0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def call_with(typingctx, function, value):
+    """What the C function at an address makes of a number: an address or an int, if anything."""
+
+    def codegen(context, builder, sig, args):
+        function, value = args
+        return builder.call(builder.inttoptr(function, ir.FunctionType(I64, [value.type]).as_pointer()), [value])
+
+    return types.int64(types.int64, value), codegen
+
+
+@njit(**INLINE)
+def run(table, block, x, g, y):
+    """Run a task; is every class index in range? If not, nothing has been written."""
+    clear(block)
+    set_word(block, ROUND, word(block, ROUND) + _task.PHASES)
+    set_word(block, X, x)
+    set_word(block, G, g)
+    set_word(block, Y, y)
+    set_word(block, BAD_AT, 0.0)
+    call_with(word(table, _task.LAUNCH), block)
+    return number(block, BAD_AT) == 0.0
+
+
+@njit(**INLINE)
+def loss_of(block):
+    return number(block, SUM) / number(block, DIVISOR_AT)
+
+
+@njit(**INLINE)
+def is_like(table, array, kind, flags):
+    """Is it an array with these flags, of this dtype and shape?"""
+    if word(array, _task.TYPE) != word(table, _task.NDARRAY) or word(array, _task.FLAGS) & flags != flags:
+        return False
+    n_axes = word(kind, 1)
+    if word(array, _task.DTYPE) != word(kind, 0) or word(array, _task.NDIM) & _task.LOW_HALF != n_axes:
+        return False
+    extents = word(array, _task.DIMS)
+    for axis in range(n_axes):
+        if word(extents, axis) != word(kind, 2 + axis):
+            return False
+    return True
+
+
+@njit(**INLINE)
+def is_known(table, entry, args):
+    """Is this a call like the entry's, and may the gradient be written where it is to go?"""
+    logits, target, out = word(args, 0), word(args, 1), word(args, 2)
+    for nth in range(_task.N_OPTIONS):
+        if word(args, 3 + nth) != word(entry, _task.OPTIONS + nth):
+            return False
+    x_kind, y_kind = entry + 8 * _task.X_KIND, entry + 8 * _task.Y_KIND
+    if not is_like(table, logits, x_kind, _task.CONTIGUOUS_AND_ALIGNED):
+        return False
+    if not is_like(table, target, y_kind, _task.CONTIGUOUS_AND_ALIGNED):
+        return False
+    if word(table, _task.WRITES) == 0:
+        return True
+    if not is_like(table, out, x_kind, _task.CONTIGUOUS_AND_ALIGNED | _task.WRITEABLE):
+        return False
+    x, y, g = word(logits, _task.DATA), word(target, _task.DATA), word(out, _task.DATA)
+    x_bytes, y_bytes = word(entry, _task.X_BYTES), word(entry, _task.Y_BYTES)
+    if g != x and g < x + x_bytes and x < g + x_bytes:
+        return False
+    return not (g < y + y_bytes and y < g + x_bytes)
+
+
+@njit(**INLINE)
+def answered(table, args):
+    entry = table + 8 * _task.HEAD
+    for _ in range(word(table, _task.COUNT)):
+        if is_known(table, entry, args):
+            x, y, g = word(word(args, 0), _task.DATA), word(word(args, 1), _task.DATA), word(word(args, 2), _task.DATA)
+            block = word(entry, _task.BLOCK_AT)
+            if run(table, block, x, g, y):
+                return call_with(word(table, _task.FLOAT), loss_of(block))
+            break
+        entry += 8 * _task.ENTRY
+    return call_with(word(table, _task.BOOL), 0)
+
+
+@njit(**INLINE)
+def argument(table, args, nth):
+    return call_with(word(table, _task.INT), word(args, nth))
+
+
+@njit(**INLINE)
+def ran(table, args):
+    block, is_double = argument(table, args, 0), argument(table, args, 1)
+    x, g, y, loss = argument(table, args, 2), argument(table, args, 3), argument(table, args, 4), argument(table, args, 5)
+    good = run(table, block, x, g, y)
+    if is_double != 0:
+        set_word(loss, 0, loss_of(block))
+    else:
+        set_word(loss, 0, float32(loss_of(block)))
+    return call_with(word(table, _task.BOOL), int(good))
+
+
+def answer(self, args, n_args):
+    """Python's ``answer(logits, target, out, axis, ignore_index, label_smoothing, reduction)``: the loss, or False.
+
+    ``self`` is the table's array. False: no entry has the very same option objects, and arrays like these; or a class index is
+    out of range. Where the table says that no gradient is written, ``out`` may be any array.
+    """
+    return answered(word(self, _task.DATA), args)
+
+
+def run_at(self, args, n_args):
+    """Python's ``run_at(block, double, x, g, y, loss)``, addresses and a bool: writes the loss; is all in range?"""
+    return ran(word(self, _task.DATA), args)

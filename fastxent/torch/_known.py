@@ -1,0 +1,143 @@
+"""Calls that come again, without weights: what was checked once is recognised, and goes straight to its task.
+
+Class indices are never taken on trust: the task checks them, before it writes anything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastxent._builtin import at_addresses
+from fastxent._known import MOST_KNOWN
+from fastxent._parallel import PackedTask
+from fastxent._plan import over
+from fastxent.torch import _calls
+from fastxent.torch._calls import MEAN, NONE, Options, gradient_like, may_be_overwritten, out_of_bounds, reach, walkable
+from fastxent.torch._eager import apply
+
+Run = Callable[[int, int, int, int], bool]  # (x, g, y, loss), addresses: writes the loss; False: a class index is out of range
+
+
+class Known(NamedTuple):
+    """Tasks for a kind of call that was met before."""
+
+    value: Run
+    gradient: Run
+    small: bool
+    options: Options
+    loss: Tensor  # of its dtype
+    input_bytes: int
+    target_bytes: int
+    itemsize: int
+    in_place: bool  # may the gradient be written where the logits are?
+
+
+known_calls: dict[tuple[Any, ...], Known | None] = {}
+
+
+def is_out_of_the_ordinary() -> bool:
+    """Is somebody tracing or transforming? (Autocast leaves float32 and float64 alone.)"""
+    return (
+        torch.compiler.is_compiling()  # first: Dynamo must not look at the others
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def kind_of(input: Tensor, target: Tensor, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All that a call without weights is sorted by. Tensors that are odd in other ways have no strides or no storage."""
+    return (
+        type(input), input.shape, input.stride(), input.dtype, input.is_cpu, input.is_neg(),
+        type(target), target.shape, target.stride(), target.dtype, target.is_cpu, target.is_neg(), options,
+    )  # fmt: skip
+
+
+def recall(input: Tensor, target: Tensor, options: tuple[Any, ...], inplace: bool) -> Tensor | None:
+    """The loss; None where all has to be checked."""
+    if is_out_of_the_ordinary():
+        return None
+    try:
+        known = known_calls.get(kind_of(input, target, options))
+        if (
+            known is None
+            or input.untyped_storage().nbytes() < known.input_bytes + input.storage_offset() * known.itemsize
+            or target.untyped_storage().nbytes() < known.target_bytes + target.storage_offset() * 8
+        ):
+            return None
+        x, y = input.data_ptr(), target.data_ptr()
+    except (AttributeError, TypeError, RuntimeError):
+        return None
+    loss = torch.empty_like(known.loss)
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        if known.value(x, x, y, loss.data_ptr()):
+            return loss
+        raise out_of_bounds(target, input.shape[input.dim() > 1], known.options.ignore_index)
+    if inplace and may_be_overwritten(input, target):
+        if not known.in_place:
+            return None
+        grad = input.detach()
+    else:
+        inplace = False
+        grad = torch.empty_like(input) if known.small else gradient_like(input)
+    if not known.gradient(x, grad.data_ptr(), y, loss.data_ptr()):
+        raise out_of_bounds(target, input.shape[input.dim() > 1], known.options.ignore_index)
+    return apply(input, (loss, grad, target, None, None, known.options, inplace))
+
+
+def remember(input: Tensor, target: Tensor, options: Options) -> None:
+    """Keep the tasks of a call that was found good, or None if they cannot take its tensors as they lie."""
+    kind = kind_of(input, target, options)
+    if kind in known_calls:
+        return
+    if len(known_calls) >= MOST_KNOWN:
+        known_calls.clear()
+    known_calls[kind] = _known(input, target, options)
+
+
+def _known(input: Tensor, target: Tensor, options: Options) -> Known | None:
+    axis = 0 if input.dim() == 1 else 1
+    if (
+        input.dtype not in (torch.float32, torch.float64)
+        or target.dtype != torch.int64
+        or not target.is_contiguous()
+        or options.reduction == NONE
+        or input.is_neg()
+        or target.is_neg()
+        or not walkable(input, axis)
+    ):
+        return None
+    g = torch.empty_like(input, device="meta")  # its strides are those of `gradient_like`
+    if not _calls.lies_well(g, input, axis):
+        return None
+    strides = (input.stride(), g.stride(), input.stride())
+    plan = _calls.plan_of(
+        input.shape, strides, axis, input.dtype, None, True, options.label_smoothing > 0, options.softcap != 0
+    )
+    if plan.variant.large:  # it has more to pack, and takes longer anyway
+        return None
+    arguments = _calls.numbers(options, input.shape[axis]) | {"average": options.reduction == MEAN}
+    value, gradient = (PackedTask(name, plan, **arguments) for name in ("value", "value_and_grad"))
+    small = value.small
+    loss = torch.empty((), dtype=input.dtype)
+    in_place = g.stride() == input.stride()
+    return Known(_ready(value), _ready(gradient), small, options, loss, reach(input), reach(target), input.itemsize, in_place)
+
+
+def _ready(task: PackedTask) -> Run:
+    """The task as a function of four addresses."""
+    return (at_addresses(task) if task.small else None) or partial(_run, task)
+
+
+def _run(task: PackedTask, x: int, g: int, y: int, loss: int) -> bool:
+    total, bad, divisor = task(x, g, y, _calls.threads())
+    number = ctypes.c_double if task.plan.variant.acc == "f64" else ctypes.c_float
+    number.from_address(loss).value = over(total, divisor)
+    return not bad
