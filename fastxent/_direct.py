@@ -8,6 +8,7 @@ table that they read, ``_builtin`` makes and fills it. All addresses are numbers
 
 from llvmlite import ir
 from numba import float32, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastxent import _task
@@ -61,14 +62,15 @@ def clear(typingctx, block):
 
 
 @intrinsic
-def call_with(typingctx, function, value):
-    """What the C function at an address makes of a number: an address or an int, if anything."""
+def call_with(typingctx, function, *values):
+    """What the C function at an address makes of some numbers: an address or an int, if anything."""
 
     def codegen(context, builder, sig, args):
-        function, value = args
-        return builder.call(builder.inttoptr(function, ir.FunctionType(I64, [value.type]).as_pointer()), [value])
+        values = cgutils.unpack_tuple(builder, args[1])
+        c_function = ir.FunctionType(I64, [value.type for value in values])
+        return builder.call(builder.inttoptr(args[0], c_function.as_pointer()), values)
 
-    return types.int64(types.int64, value), codegen
+    return types.int64(types.int64, types.StarArgTuple(values)), codegen
 
 
 @njit(**INLINE)
@@ -92,7 +94,7 @@ def loss_of(block):
 @njit(**INLINE)
 def is_like(table, array, kind, flags):
     """Is it an array with these flags, of this dtype and shape?"""
-    if word(array, _task.TYPE) != word(table, _task.NDARRAY) or word(array, _task.FLAGS) & flags != flags:
+    if word(array, _task.TYPE) != word(table, _task.NDARRAY_TYPE) or word(array, _task.FLAGS) & flags != flags:
         return False
     n_axes = word(kind, 1)
     if word(array, _task.DTYPE) != word(kind, 0) or word(array, _task.NDIM) & _task.LOW_HALF != n_axes:
@@ -105,11 +107,25 @@ def is_like(table, array, kind, flags):
 
 
 @njit(**INLINE)
+def is_same(table, option, known):
+    """Is it the same object, or an int, float or string with the same value?"""
+    if option == known:
+        return True
+    kind = word(option, _task.TYPE)
+    is_plain = (
+        kind == word(table, _task.INT_TYPE) or kind == word(table, _task.FLOAT_TYPE) or kind == word(table, _task.STR_TYPE)
+    )
+    if not is_plain or kind != word(known, _task.TYPE):
+        return False
+    return call_with(word(table, _task.COMPARE), option, known, _task.EQUAL) & _task.LOW_HALF == 1
+
+
+@njit(**INLINE)
 def is_known(table, entry, args):
     """Is this a call like the entry's, and may the gradient be written where it is to go?"""
     logits, target, out = word(args, 0), word(args, 1), word(args, 2)
     for nth in range(_task.N_OPTIONS):
-        if word(args, 3 + nth) != word(entry, _task.OPTIONS + nth):
+        if not is_same(table, word(args, 3 + nth), word(entry, _task.OPTIONS + nth)):
             return False
     x_kind, y_kind = entry + 8 * _task.X_KIND, entry + 8 * _task.Y_KIND
     if not is_like(table, logits, x_kind, _task.CONTIGUOUS_AND_ALIGNED):
@@ -135,15 +151,15 @@ def answered(table, args):
             x, y, g = word(word(args, 0), _task.DATA), word(word(args, 1), _task.DATA), word(word(args, 2), _task.DATA)
             block = word(entry, _task.BLOCK_AT)
             if run(table, block, x, g, y):
-                return call_with(word(table, _task.FLOAT), loss_of(block))
+                return call_with(word(table, _task.TO_FLOAT), loss_of(block))
             break
         entry += 8 * _task.ENTRY
-    return call_with(word(table, _task.BOOL), 0)
+    return call_with(word(table, _task.TO_BOOL), 0)
 
 
 @njit(**INLINE)
 def argument(table, args, nth):
-    return call_with(word(table, _task.INT), word(args, nth))
+    return call_with(word(table, _task.FROM_INT), word(args, nth))
 
 
 @njit(**INLINE)
@@ -155,13 +171,13 @@ def ran(table, args):
         set_word(loss, 0, loss_of(block))
     else:
         set_word(loss, 0, float32(loss_of(block)))
-    return call_with(word(table, _task.BOOL), int(good))
+    return call_with(word(table, _task.TO_BOOL), int(good))
 
 
 def answer(self, args, n_args):
     """Python's ``answer(logits, target, out, axis, ignore_index, label_smoothing, reduction)``: the loss, or False.
 
-    ``self`` is the table's array. False: no entry has the very same option objects, and arrays like these; or a class index is
+    ``self`` is the table's array. False: no entry has these options, and arrays like these; or a class index is
     out of range. Where the table says that no gradient is written, ``out`` may be any array.
     """
     return answered(word(self, _task.DATA), args)

@@ -85,9 +85,10 @@ TOTAL = struct.Struct("=16x3d")  # sum of the losses, BAD, DIVISOR
 
 # The table of small calls that are known: words of 8 bytes, all numbers; see ``_direct``.
 MOST_AXES, MOST_ENTRIES = 4, 64
-# Its beginning: number of entries; is a gradient written?; the type of arrays; ``launch``, and functions of Python's
-COUNT, WRITES, NDARRAY, LAUNCH, FLOAT, BOOL, INT = range(7)
-HEAD = 7
+# Its beginning: number of entries; is a gradient written?; types of arrays and of options; ``launch``, functions of Python's
+COUNT, WRITES, NDARRAY_TYPE, INT_TYPE, FLOAT_TYPE, STR_TYPE, LAUNCH, TO_FLOAT, TO_BOOL, FROM_INT, COMPARE = range(11)
+HEAD = 11
+EQUAL = 2  # Py_EQ
 # An entry: the argument block; bytes of the logits and of the class indices; dtype, number of axes and shape of both; options
 BLOCK_AT, X_BYTES, Y_BYTES, X_KIND = range(4)
 Y_KIND = X_KIND + 2 + MOST_AXES

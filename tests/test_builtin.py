@@ -1,0 +1,182 @@
+"""Small calls that a builtin function recognises: it must know them again, and nothing else, whatever it is given."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastxent as fx
+from fastxent import _builtin, _known, _task
+
+DEFAULTS = (-1, -100, 0.0, "mean")
+AXIS, IGNORE, SMOOTHING, REDUCTION = DEFAULTS
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known(monkeypatch):
+    monkeypatch.setattr(_known, "_known", {})
+    monkeypatch.setattr(_known, "_tables", {})
+    monkeypatch.setattr(_known, "_answers", dict.fromkeys(("value", "value_and_grad"), _known._no_answer))
+
+
+def arrays(shape: tuple[int, ...] = (6, 4), dtype: Any = np.float32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(shape).astype(dtype), np.asarray(rng.integers(0, shape[-1], shape[:-1]))
+
+
+def answer(name: str, *args: Any, options: tuple[Any, ...] = DEFAULTS) -> Any:
+    return _known._answers[name](*args, *options)
+
+
+@pytest.mark.parametrize("shape", [(4,), (6, 4), (1, 1), (300, 10), (3, 5, 4), (2, 3, 2, 4), (1, 16000)], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_it_answers_with_the_same_bits(shape, dtype):
+    x, y = arrays(shape, dtype)
+    loss, g = fx.cross_entropy_value_and_grad(x, y)
+    assert fx.cross_entropy(x, y) == loss
+    out = np.full_like(x, 7)
+    again = answer("value_and_grad", x, y, out)
+    assert type(again) is float and loss.dtype.type(again) == loss and np.array_equal(out, g)
+    assert loss.dtype.type(answer("value", x, y, x)) == loss
+    other, z = arrays(shape, dtype, seed=1)
+    loss, g = fx.cross_entropy_value_and_grad(other, z, n_threads=1)  # not asked where a number of threads is given
+    assert loss.dtype.type(answer("value_and_grad", other, z, other)) == loss and np.array_equal(other, g)
+
+
+def test_the_public_functions_ask_it(monkeypatch):
+    x, y = arrays()
+    fx.cross_entropy(x, y)
+    fx.cross_entropy_value_and_grad(x, y)
+    monkeypatch.setattr(_known, "_known", {})
+    monkeypatch.setattr(fx.functional, "problem", None)  # whoever is not known is checked
+    loss, g = fx.cross_entropy_value_and_grad(x, y)
+    assert loss == fx.cross_entropy(x, y) and type(loss) is np.float32 and g is not x
+    assert fx.cross_entropy_value_and_grad(x, y, out=x)[1] is x and np.array_equal(x, g)
+
+
+def test_what_differs_is_not_known():
+    x, y = arrays()
+    fx.cross_entropy(x, y)
+    fx.cross_entropy_value_and_grad(x, y)
+    out = np.full_like(x, 7)
+    assert answer("value", x, y, None) is not False and answer("value_and_grad", x, y, out) is not False
+    out[:] = 7
+    memory = np.zeros(1000, np.uint8)
+    unaligned = memory[1 : 1 + x.nbytes].view(np.float32).reshape(x.shape)
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    strided_y = np.repeat(y, 2)[::2]
+    logits = [
+        x[:5], x.T, x[None], x.ravel(), x.astype(np.float64), x.astype(">f4"), x.view(np.int32), np.asfortranarray(x),
+        np.repeat(x, 2, axis=1)[:, ::2], unaligned, np.ma.array(x), x.tolist(), None, 3, "x", np.float32(1), type,
+    ]  # fmt: skip
+    targets = [y[:5], y[:, None], y.astype(np.int32), y.astype(">i8"), y.view(np.uint64), strided_y, y.tolist(), None, 3]
+    places = [None, read_only, x[:5], x.T, x.astype(np.float64), unaligned, np.ma.array(x), x.ravel(), 3]
+    for other in logits:
+        assert answer("value", other, y, x) is False and answer("value_and_grad", other, y, out) is False
+    for other in targets:
+        assert answer("value", x, other, x) is False and answer("value_and_grad", x, other, out) is False
+    for other in places:
+        assert answer("value_and_grad", x, y, other) is False
+    for options in (
+        (1, IGNORE, SMOOTHING, REDUCTION), (AXIS, 2, SMOOTHING, REDUCTION), (AXIS, IGNORE, 0.1, REDUCTION),
+        (AXIS, IGNORE, SMOOTHING, "sum"), (AXIS, IGNORE, 0, REDUCTION), (AXIS, IGNORE, False, REDUCTION),
+        (-1.0, IGNORE, SMOOTHING, REDUCTION), (AXIS, 2**70, SMOOTHING, REDUCTION), (AXIS, IGNORE, float("nan"), REDUCTION),
+        (np.int64(-1), IGNORE, SMOOTHING, REDUCTION), (AXIS, IGNORE, SMOOTHING, b"mean"), (None, None, None, None),
+    ):  # fmt: skip
+        assert answer("value", x, y, x, options=options) is False
+    the_same = (int("-1"), int("-100"), float("-0"), "".join(["me", "an"]))
+    assert answer("value", x, y, x, options=the_same) == answer("value", x, y, x)
+    assert (out == 7).all() and not memory.any()
+
+
+def test_a_gradient_is_not_written_over_what_is_read():
+    x, y = arrays((16, 4))
+    fx.cross_entropy_value_and_grad(x, y)
+    memory = np.zeros(400, np.float32)
+    logits = memory[100:164].reshape(16, 4)
+    for at in range(0, 300, 4):
+        logits[...] = x
+        place = memory[at : at + 64].reshape(16, 4)
+        assert (answer("value_and_grad", logits, y, place) is not False) == (at <= 36 or at == 100 or at >= 164), at
+    both = np.zeros(200, np.int64)
+    targets = both[50:66]
+    for at in range(0, 100):
+        targets[...] = y
+        place = both.view(np.float32)[2 * at : 2 * at + 64].reshape(16, 4)
+        assert (answer("value_and_grad", x, targets, place) is not False) == (at <= 18 or at >= 66), at
+
+
+@pytest.mark.parametrize("bad", [-1, 4, 2**62, -(2**63)])
+def test_a_class_index_out_of_range(bad):
+    x, y = arrays()
+    loss, _ = fx.cross_entropy_value_and_grad(x, y)
+    wrong, out = y.copy(), np.full_like(x, 7)
+    wrong[3] = bad
+    assert answer("value_and_grad", x, wrong, out) is False and (out == 7).all()
+    assert np.float32(answer("value_and_grad", x, y, out)) == loss  # the next one is not the worse for it
+    wrong[:] = -100
+    assert np.isnan(answer("value_and_grad", x, wrong, out)) and not out.any()
+
+
+def test_a_full_table_forgets_the_oldest():
+    kinds = [arrays((n, 3)) for n in range(1, _task.MOST_ENTRIES + 4)]
+    losses = [fx.cross_entropy(x, y) for x, y in kinds]
+    gc.collect()
+    for nth, ((x, y), loss) in enumerate(zip(kinds, losses, strict=True)):
+        assert answer("value", x, y, x) == (False if nth < 3 else pytest.approx(loss, rel=1e-6)), nth
+        assert fx.cross_entropy(x, y) == loss
+
+
+def test_options_live_as_long_as_they_are_known():
+    x, y = arrays()
+    for nth in range(50):
+        smoothing = float(f"0.{nth + 1}")
+        loss = fx.cross_entropy(x, y, label_smoothing=smoothing)
+        assert np.float32(answer("value", x, y, x, options=(AXIS, IGNORE, smoothing, REDUCTION))) == loss
+    gc.collect()
+    fresh = [0.5 + nth / 1024 for nth in range(1, 200)]  # were they freed, one of these would lie where one of them did
+    assert not any(answer("value", x, y, x, options=(AXIS, IGNORE, number, REDUCTION)) for number in fresh)
+
+
+def test_many_threads():
+    kinds = [arrays((n, 10)) for n in (1, 3, 32, 100)]
+    right = [fx.cross_entropy_value_and_grad(x, y) for x, y in kinds]
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        for nth in np.random.default_rng(seed).integers(0, len(kinds), 500):
+            loss, g = fx.cross_entropy_value_and_grad(*kinds[nth])
+            if loss != right[nth][0] or not np.array_equal(g, right[nth][1]):
+                wrong.append(f"{nth}: {loss}")
+
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_where_objects_lie_otherwise_the_longer_way_is_taken(monkeypatch):
+    assert _builtin.table(writes=True) is not None
+    for name in ("TYPE", "DATA", "NDIM", "DIMS", "DTYPE", "FLAGS"):
+        with monkeypatch.context() as patched:
+            patched.setattr(_task, name, getattr(_task, name) - 1)
+            assert _builtin.table(writes=True) is None, name
+    monkeypatch.setattr(sys, "implementation", type("other", (), {"name": "other"}))
+    x, y = arrays()
+    loss, g = fx.cross_entropy_value_and_grad(x, y)
+    assert answer("value_and_grad", x, y, np.empty_like(x)) is False
+    again, g_again = fx.cross_entropy_value_and_grad(x, y)
+    assert again == loss and np.array_equal(g, g_again)
