@@ -1,8 +1,7 @@
 """Calls that come again: the checks of a small one cost more than its work, so arrays that look as checked ones did pass.
 
-Twice: small C-contiguous arrays and unchanged options are recognised by a builtin function (``_direct``) in a tenth of a
-microsecond, all else in some microseconds by Python.
-Class indices are never taken on trust: the task checks them, before it writes anything.
+Small ones, C-contiguous, are recognised by a builtin function (``_direct``) in a tenth of a microsecond, all others in some
+microseconds by Python. Class indices are never taken on trust: the task checks them, before it writes anything.
 """
 
 from __future__ import annotations
@@ -108,7 +107,7 @@ def remember(
         _known.clear()
     task = PackedTask(name, plan, average=options[-1] == "mean", **p.numbers)
     _known[_kind_of(name, x, target, out, options)] = _Known(task, p.acc.type, x.nbytes, target.nbytes, p.axis)
-    if task.small and x.flags.c_contiguous and x.ndim <= MOST_AXES:
+    if task.small and x.flags.c_contiguous and (g is None or g.flags.c_contiguous) and x.ndim <= MOST_AXES:
         if name not in _tables:
             _tables[name] = _builtin.table(writes=name == "value_and_grad")
         if (table := _tables[name]) is not None:

@@ -4,17 +4,18 @@ Page faults are the largest cost of a fresh gradient: 262 MB, forward and backwa
 fresh huge pages, 82 ms into fresh small ones (DESIGN.md, section 6). NumPy asks for huge pages by itself; and a training loop
 frees a gradient of the size that it will want in the next step.
 
-A buffer goes back into the store when nothing refers to the array made of it any more, whoever that was: tensors, views, saved
-tensors, NumPy arrays. Nothing else ever returns one, so none is handed out while anything still looks at it.
+A buffer is free when nothing but the store refers to it, which its reference count tells: every array, view, tensor and saved
+tensor that lies in it does. So none is handed out while anything still looks at it.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
-from collections import deque
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,48 +25,34 @@ SMALLEST = 1 << 20  # bytes: below this malloc recycles by itself
 ALIGNMENT = 64  # bytes: whole cache lines, as non-temporal stores want them
 
 
-class _Buffer(NamedTuple):
-    raw: Array  # owner of the memory
+@dataclass(eq=False)
+class _Buffer:
+    owner: Array  # of the memory
     nbytes: int  # from ``start`` on
-    start: int  # aligned address
+    start: int  # bytes to the first aligned address
+
+    def references(self) -> int:
+        return sys.getrefcount(self.owner)
+
+
+FREE = _Buffer(np.empty(0, np.uint8), 0, 0).references()  # of a buffer that nobody uses
 
 
 class _Store:
-    limit = 1 << 30  # bytes kept for later at most
+    limit = 1 << 30  # bytes kept at most, in use or free
     lock = threading.Lock()
-    kept: ClassVar[list[_Buffer]] = []  # free buffers, the latest freed last; touched by the holder of the lock only
-    returned: ClassVar[deque[_Buffer]] = deque()  # freed since the lock was held; append and popleft are atomic
+    kept: ClassVar[list[_Buffer]] = []  # the latest used last; touched by the holder of the lock only
 
 
-class _Lease:
-    """The base of a lent array, and so of all its views and of tensors made of them: its end is the end of them all."""
-
-    def __init__(self, buffer: _Buffer, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self.buffer = buffer
-        self.__array_interface__ = {"data": (buffer.start, False), "shape": shape, "typestr": dtype.str, "version": 3}
-
-    def __del__(self) -> None:
-        # This may run in the midst of anything, even of a holder of the lock (garbage collection): then the holder, or the
-        # next one, takes the buffer in.
-        _Store.returned.append(self.buffer)
-        if _Store.lock.acquire(blocking=False):
-            try:
-                _take_in()
-            finally:
-                _Store.lock.release()
-
-
-def _take_in() -> None:
-    """Keep what came back, and let go of the oldest above the limit. For the holder of the lock."""
-    while _Store.returned:
-        _Store.kept.append(_Store.returned.popleft())
+def _trim() -> None:
+    """Keep no more than the limit, and rather what was used of late. For the holder of the lock."""
     while sum(b.nbytes for b in _Store.kept) > _Store.limit:
         _Store.kept.pop(0)
 
 
 def _after_fork() -> None:
     _Store.lock = threading.Lock()  # whoever held it does not exist here
-    _Store.kept, _Store.returned = [], deque()  # the parent's
+    _Store.kept = []  # the parent's
 
 
 if hasattr(os, "register_at_fork"):
@@ -77,21 +64,21 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALLEST or _Store.limit == 0:
         return np.empty(shape, dtype)
-    best = None
     with _Store.lock:
-        _take_in()
-        for i, b in enumerate(_Store.kept):
-            if nbytes <= b.nbytes <= nbytes + nbytes // 4 and (best is None or b.nbytes < _Store.kept[best].nbytes):
-                best = i
-        found = None if best is None else _Store.kept.pop(best)
-    a = np.asarray(_Lease(_new(nbytes) if found is None else found, shape, dtype))
-    return a if a.dtype == dtype else a.view(dtype)  # bfloat16 is a dtype that NumPy's array interface cannot name
+        fitting = [b for b in _Store.kept if nbytes <= b.nbytes <= nbytes + nbytes // 4 and b.references() == FREE]
+        if fitting:
+            buffer = min(fitting, key=lambda b: b.nbytes)
+            _Store.kept.remove(buffer)
+        else:
+            buffer = _new(nbytes)
+        _Store.kept.append(buffer)
+        _trim()
+        return np.ndarray(shape, dtype, buffer.owner, buffer.start)
 
 
 def _new(nbytes: int) -> _Buffer:
-    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
-    address = raw.ctypes.data
-    return _Buffer(raw, nbytes, address + -address % ALIGNMENT)
+    owner = np.empty(nbytes + ALIGNMENT, np.uint8)
+    return _Buffer(owner, nbytes, -owner.ctypes.data % ALIGNMENT)
 
 
 def set_buffer_limit(nbytes: int) -> None:
@@ -116,7 +103,7 @@ def set_buffer_limit(nbytes: int) -> None:
         raise ValueError(f"nbytes = {nbytes} is negative")
     with _Store.lock:
         _Store.limit = nbytes
-        _take_in()
+        _trim()
 
 
 def release_buffers() -> int:
@@ -135,7 +122,6 @@ def release_buffers() -> int:
     0
     """
     with _Store.lock:
-        _take_in()
-        count = sum(b.nbytes for b in _Store.kept)
+        count = sum(b.nbytes for b in _Store.kept if b.references() == FREE)
         _Store.kept = []
         return count

@@ -95,6 +95,17 @@ def test_what_differs_is_not_known():
     assert (out == 7).all() and not memory.any()
 
 
+def test_a_gradient_in_another_order():
+    x, y = arrays()
+    in_columns, in_rows = np.zeros_like(x, order="F"), np.zeros_like(x)
+    fx.cross_entropy_value_and_grad(x, y, out=in_columns)
+    assert answer("value_and_grad", x, y, in_rows) is False and answer("value_and_grad", x, y, in_columns) is False
+    for _ in range(2):
+        fx.cross_entropy_value_and_grad(x, y, out=in_rows)
+        assert np.array_equal(in_rows, in_columns)
+        assert answer("value_and_grad", x, y, in_columns) is False
+
+
 def test_a_gradient_is_not_written_over_what_is_read():
     x, y = arrays((16, 4))
     fx.cross_entropy_value_and_grad(x, y)
