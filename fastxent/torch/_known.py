@@ -75,6 +75,8 @@ def recall(input: Tensor, target: Tensor, options: tuple[Any, ...], inplace: boo
         x, y = input.data_ptr(), target.data_ptr()
     except (AttributeError, TypeError, RuntimeError):
         return None
+    if x == 0 or y == 0:  # zero tensors, and those that stand for others
+        return None
     loss = torch.empty_like(known.loss)
     if not (torch.is_grad_enabled() and input.requires_grad):
         if known.value(x, x, y, loss.data_ptr()):

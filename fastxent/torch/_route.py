@@ -85,12 +85,20 @@ def _by_pytorch(input: Tensor, target: Tensor, weight: Tensor | None, sample_wei
 
 
 def _on_cpu(*tensors: Tensor) -> bool:
-    """Are these tensors with memory of their own? Zero tensors have none, wrapper subclasses hide theirs."""
+    """Are these tensors with memory of their own?"""
     if not all([t.is_cpu and t.layout == torch.strided for t in tensors]):
         return False
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return not any([t._is_zerotensor() or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors])
+    return all([type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and _has_address(t) for t in tensors])
+
+
+def _has_address(t: Tensor) -> bool:
+    """Zero tensors, and those that stand for others, have none."""
+    try:
+        return t.data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def _must_be_formula(input: Tensor, *others: Tensor | None) -> bool:
