@@ -103,7 +103,7 @@ TASKS = {"streamed": streamed_task, "stored": stored_task, "read": read_task}
 
 @lru_cache
 def kernel(name: str, variant: Variant) -> _parallel.Kernel:
-    compiled = cfunc(types.void(_compile.task_type("floor", variant)), cache=True)(TASKS[name])
+    compiled = cfunc(types.void(_compile.task_type("floor", variant)))(TASKS[name])
     return _parallel.Kernel(_parallel._FUNCTION(compiled.address), compiled.address, compiled)
 
 

@@ -43,7 +43,7 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "double": acc == "f64",
         "differentiate": variant.differentiate,
     }
-    return _simd.Task(fields, tuple(constants.items()), _machine_code.build_id())
+    return _simd.Task(fields, tuple(constants.items()))
 
 
 def c_function(name: str, variant: Variant) -> Any:

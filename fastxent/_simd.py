@@ -72,12 +72,11 @@ class Task(types.Type):
 
     fields    : tuple of (name, slot, "int" | "float" | (storage, kind))
     constants : tuple of (name, bool): a branch on one of them costs nothing and drops the code not taken
-    build     : hash of the kernels' sources, so that the disk cache never serves yesterday's code
     """
 
-    def __init__(self, fields, constants, build):
+    def __init__(self, fields, constants):
         self.fields, self.constants = fields, constants
-        super().__init__(name=f"Task({fields}, {constants}, {build})")
+        super().__init__(name=f"Task({fields}, {constants})")
 
 
 @register_default(Vec)

@@ -60,7 +60,7 @@ def run(function, x, y, storage_x, storage_y, kind, m=None):
     """Apply a function of 16 lanes to x (a multiple of 16 elements), into y."""
     pointers = (("x", 0, (storage_x, kind)), ("y", 1, (storage_y, kind)), ("m", 2, (storage_x, kind)))
     fields = (*pointers, ("n", 3, "int"))
-    compiled = cfunc(types.void(_simd.Task(fields, (), "test")))(function)
+    compiled = cfunc(types.void(_simd.Task(fields, ())))(function)
     block = np.array([x.ctypes.data, y.ctypes.data, 0 if m is None else m.ctypes.data, x.size], np.int64)
     FUNCTION(compiled.address)(block.ctypes.data)
     return y
