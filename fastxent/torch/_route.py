@@ -6,15 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastxent.torch._calls import (
-    INTEGERS,
-    NONE,
-    STORAGE,
-    Options,
-    as_int64,
-    may_be_overwritten,
-    value,
-)
+from fastxent.torch._calls import INTEGERS, NONE, STORAGE, Options, as_int64, may_be_overwritten, value
 from fastxent.torch._eager import attach
 from fastxent.torch._formula import formula, loss_dtype, stock
 from fastxent.torch._known import is_out_of_the_ordinary, remember
