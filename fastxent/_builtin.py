@@ -18,6 +18,8 @@ from fastxent import _parallel, _task
 from fastxent._parallel import PackedTask
 from fastxent._plan import TILE
 
+Array = np.ndarray[Any, Any]
+
 _FASTCALL = 0x80  # METH_FASTCALL
 _tile = np.empty(TILE + 64, np.uint8)  # of the one that holds the GIL
 
@@ -27,29 +29,23 @@ class _MethodDef(ctypes.Structure):
 
 
 class Table:
-    """Small calls that are known, and the builtins that run them: see ``_direct``."""
+    """Small calls that are known, and ``answer``, the builtin that runs them. It only grows: nothing it points to is let go."""
 
     def __init__(self, writes: bool) -> None:
-        self.words = np.zeros(_task.HEAD + _task.MOST_ENTRIES * _task.ENTRY, np.int64)
-        self.words[: _task.HEAD] = (
-            0, writes, *map(id, (np.ndarray, int, float, str)), _parallel.kernel("launch").address,
-            *map(_address_of, ("PyFloat_FromDouble", "PyBool_FromLong", "PyLong_AsLongLong", "PyObject_RichCompareBool")),
-        )  # fmt: skip
-        self.entered = 0
-        self.owners: list[object] = [None] * _task.MOST_ENTRIES  # of what the entries point to
-        self.answer, self.run_at = _builtin("answer", self.words), _builtin("run_at", self.words)
+        self.words = _words(_task.MOST_ENTRIES, writes)
+        self.owners: list[object] = []  # of what the entries point to
+        self.answer = _builtin("answer", self.words)
 
-    def enter(self, task: PackedTask, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], options: tuple[Any, ...]) -> None:
-        """Know a call with arrays like these, C-contiguous, and these options; in a full table in place of the oldest."""
-        block = _own_block(task)
-        nth = self.entered % _task.MOST_ENTRIES
-        entry = self.words[_task.HEAD + nth * _task.ENTRY :][: _task.ENTRY]
-        entry[_task.OPTIONS] = id(self)  # no option: nobody finds the entry while it changes owners
-        self.owners[nth] = block, task, x.dtype, y.dtype, options
-        kinds = (n for a in (x, y) for n in (id(a.dtype), a.ndim, *a.shape, *[0] * (_task.MOST_AXES - a.ndim)))
-        entry[:] = (ctypes.addressof(block), x.nbytes, y.nbytes, *kinds, *map(id, options))
-        self.entered += 1
-        self.words[_task.COUNT] = min(self.entered, _task.MOST_ENTRIES)
+    def enter(self, task: PackedTask, x: Array, y: Array, options: tuple[Any, ...]) -> None:
+        """Know a call with arrays like these, C-contiguous, and these options, if there is room. For one thread at a time."""
+        nth = int(self.words[_task.COUNT])
+        if nth < _task.MOST_ENTRIES:
+            block = _own_block(task)
+            kinds = (n for a in (x, y) for n in (id(a.dtype), a.ndim, *a.shape, *[0] * (_task.MOST_AXES - a.ndim)))
+            entry = np.array([block.ctypes.data, x.nbytes, y.nbytes, *kinds, *map(id, options)])
+            self.owners.append((block, x.dtype, y.dtype, options))
+            self.words[_task.HEAD + nth * _task.ENTRY :][: _task.ENTRY] = entry
+            self.words[_task.COUNT] = nth + 1
 
 
 def table(writes: bool) -> Table | None:
@@ -57,35 +53,41 @@ def table(writes: bool) -> Table | None:
     return Table(writes) if _all_is_in_its_place() else None
 
 
-@lru_cache
-def _addresses() -> Table | None:
-    return table(True)
-
-
 def at_addresses(task: PackedTask) -> Callable[[int, int, int, int], bool] | None:
     """``run(x, g, y, loss)``, addresses all, for a small task: writes the loss, or says that a class index is out of range."""
-    calls = _addresses()
-    if calls is None:
-        return None
-    block = _own_block(task)
-    run = partial(calls.run_at, ctypes.addressof(block), task.plan.variant.acc == "f64")
-    run.__dict__["owner"] = block, task
-    return run
+    run_at = _run_at()
+    return None if run_at is None else partial(run_at, _own_block(task), task.plan.variant.acc == "f64")
 
 
-def _own_block(task: PackedTask) -> ctypes.Array[ctypes.c_char]:
+@lru_cache
+def _run_at() -> Callable[..., bool] | None:
+    return _builtin("run_at", _words(0, writes=True)) if _all_is_in_its_place() else None
+
+
+def _words(n_entries: int, writes: bool) -> Array:
+    """A table without entries."""
+    words = np.zeros(_task.HEAD + n_entries * _task.ENTRY, np.int64)
+    words[: _task.HEAD] = (
+        0, writes, *map(id, (np.ndarray, int, float, str)), _parallel.kernel("launch").address,
+        *map(_address_of, ("PyFloat_FromDouble", "PyBool_FromLong", "PyLong_AsLongLong", "PyObject_RichCompareBool")),
+    )  # fmt: skip
+    return words
+
+
+def _own_block(task: PackedTask) -> Array:
     """An argument block for the builtins alone, but for what they write."""
     block = task.new_block(_tile.ctypes.data + -_tile.ctypes.data % 64)
     _task.START.pack_into(block, 0, 0, 0, 1)
-    return block
+    return np.frombuffer(block, np.uint8)  # type: ignore[call-overload]  # ctypes arrays are buffers
 
 
-def _builtin(name: str, table: np.ndarray[Any, Any]) -> Callable[..., Any]:
+def _builtin(name: str, words: Array) -> Callable[..., Any]:
     definition = _MethodDef(name.encode(), _parallel.kernel(name).address, _FASTCALL, None)
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(definition))  # for ever: the builtin reads it up to its own end
+    for needed in (definition, _parallel._kernels):  # for ever: the builtin needs them up to its own end
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(needed))
     prototype = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
     new: Callable[..., Callable[..., Any]] = prototype(("PyCFunction_NewEx", ctypes.pythonapi))
-    return new(ctypes.addressof(definition), table, None)
+    return new(ctypes.addressof(definition), words, None)
 
 
 def _address_of(function: str) -> int:
@@ -94,11 +96,8 @@ def _address_of(function: str) -> int:
 
 def _all_is_in_its_place() -> bool:
     """Are Python's and NumPy's objects as the table's contract has them?"""
-    if (
-        sys.implementation.name != "cpython"
-        or sysconfig.get_config_var("Py_GIL_DISABLED")
-        or ctypes.sizeof(ctypes.c_void_p) != 8
-    ):
+    has_gil = sys.implementation.name == "cpython" and not sysconfig.get_config_var("Py_GIL_DISABLED")
+    if not has_gil or ctypes.sizeof(ctypes.c_void_p) != 8:
         return False
     a = np.arange(6.0).reshape(2, 3)
     words = (ctypes.c_int64 * (_task.FLAGS + 1)).from_address(id(a))

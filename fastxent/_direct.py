@@ -164,7 +164,7 @@ def argument(table, args, nth):
 
 @njit(**INLINE)
 def ran(table, args):
-    block, is_double = argument(table, args, 0), argument(table, args, 1)
+    block, is_double = word(word(args, 0), _task.DATA), argument(table, args, 1)
     x, g, y, loss = argument(table, args, 2), argument(table, args, 3), argument(table, args, 4), argument(table, args, 5)
     good = run(table, block, x, g, y)
     if is_double != 0:
@@ -184,5 +184,5 @@ def answer(self, args, n_args):
 
 
 def run_at(self, args, n_args):
-    """Python's ``run_at(block, double, x, g, y, loss)``, addresses and a bool: writes the loss; is all in range?"""
+    """Python's ``run_at(block, double, x, g, y, loss)``, an array, a bool and addresses: writes the loss; is all in range?"""
     return ran(word(self, _task.DATA), args)

@@ -6,7 +6,7 @@ microseconds by Python. Class indices are never taken on trust: the task checks 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,9 @@ from fastxent._task import MOST_AXES
 from fastxent._validate import Array, Problem, address, new_gradient
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
+    """A kind of call that was met before."""
+
     task: PackedTask
     loss: type[np.floating[Any]]
     x_bytes: int
@@ -27,17 +29,15 @@ class _Known(NamedTuple):
     axis: int
 
 
-_known: dict[tuple[Any, ...], _Known] = {}
+known_calls: dict[tuple[Any, ...], Known] = {}
 MOST_KNOWN = 4096
+_tables: dict[str, _builtin.Table | None] = {"value": None, "value_and_grad": None}
+_entering = threading.Lock()
 
 
-def _no_answer(*_: object) -> bool:
-    return False
-
-
-# The builtins ``answer``, and the tables that they read; made when there is something to know.
-_answers: dict[str, Callable[..., Any]] = {"value": _no_answer, "value_and_grad": _no_answer}
-_tables: dict[str, _builtin.Table | None] = {}
+def has_constant_options(options: tuple[Any, ...]) -> bool:
+    """Will they compare as they do now? A tensor's number may change."""
+    return all(type(option) in (int, float, str) or isinstance(option, np.generic) for option in options)
 
 
 def _kind_of(name: str, logits: Array, target: Array, out: Array | None, options: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -59,15 +59,16 @@ def recall(
     """
     if type(logits) is not ndarray or type(target) is not ndarray or (out is not None and type(out) is not ndarray):
         return None
-    if n_threads is None and logits.size < WORTH_A_THREAD:
+    table = _tables[name]
+    if table is not None and n_threads is None and logits.size < WORTH_A_THREAD:
         place = logits if name == "value" else np.empty_like(logits) if out is None else out
-        loss = _answers[name](logits, target, place, *options)
+        loss = table.answer(logits, target, place, *options)
         if loss is not False:
             return (float64 if logits.itemsize == 8 else float32)(loss), place
     if n_threads is not None and (type(n_threads) is not int or n_threads < 1):
         return None
     try:
-        known = _known[_kind_of(name, logits, target, out, options)]
+        known = known_calls[_kind_of(name, logits, target, out, options)]
     except (KeyError, TypeError):  # TypeError: an option of a type that has no hash
         return None
     g = out
@@ -98,18 +99,27 @@ def remember(
         or not (target.dtype.isnative and target.flags.c_contiguous and x.flags.forc)
         or not (g is None or g is out or (out is None and g.strides == x.strides))
         or not (g is None or g.flags.forc)
+        or not has_constant_options(options)
     ):
         return
     plan = p.plan(g)
     if plan.variant.large:  # it has more to pack, and takes longer anyway
         return
-    if len(_known) >= MOST_KNOWN:
-        _known.clear()
+    if len(known_calls) >= MOST_KNOWN:
+        known_calls.clear()
     task = PackedTask(name, plan, average=options[-1] == "mean", **p.numbers)
-    _known[_kind_of(name, x, target, out, options)] = _Known(task, p.acc.type, x.nbytes, target.nbytes, p.axis)
+    known_calls[_kind_of(name, x, target, out, options)] = Known(task, p.acc.type, x.nbytes, target.nbytes, p.axis)
     if task.small and x.flags.c_contiguous and (g is None or g.flags.c_contiguous) and x.ndim <= MOST_AXES:
-        if name not in _tables:
-            _tables[name] = _builtin.table(writes=name == "value_and_grad")
-        if (table := _tables[name]) is not None:
-            table.enter(task, x, target, options)
-            _answers[name] = table.answer
+        _enter(name, task, x, target, options)
+
+
+def _enter(name: str, task: PackedTask, x: Array, target: Array, options: tuple[Any, ...]) -> None:
+    """Let the builtin know it too. Who comes while another enters, perhaps in a signal handler, does without."""
+    if _entering.acquire(blocking=False):
+        try:
+            table = _tables[name] or _builtin.table(writes=name == "value_and_grad")
+            if table is not None:
+                table.enter(task, x, target, options)
+                _tables[name] = table
+        finally:
+            _entering.release()

@@ -6,6 +6,9 @@ frees a gradient of the size that it will want in the next step.
 
 A buffer is free when nothing but the store refers to it, which its reference count tells: every array, view, tensor and saved
 tensor that lies in it does. So none is handed out while anything still looks at it.
+
+There is no lock: a signal handler or the garbage collector may come in anywhere and want a buffer too. Whoever takes a buffer
+out of the list, which is one atomic step, has it alone until it is put back, referred to.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +26,7 @@ Array = np.ndarray[Any, Any]
 
 SMALLEST = 1 << 20  # bytes: below this malloc recycles by itself
 ALIGNMENT = 64  # bytes: whole cache lines, as non-temporal stores want them
+MOST_BUFFERS = 64
 
 
 @dataclass(eq=False)
@@ -40,18 +44,10 @@ FREE = _Buffer(np.empty(0, np.uint8), 0, 0).references()  # of a buffer that nob
 
 class _Store:
     limit = 1 << 30  # bytes kept at most, in use or free
-    lock = threading.Lock()
-    kept: ClassVar[list[_Buffer]] = []  # the latest used last; touched by the holder of the lock only
-
-
-def _trim() -> None:
-    """Keep no more than the limit, and rather what was used of late. For the holder of the lock."""
-    while sum(b.nbytes for b in _Store.kept) > _Store.limit:
-        _Store.kept.pop(0)
+    kept: ClassVar[list[_Buffer]] = []  # the latest handed out last
 
 
 def _after_fork() -> None:
-    _Store.lock = threading.Lock()  # whoever held it does not exist here
     _Store.kept = []  # the parent's
 
 
@@ -64,16 +60,38 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALLEST or _Store.limit == 0:
         return np.empty(shape, dtype)
-    with _Store.lock:
-        fitting = [b for b in _Store.kept if nbytes <= b.nbytes <= nbytes + nbytes // 4 and b.references() == FREE]
-        if fitting:
-            buffer = min(fitting, key=lambda b: b.nbytes)
-            _Store.kept.remove(buffer)
-        else:
-            buffer = _new(nbytes)
+    buffer = _take(nbytes) or _new(nbytes)
+    array = np.ndarray(shape, dtype, buffer.owner, buffer.start)
+    if _make_room(nbytes):
         _Store.kept.append(buffer)
-        _trim()
-        return np.ndarray(shape, dtype, buffer.owner, buffer.start)
+    return array
+
+
+def _take(nbytes: int) -> _Buffer | None:
+    """The smallest free buffer that is large enough, out of the store."""
+    fitting = [b for b in _Store.kept if nbytes <= b.nbytes <= nbytes + nbytes // 4 and b.references() == FREE]
+    for buffer in sorted(fitting, key=lambda b: b.nbytes):
+        with suppress(ValueError):  # somebody else has just taken it
+            _Store.kept.remove(buffer)
+            if buffer.references() == FREE:  # still: they may have put it back, in use
+                return buffer
+            _Store.kept.append(buffer)
+    return None
+
+
+def _make_room(nbytes: int) -> bool:
+    """Let free buffers go, the oldest first, until one more may be kept; is it so?"""
+    while _Store.kept and not _is_room_for(nbytes):
+        free = next((b for b in _Store.kept if b.references() == FREE), None)
+        if free is None:
+            return False
+        with suppress(ValueError):
+            _Store.kept.remove(free)
+    return _is_room_for(nbytes)
+
+
+def _is_room_for(nbytes: int) -> bool:
+    return len(_Store.kept) < MOST_BUFFERS and sum(b.nbytes for b in _Store.kept) + nbytes <= _Store.limit
 
 
 def _new(nbytes: int) -> _Buffer:
@@ -82,7 +100,7 @@ def _new(nbytes: int) -> _Buffer:
 
 
 def set_buffer_limit(nbytes: int) -> None:
-    """Keep at most ``nbytes`` bytes of freed gradient buffers for later use; 0 keeps none.
+    """Keep at most ``nbytes`` bytes of gradient buffers, those in use included, for later use; 0 keeps none.
 
     Parameters
     ----------
@@ -101,9 +119,9 @@ def set_buffer_limit(nbytes: int) -> None:
     """
     if nbytes < 0:
         raise ValueError(f"nbytes = {nbytes} is negative")
-    with _Store.lock:
-        _Store.limit = nbytes
-        _trim()
+    _Store.limit = nbytes
+    while _Store.kept and not _is_room_for(0):
+        del _Store.kept[:1]
 
 
 def release_buffers() -> int:
@@ -121,7 +139,5 @@ def release_buffers() -> int:
     >>> fx.release_buffers()
     0
     """
-    with _Store.lock:
-        count = sum(b.nbytes for b in _Store.kept if b.references() == FREE)
-        _Store.kept = []
-        return count
+    kept, _Store.kept = _Store.kept, []
+    return sum(b.nbytes for b in kept if b.references() == FREE)

@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -117,6 +117,7 @@ def argument_block(
     )
     segments = 48 * plan.n_units if variant.split else 0
     block = ctypes.create_string_buffer(_AT_TAKEN + 16 * plan.most_chunks + segments)
+    block.plan = plan  # type: ignore[attr-defined]  # owns the axes' table, whose address is in the block
     at_total, at_taken = ctypes.addressof(block) + _AT_TOTAL, ctypes.addressof(block) + _AT_TAKEN
     at_partial = at_taken + 8 * plan.most_chunks
     at_segments = at_partial + 8 * plan.most_chunks
@@ -434,8 +435,3 @@ def kernel(name: str, variant: Variant = _ANY) -> Kernel:
             address, owner = _machine_code.kernel(name, variant)
             _kernels[name, variant] = Kernel(_FUNCTION(address), address, owner)
     return _kernels[name, variant]
-
-
-def compiled() -> Iterable[tuple[str, Variant]]:
-    """What has been compiled or loaded in this process."""
-    return tuple(_kernels)

@@ -84,8 +84,8 @@ START, START_ALONE = struct.Struct(_ZEROS + "3q"), struct.Struct(_ZEROS + "3q6q"
 TOTAL = struct.Struct("=16x3d")  # sum of the losses, BAD, DIVISOR
 
 # The table of small calls that are known: words of 8 bytes, all numbers; see ``_direct``.
-MOST_AXES, MOST_ENTRIES = 4, 64
-# Its beginning: number of entries; is a gradient written?; types of arrays and of options; ``launch``, functions of Python's
+MOST_AXES, MOST_ENTRIES = 4, 256
+# Its head: number of entries; is a gradient written?; types of arrays and of options; ``launch``, functions of Python's
 COUNT, WRITES, NDARRAY_TYPE, INT_TYPE, FLOAT_TYPE, STR_TYPE, LAUNCH, TO_FLOAT, TO_BOOL, FROM_INT, COMPARE = range(11)
 HEAD = 11
 EQUAL = 2  # Py_EQ

@@ -120,3 +120,41 @@ def test_calls_that_come_again(shape, smoothing):
     short.untyped_storage().resize_(short.untyped_storage().nbytes() - 4)
     with pytest.raises(RuntimeError, match="data is not allocated"):
         f(ft.cross_entropy, short, y.fill_(0))
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "ignore_index", "z_loss"])
+def test_options_that_may_change_are_looked_at_every_time(name):
+    x, y = torch.randn(6, 4), torch.arange(6) % 4
+    option = torch.tensor(1) if name == "ignore_index" else torch.tensor(0.1, dtype=torch.float64)
+    for value in (option.item(), option.add_(1 if name == "ignore_index" else 0.5).item()):
+        option.fill_(value)
+        assert ft.cross_entropy(x, y, **{name: option}) == ft.cross_entropy(x, y, **{name: value})
+    ft.cross_entropy(x, y, ignore_index=1)
+    with pytest.raises(TypeError):
+        ft.cross_entropy(x, y, ignore_index=1.0)
+
+
+def test_a_call_makes_ready_only_what_it_runs(monkeypatch):
+    from fastxent.torch import _known
+
+    made: list[str] = []
+    ready = _known._ready
+    monkeypatch.setattr(_known, "known_calls", {})
+    monkeypatch.setattr(_known, "_ready", lambda task: made.append(task.name) or ready(task))
+    x = torch.randn(6, 4, requires_grad=True)
+    for _ in range(3):
+        ft.cross_entropy(x.detach(), torch.zeros(6, dtype=torch.long))
+    assert made == ["value"]
+    for _ in range(3):
+        ft.cross_entropy(x, torch.zeros(6, dtype=torch.long)).backward()
+    assert made == ["value", "value_and_grad"]
+
+
+def test_known_calls_are_known_where_it_is_installed(monkeypatch):
+    from fastxent.torch import _install
+
+    x, y = torch.randn(6, 4, requires_grad=True), torch.arange(6) % 4
+    with ft.installed():
+        first = F.cross_entropy(x, y)
+        monkeypatch.setattr(_install, "route", None)
+        assert F.cross_entropy(x, y) == first and torch.nn.CrossEntropyLoss()(x, y).requires_grad

@@ -86,7 +86,9 @@ def threads() -> int:
 def check_memory(*tensors: Tensor | None) -> None:
     """PyTorch lets the memory of a tensor be freed under it, or cut short."""
     for t in tensors:
-        if t is not None and t.untyped_storage().nbytes() < t.storage_offset() * t.element_size() + reach(t):
+        if t is None or t.numel() == 0:
+            continue
+        if t.data_ptr() == 0 or t.untyped_storage().nbytes() < t.storage_offset() * t.element_size() + reach(t):
             raise RuntimeError(
                 "The tensor has a non-zero number of elements, but its data is not allocated yet, or not any more."
             )
@@ -140,7 +142,7 @@ def plan_of(
 
 def _run(name: str, call: _Call, g: Tensor, options: Options, factor: float = 1.0) -> Tensor:
     """Run a task; its loss, reduced."""
-    loss = torch.zeros(call.rows, dtype=call.acc) if options.reduction == NONE else None
+    loss = torch.zeros(call.rows, dtype=call.acc, device="cpu") if options.reduction == NONE else None
     x, t = call.x, call.t
     strides = (x.stride(), g.stride(), (x if t is None else t).stride())
     labelled, smooth = call.y is not None, call.y is not None and options.label_smoothing > 0
@@ -159,9 +161,9 @@ def _run(name: str, call: _Call, g: Tensor, options: Options, factor: float = 1.
 
 def _scalar(value: float, dtype: torch.dtype) -> Tensor:
     try:
-        return torch.scalar_tensor(value, dtype=dtype)
+        return torch.scalar_tensor(value, dtype=dtype, device="cpu")
     except RuntimeError:  # it refuses what float32 rounds to infinity; torch.tensor does not, but takes twice the time
-        return torch.tensor(value, dtype=dtype)
+        return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def numbers(options: Options, n_classes: int) -> dict[str, float]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastxent._builtin import at_addresses
-from fastxent._known import MOST_KNOWN
+from fastxent._known import MOST_KNOWN, has_constant_options
 from fastxent._parallel import PackedTask
 from fastxent._plan import over
 from fastxent.torch import _calls
@@ -25,18 +25,25 @@ from fastxent.torch._eager import apply
 Run = Callable[[int, int, int, int], bool]  # (x, g, y, loss), addresses: writes the loss; False: a class index is out of range
 
 
-class Known(NamedTuple):
-    """Tasks for a kind of call that was met before."""
+class Known:
+    """A kind of call that was met before."""
 
-    value: Run
-    gradient: Run
-    small: bool
-    options: Options
-    loss: Tensor  # of its dtype
-    input_bytes: int
-    target_bytes: int
-    itemsize: int
-    in_place: bool  # may the gradient be written where the logits are?
+    def __init__(
+        self, value: PackedTask, gradient: PackedTask, options: Options, input: Tensor, target: Tensor, in_place: bool
+    ) -> None:
+        self.value: Run = partial(self._first_run, "value", value)
+        self.gradient: Run = partial(self._first_run, "gradient", gradient)
+        self.small = value.small
+        self.options = options
+        self.loss = torch.empty((), dtype=input.dtype, device="cpu")
+        self.input_bytes, self.target_bytes, self.itemsize = reach(input), reach(target), input.itemsize
+        self.in_place = in_place  # may the gradient be written where the logits are?
+
+    def _first_run(self, which: str, task: PackedTask, x: int, g: int, y: int, loss: int) -> bool:
+        """Only a task that is run is compiled."""
+        run = _ready(task)
+        setattr(self, which, run)
+        return run(x, g, y, loss)
 
 
 known_calls: dict[tuple[Any, ...], Known | None] = {}
@@ -53,10 +60,13 @@ def is_out_of_the_ordinary() -> bool:
 
 
 def kind_of(input: Tensor, target: Tensor, options: tuple[Any, ...]) -> tuple[Any, ...]:
-    """All that a call without weights is sorted by. Tensors that are odd in other ways have no strides or no storage."""
+    """All that a call without weights is sorted by. Tensors that are odd in other ways have no strides, storage or address.
+
+    The type of ignore_index is there because True == 1 == 1.0; the other options may be of any type.
+    """
     return (
         type(input), input.shape, input.stride(), input.dtype, input.is_cpu, input.is_neg(),
-        type(target), target.shape, target.stride(), target.dtype, target.is_cpu, target.is_neg(), options,
+        type(target), target.shape, target.stride(), target.dtype, target.is_cpu, target.is_neg(), options, type(options[1]),
     )  # fmt: skip
 
 
@@ -96,15 +106,17 @@ def recall(input: Tensor, target: Tensor, options: tuple[Any, ...], inplace: boo
 
 def remember(input: Tensor, target: Tensor, options: Options) -> None:
     """Keep the tasks of a call that was found good, or None if they cannot take its tensors as they lie."""
+    if not has_constant_options(options):
+        return
     kind = kind_of(input, target, options)
     if kind in known_calls:
         return
     if len(known_calls) >= MOST_KNOWN:
         known_calls.clear()
-    known_calls[kind] = _known(input, target, options)
+    known_calls[kind] = _tasks_for(input, target, options)
 
 
-def _known(input: Tensor, target: Tensor, options: Options) -> Known | None:
+def _tasks_for(input: Tensor, target: Tensor, options: Options) -> Known | None:
     axis = 0 if input.dim() == 1 else 1
     if (
         input.dtype not in (torch.float32, torch.float64)
@@ -127,10 +139,7 @@ def _known(input: Tensor, target: Tensor, options: Options) -> Known | None:
         return None
     arguments = _calls.numbers(options, input.shape[axis]) | {"average": options.reduction == MEAN}
     value, gradient = (PackedTask(name, plan, **arguments) for name in ("value", "value_and_grad"))
-    small = value.small
-    loss = torch.empty((), dtype=input.dtype)
-    in_place = g.stride() == input.stride()
-    return Known(_ready(value), _ready(gradient), small, options, loss, reach(input), reach(target), input.itemsize, in_place)
+    return Known(value, gradient, options, input, target, g.stride() == input.stride())
 
 
 def _ready(task: PackedTask) -> Run:

@@ -82,15 +82,16 @@ def _on_cpu(*tensors: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return all([type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and _has_address(t) for t in tensors])
+    return not any([_stands_for_another(t) for t in tensors])
 
 
-def _has_address(t: Tensor) -> bool:
-    """Zero tensors, and those that stand for others, have none."""
-    try:
-        return t.data_ptr() != 0
-    except RuntimeError:
-        return False
+def _stands_for_another(t: Tensor) -> bool:
+    return (
+        type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        or t._is_zerotensor()
+        or torch._is_functional_tensor(t)
+        or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
 
 
 def _must_be_formula(input: Tensor, *others: Tensor | None) -> bool:

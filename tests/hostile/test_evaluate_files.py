@@ -1,4 +1,4 @@
-"""`fastxent evaluate` on files that are cut, also while they are read, or oddly named. See test_evaluate_hostile.py for more."""
+"""`fastxent evaluate` on files that are cut, also while they are read, or oddly named. More: test_evaluate_hostile.py."""
 
 from __future__ import annotations
 

@@ -273,9 +273,6 @@ def inside():
     return "well"
 assert child.in_a_fork(inside) == "well"
 assert (lent == 1).all() and buffer(1 << 21).ctypes.data == place
-_memory._Store.lock.acquire()  # another thread's, in the midst of something
-assert child.in_a_fork(inside) == "well"
-_memory._Store.lock.release()
 print("well")
 """
 
@@ -285,12 +282,45 @@ def test_the_store_survives_a_fork():
     assert run_script(FORK, PYTHONPATH=os.pathsep.join([HERE, *sys.path])) == "well"
 
 
-def test_the_end_of_a_buffer_in_the_midst_of_the_store():
-    """The collector may run while the lock is held: the end of a lease then waits for nobody."""
-    lease = buffer(2 * MIB)
-    with _memory._Store.lock:
-        del lease
-    assert fx.release_buffers() >= 2 * MIB
+def test_signals_that_want_buffers_in_the_midst_of_the_store():
+    """Whatever the store is doing: nobody waits, and no buffer goes to two."""
+    code = (
+        "import signal, numpy as np; from fastxent._memory import empty\n"
+        "buffer = lambda: empty((2**20,), np.dtype('u1'))\n"
+        "held = [buffer() for _ in range(3)]\n"
+        "def handle(*_):\n"
+        "    mine = [buffer() for _ in range(2)]\n"
+        "    for b in mine: b[0] = 1\n"
+        "signal.signal(signal.SIGALRM, handle)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)\n"
+        "for n in range(20000):\n"
+        "    held[n % 3] = None\n"
+        "    held[n % 3] = buffer()\n"
+        "    places = {b.ctypes.data for b in held}\n"
+        "    assert len(places) == 3\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0)\n"
+        "print('well')"
+    )
+    assert run_script(code, timeout=120) == "well"
+
+
+def test_gradients_that_live_together_beyond_the_limit():
+    """Those that fit beside each other are used again, step by step; a cycle does not push out what comes next."""
+    fx.set_buffer_limit(64 * MIB)
+    places: list[set[int]] = []
+    for _ in range(3):
+        alive = [buffer(size * MIB) for size in (19, 25, 32)]
+        places.append({address(b) for b in alive[:2]})
+        del alive
+    assert places[0] == places[1] == places[2]
+    assert fx.release_buffers() <= 64 * MIB
+
+
+def test_a_smaller_limit_lets_go_of_what_is_in_use():
+    lent = buffer(3 * MIB)
+    fx.set_buffer_limit(0)
+    del lent
+    assert fx.release_buffers() == 0
 
 
 def test_buffers_at_the_end_of_the_process():

@@ -9,6 +9,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -191,11 +192,17 @@ def freed_memory() -> None:
             loss = forward() if when == "between" else None
             t[which].untyped_storage().resize_(0)
             count += fails(RuntimeError, "not allocated", forward if loss is None else loss.sum().backward)
+    for gone, reduction in itertools.product((0, 1, 2), ("mean", "none")):
+        few = torch.zeros(64, dtype=torch.int32), torch.rand(64, 10), torch.rand(64, 10)
+        weight = torch.rand(10)
+        (weight if gone == 2 else few[gone]).untyped_storage().resize_(0)
+        lost = partial(fxt.cross_entropy, torch.zeros(64, 10), few[gone], weight if gone == 2 else None, reduction=reduction)
+        count += fails(RuntimeError, "not allocated", lost)
     print(count)
 
 
 def test_tensors_whose_memory_is_gone():
-    assert run("freed_memory") == 24
+    assert run("freed_memory") == 30
 
 
 def test_negated_views():
