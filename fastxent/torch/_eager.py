@@ -68,6 +68,8 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
         )
     input, target, weight, sample_weight = ctx.saved_tensors
     check_memory(sample_weight)
+    if grad_output._is_zerotensor():  # it has no memory
+        grad_output = torch.zeros(grad_output.shape, dtype=grad_output.dtype, device="cpu")
     rows = grad_output if sample_weight is None else grad_output * sample_weight
     out = input.detach() if ctx.inplace else None
     _, grad = value_and_grad(input, target, weight, rows, ctx.options._replace(reduction=SUM), out)
