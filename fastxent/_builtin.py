@@ -16,12 +16,10 @@ import numpy as np
 
 from fastxent import _parallel, _task
 from fastxent._parallel import PackedTask
-from fastxent._plan import TILE
-
-Array = np.ndarray[Any, Any]
+from fastxent._validate import Array
 
 _FASTCALL = 0x80  # METH_FASTCALL
-_tile = np.empty(TILE + 64, np.uint8)  # of the one that holds the GIL
+_tile, _at_tile = _parallel.tiles_for(1)  # of the one that holds the GIL
 
 
 class _MethodDef(ctypes.Structure):
@@ -76,7 +74,7 @@ def _words(n_entries: int, writes: bool) -> Array:
 
 def _own_block(task: PackedTask) -> Array:
     """An argument block for the builtins alone, but for what they write."""
-    block = task.new_block(_tile.ctypes.data + -_tile.ctypes.data % 64)
+    block = task.new_block(_at_tile)
     _task.START.pack_into(block, 0, 0, 0, 1)
     return np.frombuffer(block, np.uint8)  # type: ignore[call-overload]  # ctypes arrays are buffers
 

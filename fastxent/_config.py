@@ -49,8 +49,7 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
             raise ValueError(f"dtypes holds {dtype!r}; allowed are {', '.join(STORAGE)}")
     jobs = [(name, Variant("f32")) for name in ("launch", "check", "answer", "run_at")]
     for dtype in dtypes:
-        variants = dict.fromkeys(_variant_for(shape, dtype) for shape in _COMMON)
-        jobs += [(name, variant) for variant in variants for name in ("value", "value_and_grad")]
+        jobs += [(name, _variant_for(shape, dtype)) for shape in _COMMON for name in ("value", "value_and_grad")]
     for done, (name, variant) in enumerate(jobs):
         if progress is not None:
             progress(done, len(jobs), f"{name} {variant.logits}")

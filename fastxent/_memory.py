@@ -62,7 +62,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return np.empty(shape, dtype)
     buffer = _take(nbytes) or _new(nbytes)
     array = np.ndarray(shape, dtype, buffer.owner, buffer.start)
-    if _make_room(nbytes):
+    if _make_room(buffer.nbytes):
         _Store.kept.append(buffer)
     return array
 

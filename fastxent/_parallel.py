@@ -86,6 +86,12 @@ def run(name: str, plan: Plan, n_threads: int | None = None, **arguments: Any) -
         _State.tiles.append(tiles)
 
 
+def tiles_for(n_threads: int) -> tuple[np.ndarray[Any, Any], int]:
+    """Memory for so many tiles, and where the first begins: on a cache line."""
+    tiles = np.empty(n_threads * TILE + 64, np.uint8)
+    return tiles, tiles.ctypes.data + -tiles.ctypes.data % 64
+
+
 def _take_tiles() -> tuple[np.ndarray[Any, Any], int]:
     """A tile for each thread that may ever work at one call. Not on the threads' stacks: those may be as small as 64 KB.
 
@@ -94,8 +100,7 @@ def _take_tiles() -> tuple[np.ndarray[Any, Any], int]:
     try:
         return _State.tiles.pop()
     except IndexError:
-        tiles = np.empty(_MOST_THREADS * TILE + 64, np.uint8)
-        return tiles, tiles.ctypes.data + -tiles.ctypes.data % 64
+        return tiles_for(_MOST_THREADS)
 
 
 def argument_block(

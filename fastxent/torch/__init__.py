@@ -24,9 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastxent.torch._calls import Options
 from fastxent.torch._install import install, installed, uninstall
-from fastxent.torch._known import recall
 from fastxent.torch._route import route
 
 __all__ = ["CrossEntropyLoss", "cross_entropy", "install", "installed", "uninstall"]
@@ -109,12 +107,8 @@ def cross_entropy(
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
     number = nn._reduction.get_enum(reduction)
     options = (number, ignore_index, label_smoothing, z_loss, softcap or 0.0)
-    if weight is None and sample_weight is None:
-        loss = recall(input, target, options, inplace)
-        if loss is not None:
-            return loss
     try:
-        return route(input, target, weight, sample_weight, Options(*options), inplace)
+        return route(input, target, weight, sample_weight, options, inplace)
     except (AttributeError, TypeError, struct.error):
         # Is an argument of a wrong type? PyTorch's parser says which one.
         torch._C._nn.cross_entropy_loss(input, target, weight, number, ignore_index, label_smoothing)  # type: ignore[arg-type]

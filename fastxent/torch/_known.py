@@ -49,7 +49,7 @@ class Known:
 known_calls: dict[tuple[Any, ...], Known | None] = {}
 
 
-def is_out_of_the_ordinary() -> bool:
+def _is_out_of_the_ordinary() -> bool:
     """Is somebody tracing or transforming? (Autocast leaves float32 and float64 alone.)"""
     return (
         torch.compiler.is_compiling()  # first: Dynamo must not look at the others
@@ -72,7 +72,7 @@ def kind_of(input: Tensor, target: Tensor, options: tuple[Any, ...]) -> tuple[An
 
 def recall(input: Tensor, target: Tensor, options: tuple[Any, ...], inplace: bool) -> Tensor | None:
     """The loss; None where all has to be checked."""
-    if is_out_of_the_ordinary():
+    if _is_out_of_the_ordinary():
         return None
     try:
         known = known_calls.get(kind_of(input, target, options))
@@ -87,26 +87,22 @@ def recall(input: Tensor, target: Tensor, options: tuple[Any, ...], inplace: boo
         return None
     if x == 0 or y == 0:  # zero tensors, and those that stand for others
         return None
-    loss = torch.empty_like(known.loss)
-    if not (torch.is_grad_enabled() and input.requires_grad):
-        if known.value(x, x, y, loss.data_ptr()):
-            return loss
-        raise out_of_bounds(target, input.shape[input.dim() > 1], known.options.ignore_index)
-    if inplace and may_be_overwritten(input, target):
-        if not known.in_place:
+    grad = None
+    if torch.is_grad_enabled() and input.requires_grad:
+        inplace = inplace and may_be_overwritten(input, target)
+        if inplace and not known.in_place:
             return None
-        grad = input.detach()
-    else:
-        inplace = False
-        grad = torch.empty_like(input) if known.small else gradient_like(input)
-    if not known.gradient(x, grad.data_ptr(), y, loss.data_ptr()):
+        grad = input.detach() if inplace else torch.empty_like(input) if known.small else gradient_like(input)
+    loss = torch.empty_like(known.loss)
+    run, g = (known.value, x) if grad is None else (known.gradient, grad.data_ptr())
+    if not run(x, g, y, loss.data_ptr()):
         raise out_of_bounds(target, input.shape[input.dim() > 1], known.options.ignore_index)
-    return apply(input, (loss, grad, target, None, None, known.options, inplace))
+    return loss if grad is None else apply(input, (loss, grad, target, None, None, known.options, inplace))
 
 
 def remember(input: Tensor, target: Tensor, options: Options) -> None:
     """Keep the tasks of a call that was found good, or None if they cannot take its tensors as they lie."""
-    if not has_constant_options(options):
+    if _is_out_of_the_ordinary() or not has_constant_options(options):
         return
     kind = kind_of(input, target, options)
     if kind in known_calls:
