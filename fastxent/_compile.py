@@ -6,10 +6,10 @@ from types import FunctionType
 from typing import Any
 
 from llvmlite import binding
-from numba import cfunc, types
+from numba import types
 from numba.core.registry import cpu_target
 
-from fastxent import _direct, _kernels, _machine_code, _simd, _task
+from fastxent import _direct, _inlined, _kernels, _machine_code, _simd, _task
 from fastxent._plan import KEEPERS, Variant
 
 
@@ -46,30 +46,31 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
     return _simd.Task(fields, tuple(constants.items()))
 
 
-def c_function(name: str, variant: Variant) -> Any:
-    """Kernel ``name``, or a function of ``_direct``, as a C function of Numba's."""
+def c_function(name: str, variant: Variant) -> tuple[Any, str]:
+    """Kernel ``name``, or a function of ``_direct``, as a C function: see ``_inlined``."""
     if name in ("answer", "run_at"):
-        return cfunc(types.int64(types.int64, types.int64, types.int64))(getattr(_direct, name))
+        return _inlined.c_function(getattr(_direct, name), types.int64(types.int64, types.int64, types.int64))
     task = task_type(name, variant)
     if name == "launch":
-        return cfunc(types.void(task))(_kernels.launch)
+        return _inlined.c_function(_kernels.launch, types.void(task))
     function = _kernels.check
     if name != "check":  # ``kernel``, with the function of this name as its ``visit``
         names = vars(_kernels) | {"visit": getattr(_kernels, name)}
         function = FunctionType(_kernels.kernel.__code__, names, name)
-    return cfunc(types.void(task, types.int64, types.int64))(function)
+    return _inlined.c_function(function, types.void(task, types.int64, types.int64))
 
 
 def object_code(name: str, variant: Variant) -> bytes:
     """Kernel ``name`` as an object file, in which it is called ``_machine_code.SYMBOL``."""
-    function = c_function(name, variant)
-    module = binding.parse_assembly(function.inspect_llvm())
-    module.get_function(function.native_name).name = _machine_code.SYMBOL
+    library, symbol = c_function(name, variant)
+    module = binding.parse_assembly(library.get_llvm_str())
+    module.get_function(symbol).name = _machine_code.SYMBOL
     for value in (*module.functions, *module.global_variables):
         if not value.is_declaration and value.name != _machine_code.SYMBOL:
             value.linkage = "private"  # Numba's names, a few thousand letters each, stay out of the file
     triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    # Small code: constants are near, for ``_machine_code.link`` puts all of a file into one piece of memory.
     machine = binding.Target.from_triple(triple).create_target_machine(
-        cpu, features, opt=3, reloc="default", codemodel="jitdefault", jit=True
+        cpu, features, opt=3, reloc="pic", codemodel="small", jit=True
     )
     return bytes(machine.emit_object(module))

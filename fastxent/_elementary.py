@@ -2,6 +2,7 @@
 
 import math
 from collections import namedtuple
+from functools import partial
 
 from llvmlite import ir
 from numba import njit, types
@@ -13,9 +14,9 @@ from fastxent._simd import F64, I32, I64, LANES, SCALAR, absolute, at_least, cal
 # exp(x - m) for x <= m, with exp(0) exactly 1 and no error from the difference x - m, which is the largest one elsewhere
 # (half an ulp of x - m = -12.3 is 4e-7, and so is then the relative error of the exponential).
 #   k   = round((x - m) / ln 2), from adding 1.5 * 2^(mantissa bits): the sum's low bits are k, rounded by the adder.
-#   r   = x - m - k ln 2, |r| <= ln(2)/2, exact but for three roundings of r's own size: m is split into base + coarse + fine,
+#   r   = x - m - k ln 2, |r| <= ln(2)/2, exact but for its own rounding and a lesser one: m is split into base + coarse + fine,
 #         and ln 2 into high + low (Cody, Waite), where coarse and high are multiples of so large a power of two (the grid) that
-#         c = coarse + k high is exact; r = ((x - base) - c) - fine - k low. If m is beyond the reach of the grid, all of it is
+#         c = coarse + k high is exact; r = (x - base - c) - (fine + k low). If m is beyond the reach of the grid, all of it is
 #         base: x - base is exact then for every x that matters.
 #   e^r = 1 + r + r^2 q(r), q interpolated at Chebyshev nodes: 0.2 (f32), 0.002 (f64) of a half-ulp.
 #   2^k   is the low bits moved to the exponent's place: with bias + UP in what is added, they are k + bias + UP.
@@ -38,19 +39,22 @@ _FORMAT = {  # mantissa bits, exponent bias, UP, ln 2 high part (a multiple of t
 
 
 def _polynomial(coefficients):
-    """A jitted ``c0 + c1 x + c2 x^2 + ...``, by Horner's rule."""
+    """A jitted ``c0 + c1 x + c2 x^2 + ...`` of x and x^2: pairs of terms, which wait for nothing, by Horner's rule in x^2."""
 
     @intrinsic
-    def polynomial(typingctx, x):
+    def polynomial(typingctx, x, xx):
         vector = lanes_of(SCALAR[x.kind], x.lanes)
+        constants = [ir.Constant(vector, [c] * x.lanes) for c in coefficients]
 
         def codegen(context, builder, sig, args):
-            *rest, y = (ir.Constant(vector, [c] * x.lanes) for c in coefficients)
-            for c in reversed(rest):
-                y = call_llvm(builder, f"llvm.fmuladd.v{x.lanes}{x.kind}", vector, [y, args[0], c])
+            fused = partial(call_llvm, builder, f"llvm.fmuladd.v{x.lanes}{x.kind}", vector)
+            pairs = [fused([args[0], b, a]) for a, b in zip(constants[::2], constants[1::2], strict=False)]
+            *rest, y = pairs + constants[2 * len(pairs) :]  # an odd one is left over
+            for pair in reversed(rest):
+                y = fused([y, args[1], pair])
             return y
 
-        return x(x), codegen
+        return x(x, xx), codegen
 
     return polynomial
 
@@ -95,8 +99,21 @@ def _shift_by(m):
 
 
 def exp_up(x, shift):
-    """``exp(x - m) * 2**UP`` for ``x <= m``, -inf and nan; error below 1.5 ulp; ``shift = shift_by(m)``."""
+    """``exp(x - m) * 2**UP`` for ``x <= m``, -inf and nan; error below 1.5 ulp; ``shift = shift_by(m)``.
+
+    Where the base is 0, it may be None: one operation less.
+    """
     raise TypeError("exp_up is for kernels")
+
+
+@njit(**INLINE)
+def _minus(x, base):
+    return x - base
+
+
+@njit(**INLINE)
+def _itself(x, base):
+    return x
 
 
 @overload(exp_up, jit_options=INLINE)
@@ -105,15 +122,16 @@ def _exp_up(x, shift):
     offset = 1.5 * 2.0**mantissa + (bias + up)
     log2e = 1.0 / math.log(2.0)
     q_of = _polynomial(q)
+    less = _itself if shift.types[0] == types.none else _minus
 
     def exp_up(x, shift):
-        x = at_least(x - shift.base, shift.lowest)
+        x = at_least(less(x, shift.base), shift.lowest)
         shifted = fma(x - shift.coarse, log2e, splat(x, offset))
         k = shifted - offset
-        r = x - fma(k, ln2_high, shift.coarse)
-        r = fma(k, -ln2_low, r - shift.fine)
+        r = (x - fma(k, ln2_high, shift.coarse)) - fma(k, ln2_low, shift.fine)
+        rr = r * r
         power = _power_of_two(shifted)
-        return fma(power, fma(r * r, q_of(r), r), power)
+        return fma(power, fma(rr, q_of(r, rr), r), power)
 
     return exp_up
 
@@ -136,8 +154,9 @@ def _tanh(x, height):
         shifted = fma(d, log2e, splat(d, offset))
         k = shifted - offset
         r = fma(k, -ln2_low, fma(k, -ln2_high, d))
+        rr = r * r
         power = _power_of_two(shifted)
-        expm1 = fma(power, fma(r * r, q_of(r), r), power - 1.0)
+        expm1 = fma(power, fma(rr, q_of(r, rr), r), power - 1.0)
         size = (expm1 * -height) / (expm1 + 2.0)
         return where(x < 0.0, size * -1.0, size)
 
@@ -200,7 +219,7 @@ def log(x):
     s = f / (f + 2.0)
     z = s * s
     half = f * f * 0.5
-    tail = s * (half + z * 2.0 * _LOG(z)) + k * _LN2_LOW
+    tail = s * (half + z * 2.0 * _LOG(z, z * z)) + k * _LN2_LOW
     y = k * _LN2_HIGH - ((half - tail) - f)
     y = where(x == 0.0, splat(x, -math.inf), y)
     y = where(x == math.inf, x, y)

@@ -17,7 +17,7 @@ A sample weight u multiplies a row's l and gradient; the gradient of a mean is d
 Online softmax (Milakov, Gimelshein 2018): a row is read once, in blocks; when a block raises the maximum from m to m',
     s' = f s        D' = D + Q (m - m')        E' = f (E + s (m - m'))        f = exp(m - m')
 with E = sum_c exp(x_c - m) (x_c - m), from which the entropy comes: log s - E / s.
-The terms of at most eight vectors are added in float32; all further sums are float64 (of float64 logits,
+The terms of at most eight vectors (across: sixteen) are added in float32; all further sums are float64 (of float64 logits,
 compensated), and their order follows from the shape alone: same bits at any number of threads.
 
 One maths, two directions. 16 lanes hold classes of one row (``task.across``) or one class of 16 rows: ``_rows`` says when, and

@@ -96,9 +96,7 @@ def wide_group(task, unit, j, stop, m, shift):
     q = x
     if task.dense:
         q = beside_each_other(target_weights, task, unit, j)
-    base, coarse, fine, lowest = shift
-    wide = Shift(repeat(base, GROUP), repeat(coarse, GROUP), repeat(fine, GROUP), repeat(lowest, GROUP))
-    e = exp_up(x, wide)
+    e = exp_up(x, Shift(None, repeat(shift.coarse, GROUP), repeat(shift.fine, GROUP), repeat(shift.lowest, GROUP)))
     if task.keeps_e:
         if task.split:
             store_apart(task.g + (unit.g + j * g_step(task)), e, g_step(task))
@@ -189,10 +187,12 @@ def block_state(task, unit, start, stop):
     totals = (zero, zero, zero, zero)
     n_whole = max(start, min(stop, unit.full))
     grouped = start
-    if not task.double:
+    if not task.double and not any_lane(shift.base != 0.0):
+        near = Shift(None, shift.coarse, shift.fine, shift.lowest)
         grouped = start + (n_whole - start) // GROUP * GROUP if WIDE else start + (n_whole - start) // 2 * 2
-        for j in range(start, grouped, GROUP):
-            totals = add_sums(task, totals, group_sums(task, unit, j, min(j + GROUP, grouped), finite, shift))
+        group = 2 * GROUP if task.across and not WIDE else GROUP  # across, the lanes' rounding errors make up for each other
+        for j in range(start, grouped, group):
+            totals = add_sums(task, totals, group_sums(task, unit, j, min(j + group, grouped), finite, near))
     for j in range(grouped, n_whole):
         look_ahead(task, unit, j)
         totals = add_sums(task, totals, vector_sums(task, unit, j, all_lanes(), finite, shift))
