@@ -256,7 +256,7 @@ def flush_rows(task, unit, tile, p):
     to, step = (stage, own) if staged else (p, row)
     for c in range(0, task.n_classes, LANES):
         first = first_of(task, c)
-        store_transposed(to + first * itemsize(p), step, tile + first * LANES * itemsize(tile))
+        store_transposed(to + first * itemsize(p), step, min(LANES, task.n_classes), tile + first * LANES * itemsize(tile))
     if staged:
         if row == own:
             put_neighbours(task, p, stage, n * task.n_classes)

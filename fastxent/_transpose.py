@@ -8,27 +8,28 @@ from fastxent._loadstore import ITEMSIZE, encode, load_lanes, load_lanes_masked,
 from fastxent._simd import I32, I64, LANES, SCALAR, WIDE, broadcast, lanes_of
 
 SQUARE = 16 if WIDE else 8  # rows and columns that are transposed at a time: what the registers hold
+HALF = SQUARE // 2
 
 
-def _transpose(builder, rows):
-    """Lane j of vector i -> lane i of vector j: exchange blocks of 1, 2, 4, ... lanes between pairs of vectors."""
-    rows, size = list(rows), len(rows)
+def _exchange(builder, vectors):
+    """Lane j of vector i <-> lane i of vector j, in each piece of as many lanes as there are vectors: blocks of 1, 2, 4, ...
+    lanes change places between pairs of vectors."""
+    vectors, size, lanes = list(vectors), len(vectors), vectors[0].type.count
     block = 1
     while block < size:
-        keep = [lane if not lane & block else size + lane - block for lane in range(size)]
-        swap = [lane + block if not lane & block else size + lane for lane in range(size)]
+        keep = [lane if not lane & block else lanes + lane - block for lane in range(lanes)]
+        swap = [lane + block if not lane & block else lanes + lane for lane in range(lanes)]
         for i in range(size):
             if not i & block:
-                a, b = rows[i], rows[i + block]
-                rows[i] = builder.shuffle_vector(a, b, ir.Constant(lanes_of(I32, size), keep))
-                rows[i + block] = builder.shuffle_vector(a, b, ir.Constant(lanes_of(I32, size), swap))
+                a, b = vectors[i], vectors[i + block]
+                vectors[i] = _pick(builder, a, b, keep)
+                vectors[i + block] = _pick(builder, a, b, swap)
         block *= 2
-    return rows
+    return vectors
 
 
-def _squares():
-    """Of 16 x 16 elements: first row and first column of each square."""
-    return [(i, j) for i in range(0, LANES, SQUARE) for j in range(0, LANES, SQUARE)]
+def _pick(builder, a, b, order):
+    return builder.shuffle_vector(a, b, ir.Constant(lanes_of(I32, len(order)), order))
 
 
 @intrinsic
@@ -40,51 +41,75 @@ def load_transposed(typingctx, p, stride, n, columns, tile):
 
     def codegen(context, builder, sig, args):
         base, stride, n, columns, tile = args
-        all_columns = builder.icmp_signed("==", columns, I64(LANES))
         last = builder.sub(n, I64(1))
         rows = []
         for row in range(LANES):
             there = builder.select(builder.icmp_signed("<", last, I64(row)), last, I64(row))
             rows.append(builder.gep(base, [builder.mul(stride, there)]))
-        for i, j in _squares():
-            here = [builder.gep(row, [I64(j * ITEMSIZE[p.storage])]) for row in rows[i : i + SQUARE]]
-            numbers = ir.Constant(lanes_of(I64, SQUARE), list(range(j, j + SQUARE)))
-            wanted = builder.icmp_signed("<", numbers, broadcast(builder, columns, "i64", SQUARE))
-            with builder.if_else(all_columns) as (whole, part):
-                with whole:
-                    a, from_whole = [load_lanes(builder, p, at, SQUARE) for at in here], builder.block
-                with part:
-                    b, from_part = [load_lanes_masked(builder, p, at, wanted) for at in here], builder.block
-            elements = []
-            for from_a, from_b in zip(a, b, strict=True):
-                elements.append(builder.phi(from_a.type))
-                elements[-1].add_incoming(from_a, from_whole)
-                elements[-1].add_incoming(from_b, from_part)
-            for k, column in enumerate(_transpose(builder, elements), j):
-                at = builder.gep(tile, [I64((k * LANES + i) * ITEMSIZE[p.kind])])
-                builder.store(column, typed(builder, at, column.type), align=1)
+
+        def columns_from(first, width, wanted=None):
+            here = [builder.gep(row, [builder.mul(first, I64(ITEMSIZE[p.storage]))]) for row in rows]
+            for i in range(0, LANES, SQUARE):
+                if wanted is None:
+                    elements = [load_lanes(builder, p, at, width) for at in here[i : i + SQUARE]]
+                else:
+                    elements = [load_lanes_masked(builder, p, at, wanted) for at in here[i : i + SQUARE]]
+                if width == HALF:  # rows k and k + HALF in a vector
+                    both = list(range(SQUARE))
+                    elements = [_pick(builder, *pair, both) for pair in zip(elements[:HALF], elements[HALF:], strict=True)]
+                for k, column in enumerate(_exchange(builder, elements)):
+                    nth = builder.add(builder.mul(builder.add(first, I64(k)), I64(LANES)), I64(i))
+                    at = builder.gep(tile, [builder.mul(nth, I64(ITEMSIZE[p.kind]))])
+                    builder.store(column, typed(builder, at, column.type), align=1)
+
+        with builder.if_else(builder.icmp_signed(">=", columns, I64(SQUARE))) as (whole, part):
+            with whole:  # what is left over is read together with elements before it
+                columns_from(I64(0), SQUARE)
+                if SQUARE < LANES:
+                    with builder.if_else(builder.icmp_signed(">", columns, I64(SQUARE + HALF))) as (many, few):
+                        with many:
+                            columns_from(builder.sub(columns, I64(SQUARE)), SQUARE)
+                        with few, builder.if_then(builder.icmp_signed(">", columns, I64(SQUARE))):
+                            columns_from(builder.sub(columns, I64(HALF)), HALF)
+            with part:
+                numbers = ir.Constant(lanes_of(I64, SQUARE), list(range(SQUARE)))
+                wanted = builder.icmp_signed("<", numbers, broadcast(builder, columns, "i64", SQUARE))
+                columns_from(I64(0), SQUARE, wanted)
         return context.get_dummy_value()
 
     return types.void(p, types.int64, types.int64, types.int64, tile), codegen
 
 
 @intrinsic
-def store_transposed(typingctx, p, stride, tile):
-    """16 vectors at ``tile`` -> 16 rows of 16 elements, ``stride`` bytes apart.
+def store_transposed(typingctx, p, stride, columns, tile):
+    """16 vectors at ``tile`` -> 16 rows of at least ``columns`` elements and at most 16, ``stride`` bytes apart.
 
     Rows may overlap: of two elements at one place the one nearer to the beginning of its row stays.
     """
 
     def codegen(context, builder, sig, args):
-        base, stride, tile = args
-        part = lanes_of(SCALAR[p.kind], SQUARE)
-        for i, j in sorted(_squares(), key=lambda square: (-square[1], square[0])):
-            columns = [builder.gep(tile, [I64((k * LANES + i) * ITEMSIZE[p.kind])]) for k in range(j, j + SQUARE)]
-            elements = [builder.load(typed(builder, at, part), align=1) for at in columns]
-            for row, x in enumerate(_transpose(builder, elements), i):
-                raw = encode(builder, x, p)
-                at = builder.gep(base, [builder.add(builder.mul(stride, I64(row)), I64(j * ITEMSIZE[p.storage]))])
-                builder.store(raw, typed(builder, at, raw.type), align=1)
+        base, stride, columns, tile = args
+
+        def columns_from(first, width):
+            part = lanes_of(SCALAR[p.kind], SQUARE)
+            for i in range(0, LANES, SQUARE):
+                places = [builder.gep(tile, [I64((k * LANES + i) * ITEMSIZE[p.kind])]) for k in range(first, first + width)]
+                elements = _exchange(builder, [builder.load(typed(builder, at, part), align=1) for at in places])
+                if width == HALF:  # rows k and k + HALF in a vector
+                    halves = list(range(HALF)), list(range(HALF, SQUARE))
+                    elements = [_pick(builder, x, x, order) for order in halves for x in elements]
+                for row, x in enumerate(elements, i):
+                    raw = encode(builder, x, p)
+                    at = builder.gep(base, [builder.add(builder.mul(stride, I64(row)), I64(first * ITEMSIZE[p.storage]))])
+                    builder.store(raw, typed(builder, at, raw.type), align=1)
+
+        if SQUARE < LANES:
+            with builder.if_else(builder.icmp_signed(">", columns, I64(SQUARE + HALF))) as (many, few):
+                with many:
+                    columns_from(SQUARE, SQUARE)
+                with few, builder.if_then(builder.icmp_signed(">", columns, I64(SQUARE))):
+                    columns_from(SQUARE, HALF)
+        columns_from(0, SQUARE)
         return context.get_dummy_value()
 
-    return types.void(p, types.int64, tile), codegen
+    return types.void(p, types.int64, types.int64, tile), codegen
