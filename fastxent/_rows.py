@@ -39,7 +39,7 @@ from fastxent._simd import (
     sum_across,
     where,
 )
-from fastxent._transpose import load_transposed, store_transposed
+from fastxent._transpose import SQUARE, load_transposed, store_transposed
 
 BLOCK = 128  # vectors between two looks at the running maximum: 8 KB of float32, well inside the first-level cache
 LINE = 64  # bytes of a cache line
@@ -247,11 +247,11 @@ def look_at_later_rows(task, p, row):
 @njit(**INLINE)
 def flush_rows(task, unit, tile, p):
     """The gradient of whole rows; by way of a stage, where they are then one piece, what cannot be written as it comes: rows of
-    less than a vector, fewer than 16 of them, and what goes past the caches."""
+    less than a square, fewer than 16 of them, and what goes past the caches."""
     row, own = get(task.axes, 16), task.n_classes * itemsize(p)
     look_at_later_rows(task, p, row)
     n = count_lanes(unit.rows)
-    staged = task.n_classes < LANES or n < LANES or (task.large and task.stream != 0 and row == own)
+    staged = task.n_classes < SQUARE or n < LANES or (task.large and task.stream != 0 and row == own)
     stage = as_stored(p, tile + (task.n_classes + LANES) * LANES * itemsize(tile))
     to, step = (stage, own) if staged else (p, row)
     for c in range(0, task.n_classes, LANES):

@@ -32,6 +32,23 @@ def _pick(builder, a, b, order):
     return builder.shuffle_vector(a, b, ir.Constant(lanes_of(I32, len(order)), order))
 
 
+def _by_squares(builder, columns, columns_from):
+    """Code for all columns, if there are SQUARE or more: what is left over is taken together with some before it."""
+    columns_from(I64(0), SQUARE)
+    if SQUARE < LANES:
+        with builder.if_else(builder.icmp_signed(">", columns, I64(SQUARE + HALF))) as (many, few):
+            with many:
+                columns_from(builder.sub(columns, I64(SQUARE)), SQUARE)
+            with few, builder.if_then(builder.icmp_signed(">", columns, I64(SQUARE))):
+                columns_from(builder.sub(columns, I64(HALF)), HALF)
+
+
+def _place(builder, tile, first, k, row, p):
+    """Where rows ``row`` ... of column ``first + k`` lie in a tile."""
+    nth = builder.add(builder.mul(builder.add(first, I64(k)), I64(LANES)), I64(row))
+    return builder.gep(tile, [builder.mul(nth, I64(ITEMSIZE[p.kind]))])
+
+
 @intrinsic
 def load_transposed(typingctx, p, stride, n, columns, tile):
     """n rows (at most 16), ``stride`` bytes apart -> 16 vectors at ``tile``: element j < columns of each row.
@@ -58,19 +75,12 @@ def load_transposed(typingctx, p, stride, n, columns, tile):
                     both = list(range(SQUARE))
                     elements = [_pick(builder, *pair, both) for pair in zip(elements[:HALF], elements[HALF:], strict=True)]
                 for k, column in enumerate(_exchange(builder, elements)):
-                    nth = builder.add(builder.mul(builder.add(first, I64(k)), I64(LANES)), I64(i))
-                    at = builder.gep(tile, [builder.mul(nth, I64(ITEMSIZE[p.kind]))])
+                    at = _place(builder, tile, first, k, i, p)
                     builder.store(column, typed(builder, at, column.type), align=1)
 
         with builder.if_else(builder.icmp_signed(">=", columns, I64(SQUARE))) as (whole, part):
-            with whole:  # what is left over is read together with elements before it
-                columns_from(I64(0), SQUARE)
-                if SQUARE < LANES:
-                    with builder.if_else(builder.icmp_signed(">", columns, I64(SQUARE + HALF))) as (many, few):
-                        with many:
-                            columns_from(builder.sub(columns, I64(SQUARE)), SQUARE)
-                        with few, builder.if_then(builder.icmp_signed(">", columns, I64(SQUARE))):
-                            columns_from(builder.sub(columns, I64(HALF)), HALF)
+            with whole:
+                _by_squares(builder, columns, columns_from)
             with part:
                 numbers = ir.Constant(lanes_of(I64, SQUARE), list(range(SQUARE)))
                 wanted = builder.icmp_signed("<", numbers, broadcast(builder, columns, "i64", SQUARE))
@@ -82,9 +92,9 @@ def load_transposed(typingctx, p, stride, n, columns, tile):
 
 @intrinsic
 def store_transposed(typingctx, p, stride, columns, tile):
-    """16 vectors at ``tile`` -> 16 rows of at least ``columns`` elements and at most 16, ``stride`` bytes apart.
+    """16 vectors at ``tile`` -> 16 rows of ``columns`` elements, at most 16, ``stride`` bytes apart.
 
-    Rows may overlap: of two elements at one place the one nearer to the beginning of its row stays.
+    Of less than SQUARE columns, a row is written with what follows it in the tile, before the next row is: rows may overlap.
     """
 
     def codegen(context, builder, sig, args):
@@ -93,23 +103,18 @@ def store_transposed(typingctx, p, stride, columns, tile):
         def columns_from(first, width):
             part = lanes_of(SCALAR[p.kind], SQUARE)
             for i in range(0, LANES, SQUARE):
-                places = [builder.gep(tile, [I64((k * LANES + i) * ITEMSIZE[p.kind])]) for k in range(first, first + width)]
+                places = [_place(builder, tile, first, k, i, p) for k in range(width)]
                 elements = _exchange(builder, [builder.load(typed(builder, at, part), align=1) for at in places])
                 if width == HALF:  # rows k and k + HALF in a vector
                     halves = list(range(HALF)), list(range(HALF, SQUARE))
                     elements = [_pick(builder, x, x, order) for order in halves for x in elements]
+                offset = builder.mul(first, I64(ITEMSIZE[p.storage]))
                 for row, x in enumerate(elements, i):
                     raw = encode(builder, x, p)
-                    at = builder.gep(base, [builder.add(builder.mul(stride, I64(row)), I64(first * ITEMSIZE[p.storage]))])
+                    at = builder.gep(base, [builder.add(builder.mul(stride, I64(row)), offset)])
                     builder.store(raw, typed(builder, at, raw.type), align=1)
 
-        if SQUARE < LANES:
-            with builder.if_else(builder.icmp_signed(">", columns, I64(SQUARE + HALF))) as (many, few):
-                with many:
-                    columns_from(SQUARE, SQUARE)
-                with few, builder.if_then(builder.icmp_signed(">", columns, I64(SQUARE))):
-                    columns_from(SQUARE, HALF)
-        columns_from(0, SQUARE)
+        _by_squares(builder, columns, columns_from)
         return context.get_dummy_value()
 
     return types.void(p, types.int64, types.int64, tile), codegen
