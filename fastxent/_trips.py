@@ -216,7 +216,8 @@ def span_state(task, unit):
     nothing = splat(task.w, 0.0)
     state = State(splat(task.x, -INF), nothing, nothing, nothing, nothing)
     for at in range(unit.start, unit.stop, BLOCK):
-        state = merge(state, block_state(task, unit, at, min(unit.stop, at + BLOCK)))
+        block = block_state(task, unit, at, min(unit.stop, at + BLOCK))
+        state = merge(state, block) if at > unit.start else block
     return state
 
 
