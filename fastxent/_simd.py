@@ -315,17 +315,6 @@ def narrow(typingctx, like, x):
 
 
 @intrinsic
-def as_float(typingctx, like, x):
-    """The low 32 bits of integer lanes ``x`` as lanes of ``like``'s kind; ``like`` is a Vec or a Ptr."""
-    vec = Vec(like.kind)
-
-    def codegen(context, builder, sig, args):
-        return builder.sitofp(builder.trunc(args[1], lanes_of(I32)), lanes_of(SCALAR[vec.kind]))
-
-    return vec(like, x), codegen
-
-
-@intrinsic
 def lane(typingctx, x, index):
     """One lane as a number."""
     return NUMBA_SCALAR[x.kind](x, types.int64), lambda context, builder, sig, args: builder.extract_element(*args)

@@ -4,7 +4,7 @@ from numba import njit
 
 from fastxent._elementary import Shift, exp_up, shift_by, split_exponent, up
 from fastxent._inlined import INLINE
-from fastxent._loadstore import get, itemsize, load, put, store, store_apart, stream
+from fastxent._loadstore import get, itemsize, load, put, scatter, store, store_apart, stream
 from fastxent._maths import INF, Label, State, label, logits, merge, sums_of, target_weights, through_cap
 from fastxent._rows import (
     BLOCK,
@@ -25,8 +25,8 @@ from fastxent._simd import (
     WIDE,
     all_lanes,
     any_lane,
-    as_float,
     beside,
+    iota,
     lane,
     max_across,
     maximum,
@@ -303,20 +303,21 @@ def row_label(task, unit, number):
 
 @njit(**INLINE)
 def with_label(task, unit, j, g, f):
-    """Rows in lanes: g_y takes its place in the register."""
-    if task.labelled and not task.across:
-        if task.tiled:  # few classes: their numbers are compared as floats, 16 at once
-            return where(as_float(g, unit.y) == float(j), f.g_y, g)
+    """Rows in lanes, no tile: g_y takes its place in the register."""
+    if task.labelled and not task.across and not task.tiled:
         return where(unit.y == j, f.g_y, g)
     return g
 
 
 @njit(**INLINE)
 def put_label(task, unit, f):
-    """Across: g_y, over what the sweep wrote there."""
+    """g_y, over what the sweep wrote there: into the gradient of one row, or into the tile."""
     if task.labelled and task.across:
         if holds_label(task, unit):
             put(task.g + unit.g, lane(unit.y, 0) * itemsize(task.g), lane(f.g_y, 0))
+    if task.labelled and task.tiled:  # an ignored row's gradient is 0 everywhere, as is its g_y
+        y = where(unit.kept, unit.y, 0)
+        scatter(unit.tile, iota() * itemsize(unit.tile) + y * tile_step(task, unit), f.g_y, all_lanes())
 
 
 @njit(**INLINE)

@@ -124,6 +124,16 @@ def test_half_precision_sums_do_not_overflow():
     assert np.abs(fx.cross_entropy_value_and_grad(*case[:2])[1].astype(float)).max() > 1e-5
 
 
+@pytest.mark.parametrize("shape", [(40, 10), (40, 300)], ids=["rows in lanes", "classes in lanes"])
+def test_logits_far_from_zero(shape):
+    """Some rows past 8192, where a maximum is not split, beside rows that are not."""
+    case = make_case(FLOAT32, shape)
+    for far in (8000, 1e4, -1e5, 3e7):
+        logits = case.logits.copy()
+        logits[5:9] += FLOAT32.type(far)
+        check(case._replace(logits=logits))
+
+
 @pytest.mark.parametrize("options", SPECIAL_OPTIONS.values(), ids=SPECIAL_OPTIONS)
 @pytest.mark.parametrize("row", SPECIAL_ROWS.values(), ids=SPECIAL_ROWS)
 @pytest.mark.parametrize("target", SPECIAL_TARGETS)
