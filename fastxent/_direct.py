@@ -18,7 +18,7 @@ from fastxent._simd import I8, I64, SCALAR, call_llvm
 _SLOT = {name: _task.FIRST_SLOT + nth for nth, (name, _) in enumerate(_task.FIELDS)}
 ROUND, X, G, Y = (_SLOT[name] for name in ("round", "x", "g", "y"))
 SUM, BAD_AT, DIVISOR_AT = (
-    (_task.BLOCK.size + offset) // 8 for offset in (16, _task.BAD, _task.DIVISOR)
+    (_task.BLOCK.size + offset) // 8 for offset in (8 * _task.WORK, _task.BAD, _task.DIVISOR)
 )  # behind the block: see ``_parallel``
 
 
