@@ -60,9 +60,11 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALLEST or _Store.limit == 0:
         return np.empty(shape, dtype)
-    buffer = _take(nbytes) or _new(nbytes)
+    buffer = _take(nbytes)
+    keep = buffer is not None or _make_room(nbytes)
+    buffer = buffer or _new(nbytes)
     array = np.ndarray(shape, dtype, buffer.owner, buffer.start)
-    if _make_room(buffer.nbytes):
+    if keep:
         _Store.kept.append(buffer)
     return array
 

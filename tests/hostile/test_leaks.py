@@ -225,11 +225,13 @@ def test_the_store_is_bounded_and_gives_back():
 
 def test_the_latest_are_kept():
     fx.set_buffer_limit(4 * MIB)
-    old, new = buffer(2 * MIB), buffer(3 * MIB)
-    place = address(new)
+    old = buffer(2 * MIB)
     del old
+    new = buffer(3 * MIB)
+    place = address(new)
     del new
     assert address(buffer(3 * MIB)) == place
+    assert 3 * MIB <= fx.release_buffers() < 5 * MIB  # the old one had to go
 
 
 def test_threads_share_the_store_and_nothing_else():
