@@ -25,6 +25,7 @@ from fastxent._simd import (
     Vec,
     call_llvm,
     lanes_of,
+    pick,
 )
 
 STORED = {"f16": I16, "bf16": I16, "f32": ir.FloatType(), "f64": ir.DoubleType(), "i64": I64}
@@ -178,8 +179,7 @@ def store_apart(typingctx, p, x, step):
     def codegen(context, builder, sig, args):
         base, wide, step = args
         for nth in range(x.lanes // LANES):
-            lanes = ir.Constant(ir.VectorType(I32, LANES), list(range(nth * LANES, (nth + 1) * LANES)))
-            raw = encode(builder, builder.shuffle_vector(wide, wide, lanes), p)
+            raw = encode(builder, pick(builder, wide, wide, list(range(nth * LANES, (nth + 1) * LANES))), p)
             at = builder.gep(base, [builder.mul(step, I64(nth))])
             builder.store(raw, typed(builder, at, raw.type), align=1)
         return context.get_dummy_value()
@@ -200,8 +200,7 @@ def _store_in_pieces(module, vector):
     address, rest, n = function.args
     size = LANES // 2
     while size:
-        lanes = [ir.Constant(lanes_of(I32, size), list(range(at, at + size))) for at in (0, size)]
-        low, high = (builder.shuffle_vector(rest, rest, order) for order in lanes)
+        low, high = (pick(builder, rest, rest, list(range(at, at + size))) for at in (0, size))
         wanted = builder.icmp_unsigned("!=", builder.and_(n, I64(size)), I64(0))
         with builder.if_then(wanted):
             builder.store(low, typed(builder, address, low.type), align=1)

@@ -350,7 +350,7 @@ def every_lane(typingctx, mask):
     return types.boolean(mask), codegen
 
 
-def _pick(builder, x, y, order):
+def pick(builder, x, y, order):
     """Lanes of ``x`` and, behind them, ``y``, by number."""
     return builder.shuffle_vector(x, y, ir.Constant(lanes_of(I32, len(order)), order))
 
@@ -362,7 +362,7 @@ def beside(typingctx, a, b):
     What is done to it is done to each part, step by step, so that none waits for the result of its own last step.
     """
     order = list(range(2 * a.lanes))
-    return Vec(a.kind, 2 * a.lanes)(a, b), lambda context, builder, sig, args: _pick(builder, *args, order)
+    return Vec(a.kind, 2 * a.lanes)(a, b), lambda context, builder, sig, args: pick(builder, *args, order)
 
 
 @intrinsic
@@ -371,7 +371,7 @@ def repeat(typingctx, x, times):
     if not isinstance(times, types.IntegerLiteral):
         return None
     order = list(range(x.lanes)) * times.literal_value
-    return Vec(x.kind, len(order))(x, times), lambda context, builder, sig, args: _pick(builder, args[0], args[0], order)
+    return Vec(x.kind, len(order))(x, times), lambda context, builder, sig, args: pick(builder, args[0], args[0], order)
 
 
 @intrinsic
@@ -383,7 +383,7 @@ def fold(typingctx, x):
         lanes = x.lanes
         while lanes > LANES:
             lanes //= 2
-            low, high = (_pick(builder, total, total, list(range(first, first + lanes))) for first in (0, lanes))
+            low, high = (pick(builder, total, total, list(range(first, first + lanes))) for first in (0, lanes))
             total = builder.fadd(low, high)
         return total
 
@@ -398,7 +398,7 @@ def _swap(typingctx, x, distance):
     order = [i ^ distance.literal_value for i in range(LANES)]
 
     def codegen(context, builder, sig, args):
-        return builder.shuffle_vector(args[0], args[0], ir.Constant(lanes_of(I32), order))
+        return pick(builder, args[0], args[0], order)
 
     return x(x, distance), codegen
 

@@ -5,7 +5,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastxent._loadstore import ITEMSIZE, encode, load_lanes, load_lanes_masked, typed
-from fastxent._simd import I32, I64, LANES, SCALAR, WIDE, broadcast, lanes_of
+from fastxent._simd import I64, LANES, SCALAR, WIDE, broadcast, lanes_of, pick
 
 SQUARE = 16 if WIDE else 8  # rows and columns that are transposed at a time: what the registers hold
 HALF = SQUARE // 2
@@ -22,14 +22,10 @@ def _exchange(builder, vectors):
         for i in range(size):
             if not i & block:
                 a, b = vectors[i], vectors[i + block]
-                vectors[i] = _pick(builder, a, b, keep)
-                vectors[i + block] = _pick(builder, a, b, swap)
+                vectors[i] = pick(builder, a, b, keep)
+                vectors[i + block] = pick(builder, a, b, swap)
         block *= 2
     return vectors
-
-
-def _pick(builder, a, b, order):
-    return builder.shuffle_vector(a, b, ir.Constant(lanes_of(I32, len(order)), order))
 
 
 def _by_squares(builder, columns, columns_from):
@@ -73,7 +69,7 @@ def load_transposed(typingctx, p, stride, n, columns, tile):
                     elements = [load_lanes_masked(builder, p, at, wanted) for at in here[i : i + SQUARE]]
                 if width == HALF:  # rows k and k + HALF in a vector
                     both = list(range(SQUARE))
-                    elements = [_pick(builder, *pair, both) for pair in zip(elements[:HALF], elements[HALF:], strict=True)]
+                    elements = [pick(builder, *pair, both) for pair in zip(elements[:HALF], elements[HALF:], strict=True)]
                 for k, column in enumerate(_exchange(builder, elements)):
                     at = _place(builder, tile, first, k, i, p)
                     builder.store(column, typed(builder, at, column.type), align=1)
@@ -107,7 +103,7 @@ def store_transposed(typingctx, p, stride, columns, tile):
                 elements = _exchange(builder, [builder.load(typed(builder, at, part), align=1) for at in places])
                 if width == HALF:  # rows k and k + HALF in a vector
                     halves = list(range(HALF)), list(range(HALF, SQUARE))
-                    elements = [_pick(builder, x, x, order) for order in halves for x in elements]
+                    elements = [pick(builder, x, x, order) for order in halves for x in elements]
                 offset = builder.mul(first, I64(ITEMSIZE[p.storage]))
                 for row, x in enumerate(elements, i):
                     raw = encode(builder, x, p)

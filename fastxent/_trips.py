@@ -115,10 +115,7 @@ def both(a, b):
 @njit(**INLINE)
 def narrow_group(task, unit, j, stop, m, shift):
     """The sums over vectors j ... stop - 1, two by two: all beside each other they do not fit into the registers, and sums of
-    pairs lose fewer digits than a sum of eight in a row.
-
-    ``stop`` is there for LLVM: a loop of known length it would unroll, and then mix its rounds.
-    """
+    pairs lose fewer digits than a sum of all in a row."""
     nothing = splat(m, 0.0)
     sums = nothing, nothing, nothing, nothing
     for k in range(j, stop, 2):
@@ -214,7 +211,7 @@ def span_state(task, unit):
     if task.tiled or task.keeps_e:
         return block_state(task, unit, unit.start, unit.stop)
     nothing = splat(task.w, 0.0)
-    state = State(splat(task.x, -INF), nothing, nothing, nothing, nothing)
+    state = State(splat(task.x, -INF), nothing, nothing, nothing, nothing)  # of no block: Numba wants one before the loop
     for at in range(unit.start, unit.stop, BLOCK):
         block = block_state(task, unit, at, min(unit.stop, at + BLOCK))
         state = merge(state, block) if at > unit.start else block
