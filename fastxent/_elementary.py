@@ -98,14 +98,6 @@ def _shift_by(m):
     return shift_by
 
 
-def exp_up(x, shift):
-    """``exp(x - m) * 2**UP`` for ``x <= m``, -inf and nan; error below 1.5 ulp; ``shift = shift_by(m)``.
-
-    Where the base is 0, it may be None: one operation less.
-    """
-    raise TypeError("exp_up is for kernels")
-
-
 @njit(**INLINE)
 def _minus(x, base):
     return x - base
@@ -116,24 +108,52 @@ def _itself(x, base):
     return x
 
 
-@overload(exp_up, jit_options=INLINE)
-def _exp_up(x, shift):
-    mantissa, bias, up, ln2_high, ln2_low, q = _FORMAT[x.kind]
+def reduce(x, shift):
+    """``(r, 2**(k + UP))``, of which ``exp_of`` makes ``exp(x - m) * 2**UP``: see ``exp_up``."""
+    raise TypeError("reduce is for kernels")
+
+
+@overload(reduce, jit_options=INLINE)
+def _reduce(x, shift):
+    mantissa, bias, up, ln2_high, ln2_low, _ = _FORMAT[x.kind]
     offset = 1.5 * 2.0**mantissa + (bias + up)
     log2e = 1.0 / math.log(2.0)
-    q_of = _polynomial(q)
     less = _itself if shift.types[0] == types.none else _minus
 
-    def exp_up(x, shift):
+    def reduce(x, shift):
         x = at_least(less(x, shift.base), shift.lowest)
         shifted = fma(x - shift.coarse, log2e, splat(x, offset))
         k = shifted - offset
         r = (x - fma(k, ln2_high, shift.coarse)) - fma(k, ln2_low, shift.fine)
+        return r, _power_of_two(shifted)
+
+    return reduce
+
+
+def exp_of(r, power):
+    """``power e^r``, |r| <= ln(2)/2."""
+    raise TypeError("exp_of is for kernels")
+
+
+@overload(exp_of, jit_options=INLINE)
+def _exp_of(r, power):
+    q_of = _polynomial(_FORMAT[r.kind][-1])
+
+    def exp_of(r, power):
         rr = r * r
-        power = _power_of_two(shifted)
         return fma(power, fma(rr, q_of(r, rr), r), power)
 
-    return exp_up
+    return exp_of
+
+
+@njit(**INLINE)
+def exp_up(x, shift):
+    """``exp(x - m) * 2**UP`` for ``x <= m``, -inf and nan; error below 1.5 ulp; ``shift = shift_by(m)``.
+
+    Where the base is 0, it may be None: one operation less.
+    """
+    r, power = reduce(x, shift)
+    return exp_of(r, power)
 
 
 def tanh(x, height):

@@ -22,6 +22,7 @@ from fastxent._simd import (
     SCALAR,
     TRIPLE,
     WIDE,
+    Ptr,
     Vec,
     call_llvm,
     lanes_of,
@@ -251,6 +252,20 @@ def _lane_addresses(builder, base, offsets):
     addresses = builder.gep(base, [offsets], source_etype=I8)
     addresses.type = lanes_of(BYTES)  # an index vector makes a vector of addresses; llvmlite does not work that out
     return addresses
+
+
+@intrinsic
+def scratch(typingctx, like, vectors):
+    """Memory of the thread's stack for so many (a literal) vectors like ``like``; what is in it is anything."""
+    if not isinstance(vectors, types.IntegerLiteral):
+        return None
+    place = ir.ArrayType(lanes_of(SCALAR[like.kind]), vectors.literal_value)
+
+    def codegen(context, builder, sig, args):
+        with builder.goto_entry_block():
+            return builder.bitcast(builder.alloca(place), BYTES)
+
+    return Ptr(like.kind, like.kind)(like, vectors), codegen
 
 
 @intrinsic

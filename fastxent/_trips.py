@@ -2,9 +2,9 @@
 
 from numba import njit
 
-from fastxent._elementary import Shift, exp_up, shift_by, split_exponent, up
+from fastxent._elementary import Shift, exp_of, exp_up, reduce, shift_by, split_exponent, up
 from fastxent._inlined import INLINE
-from fastxent._loadstore import get, itemsize, load, put, scatter, store, store_apart, stream
+from fastxent._loadstore import get, itemsize, load, put, scatter, scratch, store, store_apart, stream
 from fastxent._maths import INF, Label, State, label, logits, merge, sums_of, target_weights, through_cap
 from fastxent._rows import (
     BLOCK,
@@ -39,6 +39,7 @@ from fastxent._simd import (
 )
 
 GROUP = 8  # vectors whose float32 terms are added up before they go to the float64 totals
+LOT = 64  # vectors that are halfway to their exponentials at a time, where the registers are few
 
 # ----------------------------------------------------------------------------------------------------
 # First trip: the statistics of a unit
@@ -65,14 +66,19 @@ def block_max(task, unit, start, stop):
 
 
 @njit(**INLINE)
-def vector_sums(task, unit, j, mask, m, shift):
-    x = logits(task, unit, j, mask)
-    e = where(mask, exp_up(x, shift), 0.0)
+def keep(task, unit, j, e, mask):
     if task.keeps_e:
         if task.split:
             write(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, e, mask)
         else:
             store(unit.tile + j * tile_step(task, unit), e)
+
+
+@njit(**INLINE)
+def vector_sums(task, unit, j, mask, m, shift):
+    x = logits(task, unit, j, mask)
+    e = where(mask, exp_up(x, shift), 0.0)
+    keep(task, unit, j, e, mask)
     return sums_of(task, x, e, target_weights(task, unit, j, mask), m)
 
 
@@ -88,7 +94,7 @@ def beside_each_other(vector, task, unit, j):
 
 
 @njit(**INLINE)
-def wide_group(task, unit, j, stop, m, shift):
+def wide_group(task, unit, j, m, shift):
     """The sums over vectors j ... j + 7, step by step beside each other: no processor looks far enough ahead by itself."""
     for k in range(j, j + GROUP):
         look_ahead(task, unit, k)
@@ -110,23 +116,6 @@ def both(a, b):
     s, q_sum, q_dot, e_dot = a
     t, r_sum, r_dot, f_dot = b
     return s + t, q_sum + r_sum, q_dot + r_dot, e_dot + f_dot
-
-
-@njit(**INLINE)
-def narrow_group(task, unit, j, stop, m, shift):
-    """The sums over vectors j ... stop - 1, two by two: all beside each other they do not fit into the registers, and sums of
-    pairs lose fewer digits than a sum of all in a row."""
-    nothing = splat(m, 0.0)
-    sums = nothing, nothing, nothing, nothing
-    for k in range(j, stop, 2):
-        look_ahead(task, unit, k)
-        look_ahead(task, unit, k + 1)
-        pair = both(vector_sums(task, unit, k, all_lanes(), m, shift), vector_sums(task, unit, k + 1, all_lanes(), m, shift))
-        sums = both(sums, pair)
-    return sums
-
-
-group_sums = wide_group if WIDE else narrow_group
 
 
 @njit(**INLINE)
@@ -166,6 +155,54 @@ def add_sums(task, totals, sums):
 
 
 @njit(**INLINE)
+def wide_groups(task, unit, start, stop, m, shift, totals):
+    """The totals, with those of vectors start ... stop - 1, a multiple of eight."""
+    for j in range(start, stop, GROUP):
+        totals = add_sums(task, totals, wide_group(task, unit, j, m, shift))
+    return totals
+
+
+@njit(**INLINE)
+def other_half(task, unit, j, m, r, power):
+    x = logits(task, unit, j, all_lanes())  # before an exponential takes its place
+    e = exp_of(load(r), load(power))
+    keep(task, unit, j, e, all_lanes())
+    return sums_of(task, x, e, target_weights(task, unit, j, all_lanes()), m)
+
+
+@njit(**INLINE)
+def narrow_groups(task, unit, start, stop, m, shift, totals):
+    """The totals, with those of vectors start ... stop - 1, an even number.
+
+    An exponential is some 16 results, each waiting for the one before, and a processor looks ahead over some 130. So a lot of
+    them is made in two loops of half the length, with constants for which the registers suffice.
+    """
+    r, power = scratch(m, LOT), scratch(m, LOT)
+    vector = LANES * itemsize(r)
+    group = 2 * GROUP if task.across else GROUP  # across, the lanes' rounding errors make up for each other
+    for lot in range(start, stop, LOT):
+        end = min(lot + LOT, stop)
+        for j in range(lot, end):
+            look_ahead(task, unit, j)
+            half = reduce(logits(task, unit, j, all_lanes()), shift)
+            store(r + (j - lot) * vector, half[0])
+            store(power + (j - lot) * vector, half[1])
+        for first in range(lot, end, group):
+            nothing = splat(m, 0.0)
+            sums = nothing, nothing, nothing, nothing
+            for j in range(first, min(first + group, end), 2):  # sums of pairs lose fewer digits than a sum of all in a row
+                at = (j - lot) * vector
+                a = other_half(task, unit, j, m, r + at, power + at)
+                b = other_half(task, unit, j + 1, m, r + (at + vector), power + (at + vector))
+                sums = both(sums, both(a, b))
+            totals = add_sums(task, totals, sums)
+    return totals
+
+
+groups, AT_A_TIME = (wide_groups, GROUP) if WIDE else (narrow_groups, 2)
+
+
+@njit(**INLINE)
 def total_over_classes(task, total):
     """The sum over the vectors' classes: over the lanes too, if they are classes."""
     value, lost = total
@@ -186,10 +223,8 @@ def block_state(task, unit, start, stop):
     grouped = start
     if not task.double and not any_lane(shift.base != 0.0):
         near = Shift(None, shift.coarse, shift.fine, shift.lowest)
-        grouped = start + (n_whole - start) // GROUP * GROUP if WIDE else start + (n_whole - start) // 2 * 2
-        group = 2 * GROUP if task.across and not WIDE else GROUP  # across, the lanes' rounding errors make up for each other
-        for j in range(start, grouped, group):
-            totals = add_sums(task, totals, group_sums(task, unit, j, min(j + group, grouped), finite, near))
+        grouped = start + (n_whole - start) // AT_A_TIME * AT_A_TIME
+        totals = groups(task, unit, start, grouped, finite, near, totals)
     for j in range(grouped, n_whole):
         look_ahead(task, unit, j)
         totals = add_sums(task, totals, vector_sums(task, unit, j, all_lanes(), finite, shift))
