@@ -134,7 +134,6 @@ def value_and_grad(task, tile, number):
         if not task.split or unit.start == 0:
             loss = deliver_no_loss(task, unit)
         write_zeros(task, unit)
-    flush(task, unit)
     return loss
 
 
@@ -164,7 +163,6 @@ def grad_hess(task, tile, number):
             mask = all_lanes() if task.across and j < unit.full else unit.writes
             write(task, task.h + (unit.g + j * g_step(task)), unit.g_lanes, zero, mask)
         write_zeros(task, unit)
-    flush(task, unit)
     return 0.0, 1.0
 
 
@@ -235,7 +233,8 @@ def softmax(task, tile, number):
     for j in range(unit.start, unit.stop):
         mask = all_lanes() if j < unit.full else unit.writes
         write_out(task, unit, j, exponentials(task, unit, j, mask, shift, power) * inverse_s, mask)
-    flush(task, unit)
+    one = splat(task.x, 1.0)
+    flush(task, unit, one, one)
     return 0.0, 1.0
 
 
@@ -249,7 +248,8 @@ def log_softmax(task, tile, number):
         mask = all_lanes() if j < unit.full else unit.writes
         log_p = (widen(logits(task, unit, j, mask)) - m) - log_sum
         write_out(task, unit, j, narrow(task.x, log_p), mask)
-    flush(task, unit)
+    one = splat(task.x, 1.0)
+    flush(task, unit, one, one)
     return 0.0, 1.0
 
 

@@ -314,6 +314,18 @@ def get(typingctx, p, offset):
 
 
 @intrinsic
+def fixed(typingctx, p, offset):
+    """One element of what no kernel writes: it may be read before a loop, not in each round."""
+
+    def codegen(context, builder, sig, args):
+        raw = builder.load(typed(builder, builder.gep(args[0], [args[1]]), STORED[p.storage]), align=ITEMSIZE[p.storage])
+        raw.set_metadata("invariant.load", builder.module.add_metadata([]))
+        return _decode(builder, raw, p)
+
+    return NUMBA_SCALAR[p.kind](p, types.int64), codegen
+
+
+@intrinsic
 def put(typingctx, p, offset, value):
     """Write one element ``offset`` bytes behind ``p``."""
 

@@ -13,6 +13,7 @@ from fastxent._inlined import INLINE
 from fastxent._loadstore import (
     address,
     as_stored,
+    fixed,
     gather,
     get,
     itemsize,
@@ -84,20 +85,20 @@ def locate(task, tile, number):
     n = 1
     if not task.across:
         first *= LANES
-        n = min(LANES, get(axes, 0) - first)
-    x, g, t, row = first * get(axes, 8), first * get(axes, 16), first * get(axes, 24), first * get(axes, 32)
+        n = min(LANES, fixed(axes, 0) - first)
+    x, g, t, row = first * fixed(axes, 8), first * fixed(axes, 16), first * fixed(axes, 24), first * fixed(axes, 32)
     for axis in range(1, task.n_axes):
         at = 40 * axis
-        extent = get(axes, at)
+        extent = fixed(axes, at)
         digit = line % extent
         line = line // extent
-        x += digit * get(axes, at + 8)
-        g += digit * get(axes, at + 16)
-        t += digit * get(axes, at + 24)
-        row += digit * get(axes, at + 32)
+        x += digit * fixed(axes, at + 8)
+        g += digit * fixed(axes, at + 16)
+        t += digit * fixed(axes, at + 24)
+        row += digit * fixed(axes, at + 32)
 
     lanes = iota()
-    row_lanes = lanes * get(axes, 32)
+    row_lanes = lanes * fixed(axes, 32)
     rows = all_lanes() if task.across else first_lanes(n)
     kept, y = rows, lanes
     if task.labelled:
@@ -109,13 +110,13 @@ def locate(task, tile, number):
     else:
         full = task.n_vectors if every_lane(kept) else 0
         reads, writes = kept, rows
-    x_lanes = lanes * get(axes, 8)
+    x_lanes = lanes * fixed(axes, 8)
     ending = 0
     if task.tiled:
         if task.neighbours:
             nth = number % task.strip
             begin = first - nth * LANES
-            in_strip = min(task.strip * LANES, get(axes, 0) - begin)
+            in_strip = min(task.strip * LANES, fixed(axes, 0) - begin)
             if nth == 0:
                 fill_strip(task, tile, task.x + x, in_strip)
             if nth == task.strip - 1:
@@ -124,7 +125,7 @@ def locate(task, tile, number):
         else:
             fill(task, tile, task.x + x, n, x_lanes, reads)
     return Unit(
-        x, g, t, 0, x_lanes, lanes * get(axes, 16), lanes * get(axes, 24),
+        x, g, t, 0, x_lanes, lanes * fixed(axes, 16), lanes * fixed(axes, 24),
         row, row_lanes, y, tile, ending, rows, kept, start, stop, full, reads, writes,
     )  # fmt: skip
 
@@ -167,13 +168,14 @@ def first_of(task, c):
 
 @njit(**INLINE)
 def fill(task, tile, p, n, lanes, mask):
-    """The logits of 16 rows, class by class: rows read whole and transposed, or gathered."""
+    """The logits of 16 rows, class by class: rows read whole and transposed, or, as the last few are, gathered."""
     vector = LANES * itemsize(tile)
-    if task.whole_rows:
-        look_at_later_rows(task, p, get(task.axes, 8))
+    if task.whole_rows and n == LANES:
+        row = fixed(task.axes, 8)
+        look_at_later_rows(task, p, row)
         for c in range(0, task.n_classes, LANES):
             first = first_of(task, c)
-            load_transposed(p + first * itemsize(p), get(task.axes, 8), n, min(LANES, task.n_classes), tile + first * vector)
+            load_transposed(p + first * itemsize(p), row, min(LANES, task.n_classes), tile + first * vector)
     else:
         for j in range(task.n_vectors):
             store(tile + j * vector, gather(p + j * x_step(task), lanes, mask))
@@ -245,18 +247,22 @@ def look_at_later_rows(task, p, row):
 
 
 @njit(**INLINE)
-def flush_rows(task, unit, tile, p):
-    """The gradient of whole rows; by way of a stage, where they are then one piece, what cannot be written as it comes: rows of
-    less than a square, fewer than 16 of them, and what goes past the caches."""
-    row, own = get(task.axes, 16), task.n_classes * itemsize(p)
+def flush_rows(task, unit, tile, p, factor, g_y):
+    """The gradient of whole rows, with that of the target; by way of a stage, where they are then one piece, what cannot be
+    written as it comes: rows of less than a square, fewer than 16 of them, and what goes past the caches."""
+    row, own = fixed(task.axes, 16), task.n_classes * itemsize(p)
     look_at_later_rows(task, p, row)
     n = count_lanes(unit.rows)
     staged = task.n_classes < SQUARE or n < LANES or (task.large and task.stream != 0 and row == own)
     stage = as_stored(p, tile + (task.n_classes + LANES) * LANES * itemsize(tile))
-    to, step = (stage, own) if staged else (p, row)
+    to, step, lanes = (stage, own, iota() * own) if staged else (p, row, unit.g_lanes)
     for c in range(0, task.n_classes, LANES):
         first = first_of(task, c)
-        store_transposed(to + first * itemsize(p), step, min(LANES, task.n_classes), tile + first * LANES * itemsize(tile))
+        place = tile + first * LANES * itemsize(tile)
+        store_transposed(to + first * itemsize(p), step, min(LANES, task.n_classes), place, factor)
+    if task.labelled:  # an ignored row's gradient is 0 everywhere, as is its g_y; a stage has room for 16 rows
+        y = where(unit.kept, unit.y, 0)
+        scatter(to, lanes + y * itemsize(p), g_y, all_lanes())
     if staged:
         if row == own:
             put_neighbours(task, p, stage, n * task.n_classes)
@@ -266,8 +272,8 @@ def flush_rows(task, unit, tile, p):
 
 
 @njit(**INLINE)
-def flush(task, unit):
-    """What ``write_out`` has put into the tile goes to g."""
+def flush(task, unit, factor, g_y):
+    """What ``write_out`` has put into the tile goes to g; of whole rows times ``factor``, and then g_y."""
     if task.tiled:
         tile, p = unit.tile, task.g + unit.g
         vector = LANES * itemsize(tile)
@@ -275,7 +281,7 @@ def flush(task, unit):
             if unit.ending > 0:
                 flush_strip(task, unit)
         elif task.whole_rows:
-            flush_rows(task, unit, tile, p)
+            flush_rows(task, unit, tile, p, factor, g_y)
         else:
             for j in range(task.n_vectors):
                 scatter(p + j * g_step(task), unit.g_lanes, load(tile + j * vector), unit.rows)
@@ -363,7 +369,7 @@ def look_ahead(task, unit, j):
         if task.across:
             ahead, t_ahead = BLOCK * x_step(task), BLOCK * t_step(task)
         if task.across and task.keeps_e:
-            ahead, t_ahead = get(task.axes, 8), get(task.axes, 24)
+            ahead, t_ahead = fixed(task.axes, 8), fixed(task.axes, 24)
         prefetch(task.x + unit.x, j * x_step(task) + ahead)
         if task.double:  # two cache lines a vector
             prefetch(task.x + unit.x, j * x_step(task) + ahead + LINE)
@@ -376,7 +382,7 @@ def look_at_next_row(task, unit, j):
     """Past the cache: ask for the next row while this one's gradient is computed."""
     if task.large and task.across and not task.keeps_e:
         if j < AHEAD:
-            prefetch(task.x + unit.x, j * x_step(task) + get(task.axes, 8))
+            prefetch(task.x + unit.x, j * x_step(task) + fixed(task.axes, 8))
 
 
 # A gradient that is past the cache anyhow is written past the cache (``stream``): else each line would be read before it is
@@ -422,3 +428,4 @@ def write_zeros(task, unit):
     for j in range(unit.start, unit.stop):
         mask = all_lanes() if task.across and j < unit.full else unit.writes
         write_out(task, unit, j, zero, mask)
+    flush(task, unit, splat(zero, 1.0), zero)

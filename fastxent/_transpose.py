@@ -45,28 +45,26 @@ def _place(builder, tile, first, k, row, p):
     return builder.gep(tile, [builder.mul(nth, I64(ITEMSIZE[p.kind]))])
 
 
-@intrinsic
-def load_transposed(typingctx, p, stride, n, columns, tile):
-    """n rows (at most 16), ``stride`` bytes apart -> 16 vectors at ``tile``: element j < columns of each row.
+def _rows_at(builder, begin, stride):
+    """Where 16 rows begin: by eights, whose distances fit x86's addresses and registers."""
+    eights = [builder.gep(begin, [builder.mul(stride, I64(first))]) for first in range(0, LANES, 8)]
+    return [builder.gep(eight, [builder.mul(stride, I64(row))]) for eight in eights for row in range(8)]
 
-    A row that is not there is a copy of the last one: no lane needs a mask of its own.
-    """
+
+@intrinsic
+def load_transposed(typingctx, p, stride, columns, tile):
+    """16 rows, ``stride`` bytes apart -> 16 vectors at ``tile``: element j < columns of each row."""
 
     def codegen(context, builder, sig, args):
-        base, stride, n, columns, tile = args
-        last = builder.sub(n, I64(1))
-        rows = []
-        for row in range(LANES):
-            there = builder.select(builder.icmp_signed("<", last, I64(row)), last, I64(row))
-            rows.append(builder.gep(base, [builder.mul(stride, there)]))
+        base, stride, columns, tile = args
 
         def columns_from(first, width, wanted=None):
-            here = [builder.gep(row, [builder.mul(first, I64(ITEMSIZE[p.storage]))]) for row in rows]
+            rows = _rows_at(builder, builder.gep(base, [builder.mul(first, I64(ITEMSIZE[p.storage]))]), stride)
             for i in range(0, LANES, SQUARE):
                 if wanted is None:
-                    elements = [load_lanes(builder, p, at, width) for at in here[i : i + SQUARE]]
+                    elements = [load_lanes(builder, p, at, width) for at in rows[i : i + SQUARE]]
                 else:
-                    elements = [load_lanes_masked(builder, p, at, wanted) for at in here[i : i + SQUARE]]
+                    elements = [load_lanes_masked(builder, p, at, wanted) for at in rows[i : i + SQUARE]]
                 if width == HALF:  # rows k and k + HALF in a vector
                     both = list(range(SQUARE))
                     elements = [pick(builder, *pair, both) for pair in zip(elements[:HALF], elements[HALF:], strict=True)]
@@ -83,34 +81,35 @@ def load_transposed(typingctx, p, stride, n, columns, tile):
                 columns_from(I64(0), SQUARE, wanted)
         return context.get_dummy_value()
 
-    return types.void(p, types.int64, types.int64, types.int64, tile), codegen
+    return types.void(p, types.int64, types.int64, tile), codegen
 
 
 @intrinsic
-def store_transposed(typingctx, p, stride, columns, tile):
-    """16 vectors at ``tile`` -> 16 rows of ``columns`` elements, at most 16, ``stride`` bytes apart.
+def store_transposed(typingctx, p, stride, columns, tile, factor):
+    """16 vectors at ``tile``, times ``factor`` -> 16 rows of ``columns`` elements, at most 16, ``stride`` bytes apart.
 
     Of less than SQUARE columns, a row is written with what follows it in the tile, before the next row is: rows may overlap.
     """
 
     def codegen(context, builder, sig, args):
-        base, stride, columns, tile = args
+        base, stride, columns, tile, factor = args
 
         def columns_from(first, width):
+            rows = _rows_at(builder, builder.gep(base, [builder.mul(first, I64(ITEMSIZE[p.storage]))]), stride)
             part = lanes_of(SCALAR[p.kind], SQUARE)
             for i in range(0, LANES, SQUARE):
                 places = [_place(builder, tile, first, k, i, p) for k in range(width)]
-                elements = _exchange(builder, [builder.load(typed(builder, at, part), align=1) for at in places])
+                factors = pick(builder, factor, factor, list(range(i, i + SQUARE)))
+                products = [builder.fmul(builder.load(typed(builder, at, part), align=1), factors) for at in places]
+                elements = _exchange(builder, products)
                 if width == HALF:  # rows k and k + HALF in a vector
                     halves = list(range(HALF)), list(range(HALF, SQUARE))
                     elements = [pick(builder, x, x, order) for order in halves for x in elements]
-                offset = builder.mul(first, I64(ITEMSIZE[p.storage]))
-                for row, x in enumerate(elements, i):
+                for at, x in zip(rows[i : i + SQUARE], elements, strict=True):
                     raw = encode(builder, x, p)
-                    at = builder.gep(base, [builder.add(builder.mul(stride, I64(row)), offset)])
                     builder.store(raw, typed(builder, at, raw.type), align=1)
 
         _by_squares(builder, columns, columns_from)
         return context.get_dummy_value()
 
-    return types.void(p, types.int64, types.int64, tile), codegen
+    return types.void(p, types.int64, types.int64, tile, factor), codegen

@@ -9,6 +9,7 @@ from fastxent._maths import INF, Label, State, label, logits, merge, sums_of, ta
 from fastxent._rows import (
     BLOCK,
     aligned,
+    flush,
     g_step,
     locate,
     look_ahead,
@@ -343,11 +344,11 @@ def with_label(task, unit, j, g, f):
 
 @njit(**INLINE)
 def put_label(task, unit, f):
-    """g_y, over what the sweep wrote there: into the gradient of one row, or into the tile."""
+    """g_y, over what the sweep wrote there: into the gradient of one row, or into the tile, unless `flush` does it."""
     if task.labelled and task.across:
         if holds_label(task, unit):
             put(task.g + unit.g, lane(unit.y, 0) * itemsize(task.g), lane(f.g_y, 0))
-    if task.labelled and task.tiled:  # an ignored row's gradient is 0 everywhere, as is its g_y
+    if task.labelled and task.tiled and not task.whole_rows:  # an ignored row's gradient is 0 everywhere, as is its g_y
         y = where(unit.kept, unit.y, 0)
         scatter(unit.tile, iota() * itemsize(unit.tile) + y * tile_step(task, unit), f.g_y, all_lanes())
 
@@ -377,6 +378,9 @@ def write_gradient(task, unit, f):
         if streams(task, unit):
             stream_gradient(task, unit, f)
             return
+    if task.whole_rows and task.keeps_e and not task.dense:  # g = a e, and e is in the tile
+        flush(task, unit, f.a, f.g_y)
+        return
     for j in range(unit.start, min(unit.stop, unit.full)):
         look_at_next_row(task, unit, j)
         g = with_label(task, unit, j, gradient_vector(task, unit, j, all_lanes(), f), f)
@@ -385,6 +389,7 @@ def write_gradient(task, unit, f):
         g = with_label(task, unit, j, gradient_vector(task, unit, j, unit.reads, f), f)
         write_out(task, unit, j, g, unit.writes)
     put_label(task, unit, f)
+    flush(task, unit, splat(task.x, 1.0), f.g_y)
 
 
 @njit(**INLINE)
