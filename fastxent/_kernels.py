@@ -19,7 +19,18 @@ from fastxent._loadstore import (
 )
 from fastxent._maths import factors, label, log_s, logits, row_loss, scaled, sum_loss
 from fastxent._plan import CHECKED, CHECKS, TILE
-from fastxent._rows import flush, g_step, locate, put_rows, row_values, sum_rows, write, write_out, write_zeros, x_step
+from fastxent._rows import (
+    flush_unchanged,
+    g_step,
+    locate,
+    put_rows,
+    row_values,
+    sum_rows,
+    write,
+    write_out,
+    write_zeros,
+    x_step,
+)
 from fastxent._simd import (
     LANES,
     absolute,
@@ -233,8 +244,7 @@ def softmax(task, tile, number):
     for j in range(unit.start, unit.stop):
         mask = all_lanes() if j < unit.full else unit.writes
         write_out(task, unit, j, exponentials(task, unit, j, mask, shift, power) * inverse_s, mask)
-    one = splat(task.x, 1.0)
-    flush(task, unit, one, one)
+    flush_unchanged(task, unit)
     return 0.0, 1.0
 
 
@@ -248,8 +258,7 @@ def log_softmax(task, tile, number):
         mask = all_lanes() if j < unit.full else unit.writes
         log_p = (widen(logits(task, unit, j, mask)) - m) - log_sum
         write_out(task, unit, j, narrow(task.x, log_p), mask)
-    one = splat(task.x, 1.0)
-    flush(task, unit, one, one)
+    flush_unchanged(task, unit)
     return 0.0, 1.0
 
 

@@ -14,9 +14,9 @@ ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
 # A row of this many classes or fewer is worked on with its 15 neighbours, a class a vector; a longer one by itself. Up to
 # MOST_TILED classes if the rows need not be gathered: those are read whole, or lie side by side.
 FEW_CLASSES, MOST_TILED = 48, 256  # multiples of 16
-# Vectors of a row whose exponentials are kept in a thread's tile until the row's sum is known (512 KB of float32, in the second
+# Vectors of a row whose exponentials are kept in a thread's tile until the row's sum is known (1 MB of float32, in the second
 # or third cache); those of a longer row are computed twice.
-MOST_KEPT = 8192
+MOST_KEPT = 16384
 TILE = MOST_KEPT * LANES * 8  # bytes
 KEEPERS = ("value_and_grad", "softmax", "keep_segment")
 # Units of neighbouring rows that are copied to the tile together. An odd number: then the classes are spread over all sets of a
@@ -171,7 +171,7 @@ def make_plan(
         axes.insert(0, innermost)
         neighbours = (innermost.x, innermost.g, innermost.t) == sizes
         tiled = n_classes <= MOST_TILED
-        whole_rows = tiled and steps[:2] == sizes[:2]
+        whole_rows = tiled and not neighbours and steps[:2] == sizes[:2]
         adjacent = innermost.row == 1
         n_vectors = n_classes
         units_per_line = -(-innermost.extent // LANES)

@@ -4,7 +4,7 @@ from numba import njit
 
 from fastxent._elementary import Shift, exp_of, exp_up, reduce, shift_by, split_exponent, up
 from fastxent._inlined import INLINE
-from fastxent._loadstore import get, itemsize, load, put, scatter, scratch, store, store_apart, stream
+from fastxent._loadstore import gather, get, itemsize, load, put, scatter, scratch, store, store_apart, stream
 from fastxent._maths import INF, Label, State, label, logits, merge, sums_of, target_weights, through_cap
 from fastxent._rows import (
     BLOCK,
@@ -27,6 +27,7 @@ from fastxent._simd import (
     all_lanes,
     any_lane,
     beside,
+    first_lanes,
     iota,
     lane,
     max_across,
@@ -289,22 +290,33 @@ def save_segment(task, tile, number):
 
 
 @njit(**INLINE)
-def load_segment(task, at):
-    f64 = task.segments
-    m = narrow(task.x, splat(f64, get(at, 0)))
-    return State(m, splat(f64, get(at, 8)), splat(f64, get(at, 16)), splat(f64, get(at, 24)), splat(f64, get(at, 32)))
-
-
-@njit(**INLINE)
 def row_state(task, unit, number):
     """The statistics of whole rows."""
     if not task.split:
         return span_state(task, unit)
-    at = task.segments + 48 * (number - number % task.n_segments)
-    state = load_segment(task, at)
-    for segment in range(1, task.n_segments):
-        state = merge(state, load_segment(task, at + 48 * segment))
-    return state
+    first = task.segments + 48 * (number - number % task.n_segments)
+    apart = iota() * 48
+    m = splat(task.w, -INF)
+    for k in range(0, task.n_segments, LANES):
+        there = first_lanes(task.n_segments - k)
+        m = maximum(m, where(there, gather(first + 48 * k, apart, there), -INF))
+    m = max_across(m)
+    shift = shift_by(m)
+    nothing = splat(task.w, 0.0)
+    s = q_sum = q_dot = e_dot = nothing
+    for k in range(0, task.n_segments, LANES):  # as `merge` has it, 16 segments at a time
+        at, there = first + 48 * k, first_lanes(task.n_segments - k)
+        m_k = where(there, gather(at, apart, there), -INF)
+        f = exp_up(m_k, shift) / up(shift.base)
+        down = where(m_k == -INF, nothing, m_k - m)
+        s_k = gather(at + 8, apart, there)
+        s = s + f * s_k
+        if task.dense:
+            q_k = gather(at + 16, apart, there)
+            q_sum, q_dot = q_sum + q_k, q_dot + (gather(at + 24, apart, there) + q_k * down)
+        if task.entropic:
+            e_dot = e_dot + f * (gather(at + 32, apart, there) + s_k * down)
+    return State(narrow(task.x, m), sum_across(s), sum_across(q_sum), sum_across(q_dot), sum_across(e_dot))
 
 
 @njit(**INLINE)
@@ -314,7 +326,7 @@ def to_row(task, number, state):
     one = splat(task.w, 1.0)
     if task.split and task.keeps_e:
         shift = shift_by(widen(state.m))
-        f = exp_up(widen(load_segment(task, task.segments + 48 * number).m), shift) / up(shift.base)
+        f = exp_up(splat(task.w, get(task.segments, 48 * number)), shift) / up(shift.base)
         _, rest = split_exponent(f)
         return narrow(task.x, f / rest), rest
     return narrow(task.x, one), one
