@@ -20,12 +20,13 @@ from fastxent._loadstore import (
 from fastxent._maths import factors, label, log_s, logits, row_loss, scaled, sum_loss
 from fastxent._plan import CHECKED, CHECKS, TILE
 from fastxent._rows import (
-    flush_unchanged,
+    flush,
     g_step,
     locate,
     put_rows,
     row_values,
     sum_rows,
+    unchanged,
     write,
     write_out,
     write_zeros,
@@ -134,17 +135,18 @@ def value(task, tile, number):
 def value_and_grad(task, tile, number):
     """Loss and gradient."""
     unit = locate(task, tile, number)
-    loss = 0.0, 1.0
+    loss, late = (0.0, 1.0), unchanged(task)
     if any_lane(unit.kept):
         y = row_label(task, unit, number)
         state = row_state(task, unit, number)
         if not task.split or unit.start == 0:
             loss = deliver_loss(task, unit, state, y)
-        write_gradient(task, unit, factors(task, unit, state, y, to_row(task, number, state)))
+        late = write_gradient(task, unit, factors(task, unit, state, y, to_row(task, number, state)))
     else:
         if not task.split or unit.start == 0:
             loss = deliver_no_loss(task, unit)
         write_zeros(task, unit)
+    flush(task, unit, *late)
     return loss
 
 
@@ -158,7 +160,7 @@ def hessian_vector(task, unit, j, mask, f):
 def grad_hess(task, tile, number):
     """Gradient and Hessian diagonal, which has the strides of the gradient."""
     unit = locate(task, tile, number)
-    zero = splat(task.x, 0.0)
+    zero, late = splat(task.x, 0.0), unchanged(task)
     if any_lane(unit.kept):
         state = span_state(task, unit)
         f = factors(task, unit, state, label(task, unit), to_row(task, number, state))
@@ -168,12 +170,13 @@ def grad_hess(task, tile, number):
             writes = all_lanes() if whole else unit.writes
             h = hessian_vector(task, unit, j, reads, f)
             write(task, task.h + (unit.g + j * g_step(task)), unit.g_lanes, h, writes)
-        write_gradient(task, unit, f)
+        late = write_gradient(task, unit, f)
     else:
         for j in range(unit.start, unit.stop):
             mask = all_lanes() if task.across and j < unit.full else unit.writes
             write(task, task.h + (unit.g + j * g_step(task)), unit.g_lanes, zero, mask)
         write_zeros(task, unit)
+    flush(task, unit, *late)
     return 0.0, 1.0
 
 
@@ -244,7 +247,7 @@ def softmax(task, tile, number):
     for j in range(unit.start, unit.stop):
         mask = all_lanes() if j < unit.full else unit.writes
         write_out(task, unit, j, exponentials(task, unit, j, mask, shift, power) * inverse_s, mask)
-    flush_unchanged(task, unit)
+    flush(task, unit, *unchanged(task))
     return 0.0, 1.0
 
 
@@ -258,7 +261,7 @@ def log_softmax(task, tile, number):
         mask = all_lanes() if j < unit.full else unit.writes
         log_p = (widen(logits(task, unit, j, mask)) - m) - log_sum
         write_out(task, unit, j, narrow(task.x, log_p), mask)
-    flush_unchanged(task, unit)
+    flush(task, unit, *unchanged(task))
     return 0.0, 1.0
 
 

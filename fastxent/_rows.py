@@ -288,9 +288,9 @@ def flush(task, unit, factor, g_y):
 
 
 @njit(**INLINE)
-def flush_unchanged(task, unit):
-    """The same, where no factor is left to apply, and no target."""
-    flush(task, unit, splat(task.x, 1.0), splat(task.x, 0.0))
+def unchanged(task):
+    """For `flush`: a factor of 1, and the g_y of rows that are ignored or have no target."""
+    return splat(task.x, 1.0), splat(task.x, 0.0)
 
 
 @njit(**INLINE)
@@ -434,4 +434,3 @@ def write_zeros(task, unit):
     for j in range(unit.start, unit.stop):
         mask = all_lanes() if task.across and j < unit.full else unit.writes
         write_out(task, unit, j, zero, mask)
-    flush_unchanged(task, unit)

@@ -9,7 +9,6 @@ from fastxent._maths import INF, Label, State, label, logits, merge, sums_of, ta
 from fastxent._rows import (
     BLOCK,
     aligned,
-    flush,
     g_step,
     locate,
     look_ahead,
@@ -385,14 +384,14 @@ def gradient_vector(task, unit, j, mask, f):
 
 @njit(**INLINE)
 def write_gradient(task, unit, f):
-    """Second trip: g."""
+    """Second trip: g. What `flush` has to do with it then: a factor, and g_y."""
+    one = splat(task.x, 1.0)
     if task.large:
         if streams(task, unit):
             stream_gradient(task, unit, f)
-            return
+            return one, f.g_y
     if task.whole_rows and task.keeps_e and not task.dense:  # g = a e, and e is in the tile
-        flush(task, unit, f.a, f.g_y)
-        return
+        return f.a, f.g_y
     for j in range(unit.start, min(unit.stop, unit.full)):
         look_at_next_row(task, unit, j)
         g = with_label(task, unit, j, gradient_vector(task, unit, j, all_lanes(), f), f)
@@ -401,7 +400,7 @@ def write_gradient(task, unit, f):
         g = with_label(task, unit, j, gradient_vector(task, unit, j, unit.reads, f), f)
         write_out(task, unit, j, g, unit.writes)
     put_label(task, unit, f)
-    flush(task, unit, splat(task.x, 1.0), f.g_y)
+    return one, f.g_y
 
 
 @njit(**INLINE)
