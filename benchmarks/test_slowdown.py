@@ -30,12 +30,17 @@ FACTOR = 1.25  # by which a ratio may grow on a machine that is not quite alone
 # The second exp waits for the first; 0 times it is nothing, but only we know that.
 TWICE = """
 
-_exp_up_once = exp_up
+_exp_up_once, _reduce_once = exp_up, reduce
 
 
 @njit(**INLINE)
 def exp_up(x, shift):
     return _exp_up_once(x + 0.0 * _exp_up_once(x, shift), shift)
+
+
+@njit(**INLINE)
+def reduce(x, shift):
+    return _reduce_once(x + 0.0 * _exp_up_once(x, shift), shift)
 """
 
 
@@ -65,7 +70,7 @@ def clone(tmp_path_factory) -> Clone:
     hashes = [git(folder, "rev-parse", "HEAD")]
     shutil.rmtree(folder / json.loads((folder / "asv.conf.json").read_text())["results_dir"], ignore_errors=True)
     trips = folder / "fastxent" / "_trips.py"
-    assert " exp_up," in trips.read_text()
+    assert " exp_up, reduce," in trips.read_text()
     for file, text, subject in ((folder / "README.md", "\n", "no-op"), (trips, TWICE, "each exp twice")):
         file.write_text(file.read_text() + text)
         git(folder, "commit", "-q", "-m", subject, "--", str(file))

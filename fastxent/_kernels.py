@@ -1,4 +1,4 @@
-"""The kernels: what each does with one unit of rows, by ``_maths`` and ``_trips``, and how threads walk over all units."""
+"""The kernels: what each does with one unit of rows, by ``_maths``, ``_trips``, ``_segments``; how threads walk over them."""
 
 from numba import njit
 
@@ -32,6 +32,7 @@ from fastxent._rows import (
     write_zeros,
     x_step,
 )
+from fastxent._segments import row_label, row_state, save_segment, to_row
 from fastxent._simd import (
     LANES,
     absolute,
@@ -50,17 +51,7 @@ from fastxent._simd import (
     widen,
 )
 from fastxent._task import BAD, CHECK, DIVISOR, DONE, ENTERED, OVER, SEGMENTS, WORK
-from fastxent._trips import (
-    add,
-    exponentials,
-    row_label,
-    row_state,
-    save_segment,
-    span_state,
-    to_row,
-    whole,
-    write_gradient,
-)
+from fastxent._trips import add, exponentials, span_state, whole, write_gradient
 
 NAN = float("nan")
 MOST = 1e300  # of a product whose log is still to be taken

@@ -206,7 +206,7 @@ def scaled(task, x):
 
 @njit(**INLINE)
 def factors(task, unit, state, y, to_row):
-    """``to_row``: what turns the exponentials that were kept into exp(x - m); see ``_trips.to_row``."""
+    """``to_row``: what turns the exponentials that were kept into exp(x - m); see ``_segments.to_row``."""
     power, rest = to_row
     u = sample_weights(task, unit)
     b = where(unit.kept, scaled(task, u), 0.0)

@@ -2,15 +2,14 @@
 
 from numba import njit
 
-from fastxent._elementary import Shift, exp_of, exp_up, reduce, shift_by, split_exponent, up
+from fastxent._elementary import Shift, exp_of, exp_up, reduce, shift_by
 from fastxent._inlined import INLINE
-from fastxent._loadstore import gather, get, itemsize, load, put, scatter, scratch, store, store_apart, stream
-from fastxent._maths import INF, Label, State, label, logits, merge, sums_of, target_weights, through_cap
+from fastxent._loadstore import itemsize, load, put, scatter, scratch, store, store_apart, stream
+from fastxent._maths import INF, State, logits, merge, sums_of, target_weights, through_cap
 from fastxent._rows import (
     BLOCK,
     aligned,
     g_step,
-    locate,
     look_ahead,
     look_at_next_row,
     raw_logits,
@@ -26,12 +25,10 @@ from fastxent._simd import (
     all_lanes,
     any_lane,
     beside,
-    first_lanes,
     iota,
     lane,
     max_across,
     maximum,
-    narrow,
     repeat,
     splat,
     sum_across,
@@ -68,6 +65,7 @@ def block_max(task, unit, start, stop):
 
 @njit(**INLINE)
 def keep(task, unit, j, e, mask):
+    """The exponentials of vector j, to where the second trip looks for them."""
     if task.keeps_e:
         if task.split:
             write(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, e, mask)
@@ -165,6 +163,7 @@ def wide_groups(task, unit, start, stop, m, shift, totals):
 
 @njit(**INLINE)
 def other_half(task, unit, j, m, r, power):
+    """The sums over vector j, from what the first half has left at two addresses."""
     x = logits(task, unit, j, all_lanes())  # before an exponential takes its place
     e = exp_of(load(r), load(power))
     keep(task, unit, j, e, all_lanes())
@@ -255,92 +254,6 @@ def span_state(task, unit):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Split rows
-# ----------------------------------------------------------------------------------------------------
-
-# A row of many classes, and few of them: its segments are shared out over the threads. First phase: ``save_segment`` for
-# each segment; second phase: ``row_state`` puts them together, in order, wherever the row's statistics are needed. Where there
-# is a gradient, the first phase leaves the exponentials in its place, as far as they can be stored there unrounded.
-
-
-@njit(**INLINE)
-def holds_label(task, unit):
-    """Across: is class y among the unit's classes?"""
-    y = lane(unit.y, 0)
-    return not task.split or unit.start * LANES <= y < unit.stop * LANES
-
-
-@njit(**INLINE)
-def save_segment(task, tile, number):
-    """First phase of a split row; returns what every unit returns: see ``_kernels.walk``."""
-    unit = locate(task, tile, number)
-    if any_lane(unit.kept):
-        at = task.segments + 48 * number  # (segments, 6) out: m, s, Q, D, E, x_y
-        if task.labelled:  # by the one segment that holds it, before the exponentials take its place
-            if holds_label(task, unit):
-                put(at, 40, lane(widen(label(task, unit).raw_x_y), 0))
-        state = span_state(task, unit)
-        put(at, 0, lane(widen(state.m), 0))
-        put(at, 8, lane(state.s, 0))
-        put(at, 16, lane(state.q_sum, 0))
-        put(at, 24, lane(state.q_dot, 0))
-        put(at, 32, lane(state.e_dot, 0))
-    return 0.0, 1.0
-
-
-@njit(**INLINE)
-def row_state(task, unit, number):
-    """The statistics of whole rows."""
-    if not task.split:
-        return span_state(task, unit)
-    first = task.segments + 48 * (number - number % task.n_segments)
-    apart = iota() * 48
-    m = splat(task.w, -INF)
-    for k in range(0, task.n_segments, LANES):
-        there = first_lanes(task.n_segments - k)
-        m = maximum(m, where(there, gather(first + 48 * k, apart, there), -INF))
-    m = max_across(m)
-    shift = shift_by(m)
-    nothing = splat(task.w, 0.0)
-    s = q_sum = q_dot = e_dot = nothing
-    for k in range(0, task.n_segments, LANES):  # as `merge` has it, 16 segments at a time
-        at, there = first + 48 * k, first_lanes(task.n_segments - k)
-        m_k = where(there, gather(at, apart, there), -INF)
-        f = exp_up(m_k, shift) / up(shift.base)
-        down = where(m_k == -INF, nothing, m_k - m)
-        s_k = gather(at + 8, apart, there)
-        s = s + f * s_k
-        if task.dense:
-            q_k = gather(at + 16, apart, there)
-            q_sum, q_dot = q_sum + q_k, q_dot + (gather(at + 24, apart, there) + q_k * down)
-        if task.entropic:
-            e_dot = e_dot + f * (gather(at + 32, apart, there) + s_k * down)
-    return State(narrow(task.x, m), sum_across(s), sum_across(q_sum), sum_across(q_dot), sum_across(e_dot))
-
-
-@njit(**INLINE)
-def to_row(task, number, state):
-    """What turns the exponentials that a segment has kept into those for the row's maximum: a power of two, with which they can
-    be multiplied without rounding, and a factor (float64) near 1."""
-    one = splat(task.w, 1.0)
-    if task.split and task.keeps_e:
-        shift = shift_by(widen(state.m))
-        f = exp_up(splat(task.w, get(task.segments, 48 * number)), shift) / up(shift.base)
-        _, rest = split_exponent(f)
-        return narrow(task.x, f / rest), rest
-    return narrow(task.x, one), one
-
-
-@njit(**INLINE)
-def row_label(task, unit, number):
-    """The label of whole rows: of a split row another thread may already have overwritten x_y, so it was saved."""
-    if task.split and task.labelled:
-        at = task.segments + 48 * (number - number % task.n_segments + lane(unit.y, 0) // (task.segment * LANES))
-        return Label(narrow(task.x, splat(task.w, get(at, 40))), label(task, unit).w_y)
-    return label(task, unit)
-
-
-# ----------------------------------------------------------------------------------------------------
 # Second trip: the gradient
 # ----------------------------------------------------------------------------------------------------
 
@@ -351,6 +264,13 @@ def with_label(task, unit, j, g, f):
     if task.labelled and not task.across and not task.tiled:
         return where(unit.y == j, f.g_y, g)
     return g
+
+
+@njit(**INLINE)
+def holds_label(task, unit):
+    """Across: is class y among the unit's classes?"""
+    y = lane(unit.y, 0)
+    return not task.split or unit.start * LANES <= y < unit.stop * LANES
 
 
 @njit(**INLINE)

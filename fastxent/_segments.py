@@ -1,0 +1,99 @@
+"""Split rows: a row of many classes, where there are few rows, is shared out over the threads in segments.
+
+First phase: ``save_segment`` for each segment; second phase: ``row_state`` puts them together, in order, wherever the row's
+statistics are needed. Where there is a gradient, the first phase leaves the exponentials in its place, as far as they can be
+stored there unrounded. Of a row that is not split, all that is here is what ``_trips`` and ``_maths`` have.
+"""
+
+from numba import njit
+
+from fastxent._elementary import exp_up, shift_by, split_exponent, up
+from fastxent._inlined import INLINE
+from fastxent._loadstore import gather, get, put
+from fastxent._maths import INF, Label, State, label
+from fastxent._rows import locate
+from fastxent._simd import (
+    LANES,
+    any_lane,
+    first_lanes,
+    iota,
+    lane,
+    max_across,
+    maximum,
+    narrow,
+    splat,
+    sum_across,
+    where,
+    widen,
+)
+from fastxent._trips import holds_label, span_state
+
+
+@njit(**INLINE)
+def save_segment(task, tile, number):
+    """First phase of a split row; returns what every unit returns: see ``_kernels.walk``."""
+    unit = locate(task, tile, number)
+    if any_lane(unit.kept):
+        at = task.segments + 48 * number  # (segments, 6) out: m, s, Q, D, E, x_y
+        if task.labelled:  # by the one segment that holds it, before the exponentials take its place
+            if holds_label(task, unit):
+                put(at, 40, lane(widen(label(task, unit).raw_x_y), 0))
+        state = span_state(task, unit)
+        put(at, 0, lane(widen(state.m), 0))
+        put(at, 8, lane(state.s, 0))
+        put(at, 16, lane(state.q_sum, 0))
+        put(at, 24, lane(state.q_dot, 0))
+        put(at, 32, lane(state.e_dot, 0))
+    return 0.0, 1.0
+
+
+@njit(**INLINE)
+def row_state(task, unit, number):
+    """The statistics of whole rows."""
+    if not task.split:
+        return span_state(task, unit)
+    first = task.segments + 48 * (number - number % task.n_segments)
+    apart = iota() * 48
+    m = splat(task.w, -INF)
+    for k in range(0, task.n_segments, LANES):
+        there = first_lanes(task.n_segments - k)
+        m = maximum(m, where(there, gather(first + 48 * k, apart, there), -INF))
+    m = max_across(m)
+    shift = shift_by(m)
+    nothing = splat(task.w, 0.0)
+    s = q_sum = q_dot = e_dot = nothing
+    for k in range(0, task.n_segments, LANES):  # as `merge` has it, 16 segments at a time
+        at, there = first + 48 * k, first_lanes(task.n_segments - k)
+        m_k = where(there, gather(at, apart, there), -INF)
+        f = exp_up(m_k, shift) / up(shift.base)
+        down = where(m_k == -INF, nothing, m_k - m)
+        s_k = gather(at + 8, apart, there)
+        s = s + f * s_k
+        if task.dense:
+            q_k = gather(at + 16, apart, there)
+            q_sum, q_dot = q_sum + q_k, q_dot + (gather(at + 24, apart, there) + q_k * down)
+        if task.entropic:
+            e_dot = e_dot + f * (gather(at + 32, apart, there) + s_k * down)
+    return State(narrow(task.x, m), sum_across(s), sum_across(q_sum), sum_across(q_dot), sum_across(e_dot))
+
+
+@njit(**INLINE)
+def to_row(task, number, state):
+    """What turns the exponentials that a segment has kept into those for the row's maximum: a power of two, with which they can
+    be multiplied without rounding, and a factor (float64) near 1."""
+    one = splat(task.w, 1.0)
+    if task.split and task.keeps_e:
+        shift = shift_by(widen(state.m))
+        f = exp_up(splat(task.w, get(task.segments, 48 * number)), shift) / up(shift.base)
+        _, rest = split_exponent(f)
+        return narrow(task.x, f / rest), rest
+    return narrow(task.x, one), one
+
+
+@njit(**INLINE)
+def row_label(task, unit, number):
+    """The label of whole rows: of a split row another thread may already have overwritten x_y, so it was saved."""
+    if task.split and task.labelled:
+        at = task.segments + 48 * (number - number % task.n_segments + lane(unit.y, 0) // (task.segment * LANES))
+        return Label(narrow(task.x, splat(task.w, get(at, 40))), label(task, unit).w_y)
+    return label(task, unit)
