@@ -302,27 +302,22 @@ def as_stored(typingctx, p, place):
     return p(p, place), lambda context, builder, sig, args: args[1]
 
 
-@intrinsic
-def get(typingctx, p, offset):
-    """The element ``offset`` bytes behind ``p``, as a number."""
+def _element(is_fixed):
+    @intrinsic
+    def element(typingctx, p, offset):
+        def codegen(context, builder, sig, args):
+            raw = builder.load(typed(builder, builder.gep(args[0], [args[1]]), STORED[p.storage]), align=1)
+            if is_fixed:
+                raw.set_metadata("invariant.load", builder.module.add_metadata([]))
+            return _decode(builder, raw, p)
 
-    def codegen(context, builder, sig, args):
-        address = typed(builder, builder.gep(args[0], [args[1]]), STORED[p.storage])
-        return _decode(builder, builder.load(address, align=1), p)
+        return NUMBA_SCALAR[p.kind](p, types.int64), codegen
 
-    return NUMBA_SCALAR[p.kind](p, types.int64), codegen
+    return element
 
 
-@intrinsic
-def fixed(typingctx, p, offset):
-    """One element of what no kernel writes: it may be read before a loop, not in each round."""
-
-    def codegen(context, builder, sig, args):
-        raw = builder.load(typed(builder, builder.gep(args[0], [args[1]]), STORED[p.storage]), align=ITEMSIZE[p.storage])
-        raw.set_metadata("invariant.load", builder.module.add_metadata([]))
-        return _decode(builder, raw, p)
-
-    return NUMBA_SCALAR[p.kind](p, types.int64), codegen
+# The element ``offset`` bytes behind ``p``, as a number; ``fixed``: no kernel writes it, so it may be read before a loop.
+get, fixed = _element(False), _element(True)
 
 
 @intrinsic

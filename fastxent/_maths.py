@@ -106,21 +106,20 @@ def sums_of(task, x, e, q, m):
 
 
 @njit(**INLINE)
+def seen_from(state, m):
+    """The statistics with a maximum m that is not their own, but of more classes."""
+    shift = shift_by(widen(m))
+    f = exp_up(widen(state.m), shift) / up(shift.base)
+    down = where(state.m == -INF, splat(f, 0.0), widen(state.m) - widen(m))
+    return State(m, f * state.s, state.q_sum, state.q_dot + state.q_sum * down, f * (state.e_dot + state.s * down))
+
+
+@njit(**INLINE)
 def merge(a, b):
     """The statistics of two parts of a row, from those of each."""
     m = maximum(a.m, b.m)
-    shift = shift_by(widen(m))
-    f_a = exp_up(widen(a.m), shift) / up(shift.base)
-    f_b = exp_up(widen(b.m), shift) / up(shift.base)
-    down_a = where(a.m == -INF, splat(f_a, 0.0), widen(a.m) - widen(m))
-    down_b = where(b.m == -INF, splat(f_b, 0.0), widen(b.m) - widen(m))
-    return State(
-        m,
-        f_a * a.s + f_b * b.s,
-        a.q_sum + b.q_sum,
-        (a.q_dot + a.q_sum * down_a) + (b.q_dot + b.q_sum * down_b),
-        f_a * (a.e_dot + a.s * down_a) + f_b * (b.e_dot + b.s * down_b),
-    )
+    a, b = seen_from(a, m), seen_from(b, m)
+    return State(m, a.s + b.s, a.q_sum + b.q_sum, a.q_dot + b.q_dot, a.e_dot + b.e_dot)
 
 
 @njit(**INLINE)

@@ -10,7 +10,7 @@ from numba import njit
 from fastxent._elementary import exp_up, shift_by, split_exponent, up
 from fastxent._inlined import INLINE
 from fastxent._loadstore import gather, get, put
-from fastxent._maths import INF, Label, State, label
+from fastxent._maths import INF, Label, State, label, seen_from
 from fastxent._rows import locate
 from fastxent._simd import (
     LANES,
@@ -48,33 +48,28 @@ def save_segment(task, tile, number):
 
 
 @njit(**INLINE)
+def load_segments(task, first, k):
+    """The statistics of a row's segments k ... k + 15, lane by lane; of those that are not there, those of no class."""
+    at, apart, there = first + 48 * k, iota() * 48, first_lanes(task.n_segments - k)
+    m, s = where(there, narrow(task.x, gather(at, apart, there)), -INF), gather(at + 8, apart, there)
+    return State(m, s, gather(at + 16, apart, there), gather(at + 24, apart, there), gather(at + 32, apart, there))
+
+
+@njit(**INLINE)
 def row_state(task, unit, number):
     """The statistics of whole rows."""
     if not task.split:
         return span_state(task, unit)
     first = task.segments + 48 * (number - number % task.n_segments)
-    apart = iota() * 48
-    m = splat(task.w, -INF)
+    m = splat(task.x, -INF)
     for k in range(0, task.n_segments, LANES):
-        there = first_lanes(task.n_segments - k)
-        m = maximum(m, where(there, gather(first + 48 * k, apart, there), -INF))
+        m = maximum(m, load_segments(task, first, k).m)
     m = max_across(m)
-    shift = shift_by(m)
-    nothing = splat(task.w, 0.0)
-    s = q_sum = q_dot = e_dot = nothing
-    for k in range(0, task.n_segments, LANES):  # as `merge` has it, 16 segments at a time
-        at, there = first + 48 * k, first_lanes(task.n_segments - k)
-        m_k = where(there, gather(at, apart, there), -INF)
-        f = exp_up(m_k, shift) / up(shift.base)
-        down = where(m_k == -INF, nothing, m_k - m)
-        s_k = gather(at + 8, apart, there)
-        s = s + f * s_k
-        if task.dense:
-            q_k = gather(at + 16, apart, there)
-            q_sum, q_dot = q_sum + q_k, q_dot + (gather(at + 24, apart, there) + q_k * down)
-        if task.entropic:
-            e_dot = e_dot + f * (gather(at + 32, apart, there) + s_k * down)
-    return State(narrow(task.x, m), sum_across(s), sum_across(q_sum), sum_across(q_dot), sum_across(e_dot))
+    s = q_sum = q_dot = e_dot = splat(task.w, 0.0)
+    for k in range(0, task.n_segments, LANES):
+        part = seen_from(load_segments(task, first, k), m)
+        s, q_sum, q_dot, e_dot = s + part.s, q_sum + part.q_sum, q_dot + part.q_dot, e_dot + part.e_dot
+    return State(m, sum_across(s), sum_across(q_sum), sum_across(q_dot), sum_across(e_dot))
 
 
 @njit(**INLINE)
