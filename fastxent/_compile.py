@@ -60,10 +60,17 @@ def c_function(name: str, variant: Variant) -> tuple[Any, str]:
     return _inlined.c_function(function, types.void(task, types.int64, types.int64))
 
 
+# The linker makes no room for addresses of functions but where code takes them from a table, as compilers say -fno-plt.
+_MEMSET_BY_TABLE = """
+!llvm.module.flags = !{!999999}
+!999999 = !{i32 7, !"RtLibUseGOT", i32 1}
+"""
+
+
 def object_code(name: str, variant: Variant) -> bytes:
     """Kernel ``name`` as an object file, in which it is called ``_machine_code.SYMBOL``."""
     library, symbol = c_function(name, variant)
-    module = binding.parse_assembly(library.get_llvm_str())
+    module = binding.parse_assembly(library.get_llvm_str() + _MEMSET_BY_TABLE)
     module.get_function(symbol).name = _machine_code.SYMBOL
     for value in (*module.functions, *module.global_variables):
         if not value.is_declaration and value.name != _machine_code.SYMBOL:
@@ -73,4 +80,19 @@ def object_code(name: str, variant: Variant) -> bytes:
     machine = binding.Target.from_triple(triple).create_target_machine(
         cpu, features, opt=3, reloc="pic", codemodel="small", jit=True
     )
+    _drop_errors(module, machine)
     return bytes(machine.emit_object(module))
+
+
+def _drop_errors(module: binding.ModuleRef, machine: binding.TargetMachine) -> None:
+    """What C calls would report an exception to Python, with Numba's help: but a kernel raises none.
+
+    Where a file is linked, Numba may not be there. Of a function that is not found the linker says nothing: it, and whatever
+    else is not in the file, would be called at address 0, be it ``memset``.
+    """
+    passes = binding.create_new_module_pass_manager()
+    passes.add_ipsccp_pass()  # what returns 0 and nothing else is known to where it is called
+    passes.add_strip_dead_prototype_pass()
+    passes.run(module, binding.create_pass_builder(machine, binding.create_pipeline_tuning_options()))
+    outside = [f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")]
+    assert not outside, f"a kernel needs {', '.join(outside)}"

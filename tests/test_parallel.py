@@ -93,6 +93,22 @@ def test_import_brings_in_neither_numba_nor_torch():
     assert out == "[]"
 
 
+def test_kernels_from_the_disk_need_nothing_of_numba(tmp_path):
+    """Zeros, as for ignored rows, may be written by the C library's memset: it must be found where Numba never was."""
+    code = """
+        import sys, numpy as np, fastxent as fx
+        for shape, axis in (((40, 5), 1), ((40, 300), 1), ((2, 20, 8, 8), 1)):
+            x, y = np.ones(shape, np.float32), np.full(shape[:axis] + shape[axis + 1 :], -100)
+            out = np.ones_like(x)
+            loss, _ = fx.cross_entropy_value_and_grad(x, y, axis=axis, reduction="sum", out=out)
+            print(float(loss), np.count_nonzero(out))
+        print("numba" in sys.modules)
+        """
+    zeros = ["0.0 0"] * 3
+    assert in_a_new_process(code, NUMBA_CACHE_DIR=str(tmp_path)).splitlines() == [*zeros, "True"]  # compiled
+    assert in_a_new_process(code, NUMBA_CACHE_DIR=str(tmp_path)).splitlines() == [*zeros, "False"]
+
+
 def test_torch_keeps_its_threads_and_shares_its_pool():
     out = in_a_new_process(
         """
