@@ -20,11 +20,11 @@ from numba import cfunc, njit, types
 from benchmarks.cases import GRAD, Array, Case
 from fastxent import _compile, _parallel, _task
 from fastxent._inlined import INLINE
-from fastxent._kernels import enter, walk
 from fastxent._loadstore import load, prefetch, store, stream
 from fastxent._plan import CHUNK, Plan, Variant
 from fastxent._simd import LANES, lane, splat, sum_across
 from fastxent._task import WORK
+from fastxent._walk import enter, one_by_one, walk
 
 VECTOR = 4 * LANES  # bytes
 AHEAD = 128  # vectors
@@ -86,16 +86,19 @@ def read(task, tile, number):
     return float(lane(sum_across((a + b) + (c + d)), 0)), 1.0
 
 
+all_streamed, all_stored, all_read = map(one_by_one, (streamed, stored, read))
+
+
 def streamed_task(task):
-    walk(task, WORK, enter(task), streamed, task.n_units, task.chunk)
+    walk(task, WORK, enter(task), all_streamed, task.n_units, task.chunk)
 
 
 def stored_task(task):
-    walk(task, WORK, enter(task), stored, task.n_units, task.chunk)
+    walk(task, WORK, enter(task), all_stored, task.n_units, task.chunk)
 
 
 def read_task(task):
-    walk(task, WORK, enter(task), read, task.n_units, task.chunk)
+    walk(task, WORK, enter(task), all_read, task.n_units, task.chunk)
 
 
 TASKS = {"streamed": streamed_task, "stored": stored_task, "read": read_task}

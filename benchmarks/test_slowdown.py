@@ -69,9 +69,9 @@ def clone(tmp_path_factory) -> Clone:
     git(ROOT, "clone", "-q", "--shared", str(ROOT), str(folder))
     hashes = [git(folder, "rev-parse", "HEAD")]
     shutil.rmtree(folder / json.loads((folder / "asv.conf.json").read_text())["results_dir"], ignore_errors=True)
-    trips = folder / "fastxent" / "_trips.py"
-    assert " exp_up, reduce," in trips.read_text()
-    for file, text, subject in ((folder / "README.md", "\n", "no-op"), (trips, TWICE, "each exp twice")):
+    statistics = folder / "fastxent" / "_statistics.py"
+    assert " exp_up, reduce," in statistics.read_text()
+    for file, text, subject in ((folder / "README.md", "\n", "no-op"), (statistics, TWICE, "each exp twice")):
         file.write_text(file.read_text() + text)
         git(folder, "commit", "-q", "-m", subject, "--", str(file))
         hashes.append(git(folder, "rev-parse", "HEAD"))

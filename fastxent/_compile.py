@@ -10,7 +10,8 @@ from numba import types
 from numba.core.registry import cpu_target
 
 from fastxent import _direct, _inlined, _kernels, _machine_code, _simd, _task
-from fastxent._plan import KEEPERS, Variant
+from fastxent._plan import KEEPERS, Variant, pipelined
+from fastxent._walk import one_by_one
 
 
 def task_type(name: str, variant: Variant) -> _simd.Task:
@@ -41,6 +42,7 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "split": variant.split,
         "large": variant.large,
         "double": acc == "f64",
+        "pipelined": pipelined(name, variant),
         "differentiate": variant.differentiate,
     }
     return _simd.Task(fields, tuple(constants.items()))
@@ -54,8 +56,10 @@ def c_function(name: str, variant: Variant) -> tuple[Any, str]:
     if name == "launch":
         return _inlined.c_function(_kernels.launch, types.void(task))
     function = _kernels.check
-    if name != "check":  # ``kernel``, with the function of this name as its ``visit``
-        names = vars(_kernels) | {"visit": getattr(_kernels, name)}
+    if name != "check":  # ``kernel``, with the function of this name as its ``work``
+        in_pipeline = pipelined(name, variant)
+        work = getattr(_kernels, f"{name}_pipelined") if in_pipeline else one_by_one(getattr(_kernels, name))
+        names = vars(_kernels) | {"work": work}
         function = FunctionType(_kernels.kernel.__code__, names, name)
     return _inlined.c_function(function, types.void(task, types.int64, types.int64))
 

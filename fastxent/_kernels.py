@@ -1,28 +1,23 @@
-"""The kernels: what each does with one unit of rows, by ``_maths``, ``_trips``, ``_segments``; how threads walk over them."""
+"""The kernels: what each does with one unit of rows, or with some long rows; what a thread runs.
+
+By the formulas of ``_maths``, the loops of ``_statistics`` and ``_gradient``; ``_segments`` for rows that are split.
+"""
 
 from numba import njit
 
-from fastxent._elementary import exp_up, log, log1p, shift_by, up
+from fastxent._elementary import exp_up, log1p, shift_by, up
+from fastxent._gradient import exponentials, write_gradient
 from fastxent._inlined import INLINE
-from fastxent._loadstore import (
-    call,
-    fetch_add,
-    gather,
-    get,
-    itemsize,
-    load_masked,
-    put,
-    raise_to,
-    read_slot,
-    start,
-    store_first,
-)
-from fastxent._maths import factors, label, log_s, logits, row_loss, scaled, sum_loss
-from fastxent._plan import CHECKED, CHECKS, TILE
+from fastxent._loadstore import gather, get, itemsize, load_masked, put, start, store_first
+from fastxent._maths import State, block_max, factors, label, log_s, logits, merge, row_loss, scaled, sum_loss
+from fastxent._pipeline import Ahead, finish_behind, follow, nothing_behind
+from fastxent._plan import CHECKED, CHECKS
 from fastxent._rows import (
+    BLOCK,
     flush,
     g_step,
     locate,
+    look_at_border,
     put_rows,
     row_values,
     sum_rows,
@@ -50,16 +45,15 @@ from fastxent._simd import (
     where,
     widen,
 )
-from fastxent._task import BAD, CHECK, DIVISOR, DONE, ENTERED, OVER, SEGMENTS, WORK
-from fastxent._trips import add, exponentials, span_state, whole, write_gradient
+from fastxent._statistics import span_state, state_of
+from fastxent._task import BAD, CHECK, DIVISOR, SEGMENTS, WORK
+from fastxent._walk import enter, nothing_so_far, one_by_one, plus, value_of, wait, walk
 
 NAN = float("nan")
-MOST = 1e300  # of a product whose log is still to be taken
 NONE = 1 << 62  # past every class number
-PATIENCE = 100  # looks at whether the others are ready, before they are let run
 
 # ----------------------------------------------------------------------------------------------------
-# What each kernel does with unit ``number``; it returns a number and a factor: see ``walk``
+# What each kernel does with unit ``number``; it returns a number and a factor: see ``_walk``
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -301,81 +295,84 @@ def binary(task, tile, number):
 
 
 # ----------------------------------------------------------------------------------------------------
-# What a thread runs
+# The same for long rows past the cache, ``first`` ... ``stop - 1``, in a pipeline: see there
 # ----------------------------------------------------------------------------------------------------
 
 
 @njit(**INLINE)
-def log_of(task, x):
-    return lane(log(splat(task.w, x)), 0)
+def next_kept(task, tile, number, stop):
+    """The first row from ``number`` on that is not ignored, as number and unit; what is to be done for those before is done."""
+    unit = locate(task, tile, min(number, stop - 1))
+    while number < stop and not any_lane(unit.kept):
+        deliver_no_loss(task, unit)
+        if task.keeps_e:
+            write_zeros(task, unit)
+        number += 1
+        unit = locate(task, tile, min(number, stop - 1))
+    return number, unit
 
 
 @njit(**INLINE)
-def walk(task, phase, me, visit, n_units, chunk):
-    """Take chunks of units until none is left; sum each chunk in order; the last to finish sums the chunks in order.
-
-    A thread begins with its own share of the chunks, the same in every run, for it may find them in its core's cache; then it
-    takes what is left of the next one's.
-
-    A unit returns a number and a factor. The numbers, and the logs of the factors, are added up, and lose nothing to rounding
-    on the way; of the factors there is one log for as many as have a product below the largest float64.
-    """
-    n_chunks = (n_units + chunk - 1) // chunk
-    partial = task.partial  # (n_chunks,) out
-    tile = task.tiles + me * TILE
-    first = me * n_chunks // task.team
-    number_of_phase = task.round + phase
-    for nth in range(n_chunks):
-        piece = first + nth if first + nth < n_chunks else first + nth - n_chunks
-        at = 8 * piece
-        if get(task.taken, at) >= number_of_phase or raise_to(task.taken, at, number_of_phase) >= number_of_phase:
-            continue
-        total, lost, product = 0.0, 0.0, 1.0
-        for number in range(piece * chunk, min(n_units, (piece + 1) * chunk)):
-            x, factor = visit(task, tile, number)
-            if product * factor > MOST:
-                x, product = x + log_of(task, product), 1.0
-            product *= factor
-            total, lost = add(total, lost, x)
-        if product != 1.0:
-            total, lost = add(total, lost, log_of(task, product))
-        put(partial, at, whole(total, lost))
-        if fetch_add(task, DONE + 8 * phase) == n_chunks - 1:
-            total, lost = 0.0, 0.0
-            for k in range(n_chunks):
-                total, lost = add(total, lost, get(partial, 8 * k))
-            put(task.total, 8 * phase, whole(total, lost))
-            fetch_add(task, OVER + phase)
+def value_pipelined(task, tile, first, stop):
+    """Loss, block by block; ahead is the next block, be it of the next row."""
+    so_far = nothing_so_far()
+    number, unit = next_kept(task, tile, first, stop)
+    m = block_max(task, unit, 0, min(unit.stop, BLOCK) if number < stop else 0)
+    none, behind = splat(task.w, 0.0), nothing_behind(task, unit)
+    while number < stop:
+        next_number, next_unit = next_kept(task, tile, number + 1, stop)
+        state = State(m, none, none, none, none)  # of no block: Numba wants one before the loop
+        for at in range(0, unit.stop, BLOCK):
+            end = min(unit.stop, at + BLOCK)
+            ahead = Ahead(next_unit, 0, min(unit.stop, BLOCK) if next_number < stop else 0)
+            if end < unit.stop:
+                ahead = Ahead(unit, end, min(unit.stop, end + BLOCK))
+            block, m = state_of(task, unit, at, end, m, ahead, behind)
+            state = merge(state, block) if at > 0 else block
+        so_far = plus(task, so_far, *deliver_loss(task, unit, state, label(task, unit)))
+        number, unit = next_number, next_unit
+    return value_of(task, so_far)
 
 
 @njit(**INLINE)
-def wait(task, phase):
-    """Until all chunks of a phase are done."""
-    turns = 0
-    while read_slot(task, OVER + phase) == 0:
-        turns += 1
-        if turns > PATIENCE and task.give_way != 0:
-            call(task.give_way)
+def value_and_grad_pipelined(task, tile, first, stop):
+    """Loss and gradient, row by row."""
+    so_far = nothing_so_far()
+    number, unit = next_kept(task, tile, first, stop)
+    m = block_max(task, unit, 0, unit.stop if number < stop else 0)
+    behind = nothing_behind(task, unit)
+    while number < stop:
+        next_number, next_unit = next_kept(task, tile, number + 1, stop)
+        ahead = Ahead(next_unit, 0, unit.stop if next_number < stop else 0)
+        look_at_border(task, unit)
+        y = label(task, unit)
+        state, m = state_of(task, unit, 0, unit.stop, m, ahead, behind)
+        so_far = plus(task, so_far, *deliver_loss(task, unit, state, y))
+        behind = follow(task, unit, factors(task, unit, state, y, to_row(task, number, state)))
+        number, unit = next_number, next_unit
+    finish_behind(task, behind, 0)
+    return value_of(task, so_far)
 
 
-@njit(**INLINE)
-def enter(task):
-    """The thread's number in its team."""
-    return fetch_add(task, ENTERED) if task.thread_number == 0 else call(task.thread_number)
+# ----------------------------------------------------------------------------------------------------
+# What a thread runs
+# ----------------------------------------------------------------------------------------------------
+
+check_all = one_by_one(check_targets)
 
 
 def check(task, phase, me):
     """A kernel: are all class indices in range, and what do the rows weigh?"""
-    walk(task, phase, me, check_targets, (task.n_rows + CHECKED - 1) // CHECKED, CHECKS)
+    walk(task, phase, me, check_all, (task.n_rows + CHECKED - 1) // CHECKED, CHECKS)
 
 
-visit = value  # what a kernel does with a unit: ``_compile`` puts in one of the functions above, or one of these
+work = value_pipelined  # what a kernel does with some units: ``_compile`` puts in what it is to do
 keep_segment = save_segment  # with task.keeps_e
 
 
 def kernel(task, phase, me):
-    """A kernel: ``visit`` for all units."""
-    walk(task, phase, me, visit, task.n_units, task.chunk)
+    """A kernel: ``work`` on all units."""
+    walk(task, phase, me, work, task.n_units, task.chunk)
 
 
 def launch(task):

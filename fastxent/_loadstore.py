@@ -401,12 +401,12 @@ def address(typingctx, p):
     return types.int64(p), lambda context, builder, sig, args: builder.ptrtoint(args[0], I64)
 
 
-def _prefetch(level):
+def _prefetch(level, writes=False):
     @intrinsic
     def prefetch(typingctx, p, offset):
         def codegen(context, builder, sig, args):
             address = builder.gep(args[0], [args[1]])
-            call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(4 - level), I32(1)])
+            call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(int(writes)), I32(4 - level), I32(1)])
             return context.get_dummy_value()
 
         return types.void(p, types.int64), codegen
@@ -416,3 +416,4 @@ def _prefetch(level):
 
 # Ask for the cache line ``offset`` bytes behind ``p``, into the first- or second-level cache; never faults.
 prefetch_near, prefetch = _prefetch(1), _prefetch(2)
+prefetch_to_write = _prefetch(1, writes=True)

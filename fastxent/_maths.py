@@ -1,4 +1,5 @@
-"""The maths of fastxent: derived on top, then a function for each term. ``_trips`` loops with them over the vectors of a unit.
+"""The maths of fastxent: derived on top, then a function for each term. ``_statistics`` and ``_gradient`` loop with them over a
+unit's vectors.
 
 Letters (a row is one position of the axes other than the class axis; C classes, logits x)
     m = max_c x_c        s = sum_c exp(x_c - m)        lse = m + log s        p_c = exp(x_c - m) / s
@@ -35,7 +36,7 @@ from fastxent._elementary import exp_up, log, sech_squared, shift_by, tanh, up
 from fastxent._inlined import INLINE
 from fastxent._loadstore import gather, get, itemsize, load_masked
 from fastxent._rows import multiply_rows, raw_logits, read, row_values, sum_rows, t_step, x_step
-from fastxent._simd import LANES, fma, fold, lane, maximum, narrow, splat, where, widen
+from fastxent._simd import LANES, all_lanes, fma, fold, lane, max_across, maximum, narrow, splat, where, widen
 from fastxent._task import DIVISOR
 
 INF = float("inf")
@@ -83,6 +84,32 @@ def target_weights(task, unit, j, mask):
 def share(task):
     """What is common to all q of a smoothed class index, eps / C: multiplied, and rounded, once."""
     return 1.0 if task.soft else task.spread
+
+
+@njit(**INLINE)
+def vector_max(task, unit, start, stop):
+    """The maximum over vectors start ... stop - 1, lane by lane; four at a time, or each would wait for the one before."""
+    a = b = c = d = splat(task.x, -INF)
+    n_whole = max(start, min(stop, unit.full))
+    grouped = start + (n_whole - start) // 4 * 4
+    for j in range(start, grouped, 4):
+        a = maximum(a, logits(task, unit, j, all_lanes()))
+        b = maximum(b, logits(task, unit, j + 1, all_lanes()))
+        c = maximum(c, logits(task, unit, j + 2, all_lanes()))
+        d = maximum(d, logits(task, unit, j + 3, all_lanes()))
+    m = maximum(maximum(a, b), maximum(c, d))
+    for j in range(grouped, n_whole):
+        m = maximum(m, logits(task, unit, j, all_lanes()))
+    for j in range(n_whole, stop):
+        m = maximum(m, where(unit.reads, logits(task, unit, j, unit.reads), -INF))
+    return m
+
+
+@njit(**INLINE)
+def block_max(task, unit, start, stop):
+    """m of vectors start ... stop - 1."""
+    m = vector_max(task, unit, start, stop)
+    return max_across(m) if task.across else m
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -87,9 +87,12 @@ def run(name: str, plan: Plan, n_threads: int | None = None, **arguments: Any) -
 
 
 def tiles_for(n_threads: int) -> tuple[np.ndarray[Any, Any], int]:
-    """Memory for so many tiles, and where the first begins: on a cache line."""
-    tiles = np.empty(n_threads * TILE + 64, np.uint8)
-    return tiles, tiles.ctypes.data + -tiles.ctypes.data % 64
+    """Memory for so many tiles, and where the first begins: on a cache line, but not where large arrays begin in a page.
+
+    A load waits for a store that is 4 KB, or a multiple of that, from it.
+    """
+    tiles = np.empty(n_threads * TILE + 4096, np.uint8)
+    return tiles, tiles.ctypes.data + (1024 - tiles.ctypes.data) % 4096
 
 
 def _take_tiles() -> tuple[np.ndarray[Any, Any], int]:

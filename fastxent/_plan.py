@@ -65,6 +65,12 @@ class Variant(NamedTuple):
         return precision(self.logits, self.target)
 
 
+def pipelined(name: str, variant: Variant) -> bool:
+    """Does kernel ``name`` write one row, and read the next one, while it computes? (``_pipeline``)"""
+    wanted = name == "value" or (name == "value_and_grad" and variant.kept)
+    return wanted and variant.large and variant.across and variant.acc == "f32"
+
+
 @dataclass(frozen=True)
 class Plan:
     """How the rows are walked over; ``planned`` are the values of ``_task.PLANNED``, ``axes`` the row axes' table."""

@@ -21,6 +21,7 @@ from fastxent._loadstore import (
     load_masked,
     prefetch,
     prefetch_near,
+    prefetch_to_write,
     put,
     scatter,
     store,
@@ -44,6 +45,7 @@ from fastxent._transpose import SQUARE, load_transposed, store_transposed
 
 BLOCK = 192  # vectors between two looks at the running maximum: 12 KB of float32, well inside the first-level cache
 LINE = 64  # bytes of a cache line
+FURTHER = 4096  # bytes between what a pipeline reads and what it asks for
 LATER = 2048  # bytes between the short rows that are worked on and those that are asked for
 AHEAD = 4096  # vectors of the next row that are asked for during the gradient: what half a second-level cache holds
 
@@ -368,6 +370,10 @@ def write_out(task, unit, j, values, mask):
 @njit(**INLINE)
 def look_ahead(task, unit, j):
     """While the exponentials of vector j are computed, ask for what is read a block, a row, or 16 rows later."""
+    if task.pipelined:
+        if task.soft:
+            prefetch(task.t + unit.t, j * t_step(task) + fixed(task.axes, 24))
+        return
     if task.across and not task.large:  # it is in some cache, and most of the time not in the nearest
         prefetch_near(task.x + unit.x, (j + min(BLOCK, task.n_vectors)) * x_step(task))
     if task.large and not task.tiled:
@@ -381,6 +387,19 @@ def look_ahead(task, unit, j):
             prefetch(task.x + unit.x, j * x_step(task) + ahead + LINE)
         if task.soft:
             prefetch(task.t + unit.t, j * t_step(task) + t_ahead)
+
+
+@njit(**INLINE)
+def look_further(task, unit, j):
+    """In a pipeline: while vector j is read for the first time, ask for what follows."""
+    prefetch_near(task.x + unit.x, j * x_step(task) + FURTHER)
+
+
+@njit(**INLINE)
+def look_at_border(task, unit):
+    """Past the cache: a line that two rows share is written in parts, and has to be read before; ask for it."""
+    if task.stream != 0 and address(task.g + unit.g) % LINE != 0:
+        prefetch_to_write(task.g + unit.g, 0)
 
 
 @njit(**INLINE)

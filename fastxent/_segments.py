@@ -2,12 +2,13 @@
 
 First phase: ``save_segment`` for each segment; second phase: ``row_state`` puts them together, in order, wherever the row's
 statistics are needed. Where there is a gradient, the first phase leaves the exponentials in its place, as far as they can be
-stored there unrounded. Of a row that is not split, all that is here is what ``_trips`` and ``_maths`` have.
+stored there unrounded. Of a row that is not split, all that is here is what ``_statistics`` has.
 """
 
 from numba import njit
 
 from fastxent._elementary import exp_up, shift_by, split_exponent, up
+from fastxent._gradient import holds_label
 from fastxent._inlined import INLINE
 from fastxent._loadstore import gather, get, put
 from fastxent._maths import INF, Label, State, label, seen_from
@@ -26,12 +27,12 @@ from fastxent._simd import (
     where,
     widen,
 )
-from fastxent._trips import holds_label, span_state
+from fastxent._statistics import span_state
 
 
 @njit(**INLINE)
 def save_segment(task, tile, number):
-    """First phase of a split row; returns what every unit returns: see ``_kernels.walk``."""
+    """First phase of a split row; returns what every unit returns: see ``_walk``."""
     unit = locate(task, tile, number)
     if any_lane(unit.kept):
         at = task.segments + 48 * number  # (segments, 6) out: m, s, Q, D, E, x_y

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import EVERYDAY_DTYPES, Budget, make_case, make_truth, run_torch
+from conftest import BFLOAT16, EVERYDAY_DTYPES, FLOAT32, Budget, make_case, make_truth, run_torch
 
 import fastxent as fx
 from fastxent import _plan
@@ -68,6 +68,37 @@ def test_streamed_gradient(dtype, shape, all_is_large):
             assert (memory == 7).all(), "written past the gradient"
     losses.check()
     gradients.check()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
+def test_a_pipeline_of_rows_gives_the_bits_of_each_alone(dtype, option, monkeypatch):
+    """Long rows past the cache are written while the next one is computed: targets in all places, rows that are far from zero,
+    hold an inf, or are ignored, several at once, and gradients that begin anywhere and have something between their rows."""
+    for shape in ((1, 3077), (2, 49), (9, 3077), (40, 300), (18, 512)):
+        n_rows, n_classes = shape
+        case = make_case(dtype, shape, option)
+        logits, target = case.logits, case.target
+        logits[n_rows // 3] += 9000
+        logits[n_rows // 2, 1::2] = -np.inf
+        if target.ndim == 1:
+            target[:] = np.linspace(0, n_classes - 1, n_rows)
+            target[[0, -1]] = (target[0], -100) if n_rows < 9 else (-100, -100)
+            target[n_rows // 2 : n_rows // 2 + 2] = -100
+        options = dict(case.options, ignore_index=-100)
+        want = fx.cross_entropy(logits, target, reduction="none", **options)
+        want_loss, want_g = fx.cross_entropy_value_and_grad(logits, target, **options)
+        for _ in planned_with(monkeypatch, "LARGE"):
+            np.testing.assert_array_equal(fx.cross_entropy(logits, target, reduction="none", **options), want)
+            for offset, gap in ((0, 0), (1, 0), (7, 5), (0, 16)):
+                memory = aligned((n_rows, n_classes + gap), dtype, offset)[0]
+                before = memory.copy()
+                for x in (logits, memory[:, :n_classes]):
+                    memory[:, :n_classes] = logits
+                    loss, g = fx.cross_entropy_value_and_grad(x, target, out=memory[:, :n_classes], **options)
+                    np.testing.assert_array_equal(loss, want_loss)
+                    np.testing.assert_array_equal(g, want_g, err_msg=f"{shape}, {offset}, {gap}")
+                    np.testing.assert_array_equal(memory[:, n_classes:], before[:, n_classes:])
 
 
 @pytest.mark.parametrize("n_classes", [20, 300])

@@ -1,34 +1,28 @@
-"""The two trips through a unit's vectors: first its statistics, then its gradient. The formulas are those of ``_maths``."""
+"""First trip through a unit's vectors: its statistics. The formulas are those of ``_maths``."""
 
 from numba import njit
 
 from fastxent._elementary import Shift, exp_of, exp_up, reduce, shift_by
 from fastxent._inlined import INLINE
-from fastxent._loadstore import itemsize, load, put, scatter, scratch, store, store_apart, stream
-from fastxent._maths import INF, State, logits, merge, sums_of, target_weights, through_cap
-from fastxent._rows import (
-    BLOCK,
-    aligned,
-    g_step,
-    look_ahead,
-    look_at_next_row,
-    raw_logits,
-    read,
-    streams,
-    tile_step,
-    write,
-    write_out,
+from fastxent._loadstore import itemsize, load, scratch, store, store_apart
+from fastxent._maths import INF, State, block_max, logits, merge, sums_of, target_weights
+from fastxent._pipeline import (
+    AT_A_TIME,
+    GROUP,
+    finish_behind,
+    look_ahead_at,
+    nothing_ahead,
+    nothing_behind,
+    rest_ahead,
+    write_behind,
 )
+from fastxent._rows import BLOCK, g_step, look_ahead, tile_step, write
 from fastxent._simd import (
     LANES,
     WIDE,
     all_lanes,
     any_lane,
     beside,
-    iota,
-    lane,
-    max_across,
-    maximum,
     repeat,
     splat,
     sum_across,
@@ -36,31 +30,7 @@ from fastxent._simd import (
     widen,
 )
 
-GROUP = 8  # vectors whose float32 terms are added up before they go to the float64 totals
 LOT = 64  # vectors that are halfway to their exponentials at a time, where the registers are few
-
-# ----------------------------------------------------------------------------------------------------
-# First trip: the statistics of a unit
-# ----------------------------------------------------------------------------------------------------
-
-
-@njit(**INLINE)
-def block_max(task, unit, start, stop):
-    """m; four maxima at a time, or each would wait for the one before."""
-    a = b = c = d = splat(task.x, -INF)
-    n_whole = max(start, min(stop, unit.full))
-    grouped = start + (n_whole - start) // 4 * 4
-    for j in range(start, grouped, 4):
-        a = maximum(a, logits(task, unit, j, all_lanes()))
-        b = maximum(b, logits(task, unit, j + 1, all_lanes()))
-        c = maximum(c, logits(task, unit, j + 2, all_lanes()))
-        d = maximum(d, logits(task, unit, j + 3, all_lanes()))
-    m = maximum(maximum(a, b), maximum(c, d))
-    for j in range(grouped, n_whole):
-        m = maximum(m, logits(task, unit, j, all_lanes()))
-    for j in range(n_whole, stop):
-        m = maximum(m, where(unit.reads, logits(task, unit, j, unit.reads), -INF))
-    return max_across(m) if task.across else m
 
 
 @njit(**INLINE)
@@ -154,11 +124,14 @@ def add_sums(task, totals, sums):
 
 
 @njit(**INLINE)
-def wide_groups(task, unit, start, stop, m, shift, totals):
-    """The totals, with those of vectors start ... stop - 1, a multiple of eight."""
+def wide_groups(task, unit, start, stop, m, shift, totals, ahead, behind):
+    """The totals, with those of vectors start ... stop - 1, a multiple of eight; and the maximum ahead."""
+    top = splat(m, -INF)
     for j in range(start, stop, GROUP):
+        write_behind(task, behind, j)
+        top = look_ahead_at(task, ahead, top, j - start)
         totals = add_sums(task, totals, wide_group(task, unit, j, m, shift))
-    return totals
+    return totals, top
 
 
 @njit(**INLINE)
@@ -171,12 +144,13 @@ def other_half(task, unit, j, m, r, power):
 
 
 @njit(**INLINE)
-def narrow_groups(task, unit, start, stop, m, shift, totals):
-    """The totals, with those of vectors start ... stop - 1, an even number.
+def narrow_groups(task, unit, start, stop, m, shift, totals, ahead, behind):
+    """The totals, with those of vectors start ... stop - 1, an even number; and the maximum ahead.
 
     An exponential is some 16 results, each waiting for the one before, and a processor looks ahead over some 130. So a lot of
     them is made in two loops of half the length, with constants for which the registers suffice.
     """
+    top = splat(m, -INF)
     r, power = scratch(m, LOT), scratch(m, LOT)
     vector = LANES * itemsize(r)
     group = 2 * GROUP if task.across else GROUP  # across, the lanes' rounding errors make up for each other
@@ -191,15 +165,17 @@ def narrow_groups(task, unit, start, stop, m, shift, totals):
             nothing = splat(m, 0.0)
             sums = nothing, nothing, nothing, nothing
             for j in range(first, min(first + group, end), 2):  # sums of pairs lose fewer digits than a sum of all in a row
+                top = look_ahead_at(task, ahead, top, j - start)
+                write_behind(task, behind, j)
                 at = (j - lot) * vector
                 a = other_half(task, unit, j, m, r + at, power + at)
                 b = other_half(task, unit, j + 1, m, r + (at + vector), power + (at + vector))
                 sums = both(sums, both(a, b))
             totals = add_sums(task, totals, sums)
-    return totals
+    return totals, top
 
 
-groups, AT_A_TIME = (wide_groups, GROUP) if WIDE else (narrow_groups, 2)
+groups = wide_groups if WIDE else narrow_groups
 
 
 @njit(**INLINE)
@@ -215,6 +191,14 @@ def total_over_classes(task, total):
 def block_state(task, unit, start, stop):
     """The statistics of vectors start ... stop - 1: twice through a block that the first-level cache holds."""
     m = block_max(task, unit, start, stop)
+    state, _ = state_of(task, unit, start, stop, m, nothing_ahead(unit), nothing_behind(task, unit))
+    return state
+
+
+@njit(**INLINE)
+def state_of(task, unit, start, stop, m, ahead, behind):
+    """The statistics of vectors start ... stop - 1, of which m is the maximum, and the maximum ahead."""
+    top = splat(m, -INF)
     shift = shift_by(m)
     finite = where(m == -INF, splat(m, 0.0), m)
     zero = (splat(task.w, 0.0), splat(task.w, 0.0))
@@ -224,20 +208,22 @@ def block_state(task, unit, start, stop):
     if not task.double and not any_lane(shift.base != 0.0):
         near = Shift(None, shift.coarse, shift.fine, shift.lowest)
         grouped = start + (n_whole - start) // AT_A_TIME * AT_A_TIME
-        totals = groups(task, unit, start, grouped, finite, near, totals)
+        totals, top = groups(task, unit, start, grouped, finite, near, totals, ahead, behind)
+    finish_behind(task, behind, grouped)
     for j in range(grouped, n_whole):
         look_ahead(task, unit, j)
         totals = add_sums(task, totals, vector_sums(task, unit, j, all_lanes(), finite, shift))
     for j in range(n_whole, stop):
         totals = add_sums(task, totals, vector_sums(task, unit, j, unit.reads, finite, shift))
     s, q_sum, q_dot, e_dot = totals
-    return State(
+    state = State(
         m,
         total_over_classes(task, s),
         total_over_classes(task, q_sum) if task.dense else q_sum[0],
         total_over_classes(task, q_dot) if task.dense else q_dot[0],
         total_over_classes(task, e_dot) if task.entropic else e_dot[0],
     )
+    return state, rest_ahead(task, ahead, top, grouped - start)
 
 
 @njit(**INLINE)
@@ -251,87 +237,3 @@ def span_state(task, unit):
         block = block_state(task, unit, at, min(unit.stop, at + BLOCK))
         state = merge(state, block) if at > unit.start else block
     return state
-
-
-# ----------------------------------------------------------------------------------------------------
-# Second trip: the gradient
-# ----------------------------------------------------------------------------------------------------
-
-
-@njit(**INLINE)
-def with_label(task, unit, j, g, f):
-    """Rows in lanes, no tile: g_y takes its place in the register."""
-    if task.labelled and not task.across and not task.tiled:
-        return where(unit.y == j, f.g_y, g)
-    return g
-
-
-@njit(**INLINE)
-def holds_label(task, unit):
-    """Across: is class y among the unit's classes?"""
-    y = lane(unit.y, 0)
-    return not task.split or unit.start * LANES <= y < unit.stop * LANES
-
-
-@njit(**INLINE)
-def put_label(task, unit, f):
-    """g_y, over what the sweep wrote there: into the gradient of one row, or into the tile, unless `flush` does it."""
-    if task.labelled and task.across:
-        if holds_label(task, unit):
-            put(task.g + unit.g, lane(unit.y, 0) * itemsize(task.g), lane(f.g_y, 0))
-    if task.labelled and task.tiled and not task.whole_rows:  # an ignored row's gradient is 0 everywhere, as is its g_y
-        y = where(unit.kept, unit.y, 0)
-        scatter(unit.tile, iota() * itemsize(unit.tile) + y * tile_step(task, unit), f.g_y, all_lanes())
-
-
-@njit(**INLINE)
-def exponentials(task, unit, j, mask, shift, power):
-    """exp(x - m), vector j: from where it was kept, or anew."""
-    if task.keeps_e:
-        if task.split:
-            return read(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, mask) * power
-        return load(unit.tile + j * tile_step(task, unit))
-    return exp_up(logits(task, unit, j, mask), shift)
-
-
-@njit(**INLINE)
-def gradient_vector(task, unit, j, mask, f):
-    g = exponentials(task, unit, j, mask, f.shift, f.power) * f.a
-    if task.dense:
-        g = g - target_weights(task, unit, j, mask) * f.b
-    return through_cap(task, raw_logits(task, unit, j, mask), g) if task.capped else g
-
-
-@njit(**INLINE)
-def write_gradient(task, unit, f):
-    """Second trip: g. What `flush` has to do with it then: a factor, and g_y."""
-    one = splat(task.x, 1.0)
-    if task.large:
-        if streams(task, unit):
-            stream_gradient(task, unit, f)
-            return one, f.g_y
-    if task.whole_rows and task.keeps_e and not task.dense:  # g = a e, and e is in the tile
-        return f.a, f.g_y
-    for j in range(unit.start, min(unit.stop, unit.full)):
-        look_at_next_row(task, unit, j)
-        g = with_label(task, unit, j, gradient_vector(task, unit, j, all_lanes(), f), f)
-        write_out(task, unit, j, g, all_lanes())
-    for j in range(max(unit.start, unit.full), unit.stop):
-        g = with_label(task, unit, j, gradient_vector(task, unit, j, unit.reads, f), f)
-        write_out(task, unit, j, g, unit.writes)
-    put_label(task, unit, f)
-    return one, f.g_y
-
-
-@njit(**INLINE)
-def stream_gradient(task, unit, f):
-    head, body, n_whole, tail = aligned(task, unit)
-    mask = all_lanes() if task.across else unit.reads
-    write(task, task.g + unit.g, unit.g_lanes, gradient_vector(task, unit, unit.start, head, f), head)
-    for j in range(n_whole):
-        look_at_next_row(task, body, j)
-        g = with_label(task, body, j, gradient_vector(task, body, j, mask, f), f)
-        stream(task.g + (body.g + j * g_step(task)), g)
-    g = gradient_vector(task, body, n_whole, tail, f)
-    write(task, task.g + (body.g + n_whole * g_step(task)), unit.g_lanes, g, tail)
-    put_label(task, unit, f)

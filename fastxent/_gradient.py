@@ -1,0 +1,89 @@
+"""Second trip through a unit's vectors: the gradient, from the exponentials that were kept, or made anew."""
+
+from numba import njit
+
+from fastxent._elementary import exp_up
+from fastxent._inlined import INLINE
+from fastxent._loadstore import itemsize, load, put, scatter, stream
+from fastxent._maths import logits, target_weights, through_cap
+from fastxent._rows import aligned, g_step, look_at_next_row, raw_logits, read, streams, tile_step, write, write_out
+from fastxent._simd import LANES, all_lanes, iota, lane, splat, where
+
+
+@njit(**INLINE)
+def with_label(task, unit, j, g, f):
+    """Rows in lanes, no tile: g_y takes its place in the register."""
+    if task.labelled and not task.across and not task.tiled:
+        return where(unit.y == j, f.g_y, g)
+    return g
+
+
+@njit(**INLINE)
+def holds_label(task, unit):
+    """Across: is class y among the unit's classes?"""
+    y = lane(unit.y, 0)
+    return not task.split or unit.start * LANES <= y < unit.stop * LANES
+
+
+@njit(**INLINE)
+def put_label(task, unit, f):
+    """g_y, over what the sweep wrote there: into the gradient of one row, or into the tile, unless `flush` does it."""
+    if task.labelled and task.across:
+        if holds_label(task, unit):
+            put(task.g + unit.g, lane(unit.y, 0) * itemsize(task.g), lane(f.g_y, 0))
+    if task.labelled and task.tiled and not task.whole_rows:  # an ignored row's gradient is 0 everywhere, as is its g_y
+        y = where(unit.kept, unit.y, 0)
+        scatter(unit.tile, iota() * itemsize(unit.tile) + y * tile_step(task, unit), f.g_y, all_lanes())
+
+
+@njit(**INLINE)
+def exponentials(task, unit, j, mask, shift, power):
+    """exp(x - m), vector j: from where it was kept, or anew."""
+    if task.keeps_e:
+        if task.split:
+            return read(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, mask) * power
+        return load(unit.tile + j * tile_step(task, unit))
+    return exp_up(logits(task, unit, j, mask), shift)
+
+
+@njit(**INLINE)
+def gradient_vector(task, unit, j, mask, f):
+    g = exponentials(task, unit, j, mask, f.shift, f.power) * f.a
+    if task.dense:
+        g = g - target_weights(task, unit, j, mask) * f.b
+    return through_cap(task, raw_logits(task, unit, j, mask), g) if task.capped else g
+
+
+@njit(**INLINE)
+def write_gradient(task, unit, f):
+    """Second trip: g. What `flush` has to do with it then: a factor, and g_y."""
+    one = splat(task.x, 1.0)
+    if task.large:
+        if streams(task, unit):
+            stream_gradient(task, unit, f)
+            return one, f.g_y
+    if task.whole_rows and task.keeps_e and not task.dense:  # g = a e, and e is in the tile
+        return f.a, f.g_y
+    for j in range(unit.start, min(unit.stop, unit.full)):
+        look_at_next_row(task, unit, j)
+        g = with_label(task, unit, j, gradient_vector(task, unit, j, all_lanes(), f), f)
+        write_out(task, unit, j, g, all_lanes())
+    for j in range(max(unit.start, unit.full), unit.stop):
+        g = with_label(task, unit, j, gradient_vector(task, unit, j, unit.reads, f), f)
+        write_out(task, unit, j, g, unit.writes)
+    put_label(task, unit, f)
+    return one, f.g_y
+
+
+@njit(**INLINE)
+def stream_gradient(task, unit, f):
+    head, body, n_whole, tail = aligned(task, unit)
+    mask = all_lanes() if task.across else unit.reads
+    write(task, task.g + unit.g, unit.g_lanes, gradient_vector(task, unit, unit.start, head, f), head)
+    for j in range(n_whole):
+        look_at_next_row(task, body, j)
+        g = with_label(task, body, j, gradient_vector(task, body, j, mask, f), f)
+        stream(task.g + (body.g + j * g_step(task)), g)
+    g = gradient_vector(task, body, n_whole, tail, f)
+    write(task, task.g + (body.g + n_whole * g_step(task)), unit.g_lanes, g, tail)
+    put_label(task, unit, f)
