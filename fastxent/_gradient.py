@@ -6,8 +6,9 @@ from fastxent._elementary import exp_up
 from fastxent._inlined import INLINE
 from fastxent._loadstore import itemsize, load, put, scatter, stream
 from fastxent._maths import logits, target_weights, through_cap
-from fastxent._rows import aligned, g_step, look_at_next_row, raw_logits, read, streams, tile_step, write, write_out
+from fastxent._rows import g_step, raw_logits, read, tile_step, write, write_out
 from fastxent._simd import LANES, all_lanes, iota, lane, splat, where
+from fastxent._streaming import aligned, look_at_next_row, streams
 
 
 @njit(**INLINE)

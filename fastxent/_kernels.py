@@ -13,18 +13,15 @@ from fastxent._maths import State, block_max, factors, label, log_s, logits, mer
 from fastxent._pipeline import Ahead, finish_behind, follow, nothing_behind
 from fastxent._plan import CHECKED, CHECKS
 from fastxent._rows import (
-    BLOCK,
     flush,
     g_step,
     locate,
-    look_at_border,
     put_rows,
     row_values,
     sum_rows,
     unchanged,
     write,
     write_out,
-    write_zeros,
     x_step,
 )
 from fastxent._segments import row_label, row_state, save_segment, to_row
@@ -46,6 +43,7 @@ from fastxent._simd import (
     widen,
 )
 from fastxent._statistics import span_state, state_of
+from fastxent._streaming import BLOCK, look_at_border, write_zeros
 from fastxent._task import BAD, CHECK, DIVISOR, SEGMENTS, WORK
 from fastxent._walk import enter, nothing_so_far, one_by_one, plus, value_of, wait, walk
 

@@ -14,8 +14,9 @@ from fastxent._gradient import gradient_vector, put_label
 from fastxent._inlined import INLINE
 from fastxent._loadstore import store, stream
 from fastxent._maths import Factors, logits, vector_max
-from fastxent._rows import aligned, g_step, look_further, streams, write
+from fastxent._rows import g_step, write
 from fastxent._simd import LANES, WIDE, all_lanes, first_lanes, iota, lane, max_across, maximum, splat, where
+from fastxent._streaming import aligned, look_further, streams
 
 GROUP = 8  # vectors whose float32 terms are added up before they go to the float64 totals
 AT_A_TIME = GROUP if WIDE else 2  # vectors whose exponentials are made beside each other

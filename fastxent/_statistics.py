@@ -16,7 +16,7 @@ from fastxent._pipeline import (
     rest_ahead,
     write_behind,
 )
-from fastxent._rows import BLOCK, g_step, look_ahead, tile_step, write
+from fastxent._rows import g_step, tile_step, write
 from fastxent._simd import (
     LANES,
     WIDE,
@@ -29,6 +29,7 @@ from fastxent._simd import (
     where,
     widen,
 )
+from fastxent._streaming import BLOCK, look_ahead
 
 LOT = 64  # vectors that are halfway to their exponentials at a time, where the registers are few
 
