@@ -9,8 +9,8 @@ from fastxent._elementary import exp_up, log1p, shift_by, up
 from fastxent._gradient import exponentials, write_gradient
 from fastxent._inlined import INLINE
 from fastxent._loadstore import gather, get, itemsize, load_masked, put, start, store_first
-from fastxent._maths import State, block_max, factors, label, log_s, logits, merge, row_loss, scaled, sum_loss
-from fastxent._pipeline import Ahead, finish_behind, follow, nothing_behind
+from fastxent._maths import State, factors, label, log_s, logits, merge, row_loss, scaled, sum_loss
+from fastxent._pipeline import Ahead, Pipeline, finish_behind, follow, max_of, nothing_behind
 from fastxent._plan import CHECKED, CHECKS
 from fastxent._rows import (
     flush,
@@ -45,7 +45,7 @@ from fastxent._simd import (
 from fastxent._statistics import span_state, state_of
 from fastxent._streaming import BLOCK, look_at_border, write_zeros
 from fastxent._task import BAD, CHECK, DIVISOR, SEGMENTS, WORK
-from fastxent._walk import enter, nothing_so_far, one_by_one, plus, value_of, wait, walk
+from fastxent._walk import NOTHING_SO_FAR, enter, one_by_one, plus, value_of, wait, walk
 
 NAN = float("nan")
 NONE = 1 << 62  # past every class number
@@ -313,10 +313,10 @@ def next_kept(task, tile, number, stop):
 @njit(**INLINE)
 def value_pipelined(task, tile, first, stop):
     """Loss, block by block; ahead is the next block, be it of the next row."""
-    so_far = nothing_so_far()
+    so_far = NOTHING_SO_FAR
     number, unit = next_kept(task, tile, first, stop)
-    m = block_max(task, unit, 0, min(unit.stop, BLOCK) if number < stop else 0)
-    none, behind = splat(task.w, 0.0), nothing_behind(task, unit)
+    m = max_of(task, Ahead(unit, 0, min(unit.stop, BLOCK) if number < stop else 0))
+    none = splat(task.w, 0.0)
     while number < stop:
         next_number, next_unit = next_kept(task, tile, number + 1, stop)
         state = State(m, none, none, none, none)  # of no block: Numba wants one before the loop
@@ -325,7 +325,7 @@ def value_pipelined(task, tile, first, stop):
             ahead = Ahead(next_unit, 0, min(unit.stop, BLOCK) if next_number < stop else 0)
             if end < unit.stop:
                 ahead = Ahead(unit, end, min(unit.stop, end + BLOCK))
-            block, m = state_of(task, unit, at, end, m, ahead, behind)
+            block, m = state_of(task, unit, at, end, m, Pipeline(ahead, None))
             state = merge(state, block) if at > 0 else block
         so_far = plus(task, so_far, *deliver_loss(task, unit, state, label(task, unit)))
         number, unit = next_number, next_unit
@@ -335,16 +335,16 @@ def value_pipelined(task, tile, first, stop):
 @njit(**INLINE)
 def value_and_grad_pipelined(task, tile, first, stop):
     """Loss and gradient, row by row."""
-    so_far = nothing_so_far()
+    so_far = NOTHING_SO_FAR
     number, unit = next_kept(task, tile, first, stop)
-    m = block_max(task, unit, 0, unit.stop if number < stop else 0)
+    m = max_of(task, Ahead(unit, 0, unit.stop if number < stop else 0))
     behind = nothing_behind(task, unit)
     while number < stop:
         next_number, next_unit = next_kept(task, tile, number + 1, stop)
         ahead = Ahead(next_unit, 0, unit.stop if next_number < stop else 0)
         look_at_border(task, unit)
         y = label(task, unit)
-        state, m = state_of(task, unit, 0, unit.stop, m, ahead, behind)
+        state, m = state_of(task, unit, 0, unit.stop, m, Pipeline(ahead, behind))
         so_far = plus(task, so_far, *deliver_loss(task, unit, state, y))
         behind = follow(task, unit, factors(task, unit, state, y, to_row(task, number, state)))
         number, unit = next_number, next_unit

@@ -36,7 +36,7 @@ from fastxent._elementary import exp_up, log, sech_squared, shift_by, tanh, up
 from fastxent._inlined import INLINE
 from fastxent._loadstore import gather, get, itemsize, load_masked
 from fastxent._rows import multiply_rows, raw_logits, read, row_values, sum_rows, t_step, x_step
-from fastxent._simd import LANES, all_lanes, fma, fold, lane, max_across, maximum, narrow, splat, where, widen
+from fastxent._simd import LANES, all_lanes, fma, fold, lane, maximum, narrow, splat, where, widen
 from fastxent._task import DIVISOR
 
 INF = float("inf")
@@ -103,13 +103,6 @@ def vector_max(task, unit, start, stop):
     for j in range(n_whole, stop):
         m = maximum(m, where(unit.reads, logits(task, unit, j, unit.reads), -INF))
     return m
-
-
-@njit(**INLINE)
-def block_max(task, unit, start, stop):
-    """m of vectors start ... stop - 1."""
-    m = vector_max(task, unit, start, stop)
-    return max_across(m) if task.across else m
 
 
 # ----------------------------------------------------------------------------------------------------

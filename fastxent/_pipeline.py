@@ -7,13 +7,14 @@ all the time. A row's exponentials take the place of those of the row before, wh
 
 from collections import namedtuple
 
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 from fastxent._elementary import shift_by
 from fastxent._gradient import gradient_vector, put_label
 from fastxent._inlined import INLINE
 from fastxent._loadstore import store, stream
-from fastxent._maths import Factors, logits, vector_max
+from fastxent._maths import INF, Factors, logits, vector_max
 from fastxent._rows import g_step, write
 from fastxent._simd import LANES, WIDE, all_lanes, first_lanes, iota, lane, max_across, maximum, splat, where
 from fastxent._streaming import aligned, look_further, streams
@@ -24,50 +25,78 @@ AT_A_TIME = GROUP if WIDE else 2  # vectors whose exponentials are made beside e
 # multiple of that; and a load waits for a store that is 4 KB away, for all that a processor looks at is the address in a page.
 LEAD = 2 * AT_A_TIME if WIDE else 4 * AT_A_TIME
 
+Pipeline = namedtuple("Pipeline", "ahead behind")
+Ahead = namedtuple("Ahead", "unit start stop")  # vectors that are read next
+# A row whose gradient is still to be written, in groups of AT_A_TIME vectors: where in it g is aligned, their number, may they
+# bypass the caches? and where the target class is among them.
+Behind = namedtuple("Behind", "unit f stop streamed y_at y_lane")
+
+
+def unless_none(otherwise):
+    """A function of kernels that is ``otherwise`` where its second argument is None: no code is made for what is not there."""
+
+    def decorate(function):
+        def choose(task, there, *more):
+            return otherwise if isinstance(there, types.NoneType) else function
+
+        overload(function, jit_options=INLINE, strict=False)(choose)
+        return function
+
+    return decorate
+
+
+@unless_none(otherwise=lambda task, pipeline, top, start, j: top)
+def alongside(task, pipeline, top, start, j):
+    """What is done beside the exponentials of vectors j, ..., the first of which is ``start``; the maximum ahead, so far."""
+    write_behind(task, pipeline.behind, j)
+    return look_ahead_at(task, pipeline.ahead, top, j - start)
+
+
+@unless_none(otherwise=lambda task, pipeline, top, start, stop: top)
+def rest(task, pipeline, top, start, stop):
+    """What is left to do if ``alongside`` was called for vectors ``start`` ... ``stop - 1``; the maximum ahead."""
+    finish_behind(task, pipeline.behind, stop)
+    return max_ahead(task, pipeline.ahead, top, stop - start)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Ahead: the maximum
 # ----------------------------------------------------------------------------------------------------
-
-Ahead = namedtuple("Ahead", "unit start stop")  # vectors that are read next
-
-
-@njit(**INLINE)
-def nothing_ahead(unit):
-    return Ahead(unit, 0, 0)
 
 
 @njit(**INLINE)
 def look_ahead_at(task, ahead, top, k):
     """The maximum so far, and that of vectors k, ... ahead, if they are whole."""
-    if task.pipelined:
-        at = ahead.start + k
-        if at + AT_A_TIME <= min(ahead.stop, ahead.unit.full):
-            for j in range(at, at + AT_A_TIME):
-                look_further(task, ahead.unit, j)
-                top = maximum(top, logits(task, ahead.unit, j, all_lanes()))
+    at = ahead.start + k
+    if at + AT_A_TIME <= min(ahead.stop, ahead.unit.full):
+        for j in range(at, at + AT_A_TIME):
+            look_further(task, ahead.unit, j)
+            top = maximum(top, logits(task, ahead.unit, j, all_lanes()))
     return top
 
 
 @njit(**INLINE)
-def rest_ahead(task, ahead, top, k):
-    """The maximum over all that is ahead, of which ``look_ahead_at`` has looked at what it could below vector k."""
+def max_ahead(task, ahead, top, k):
+    """The maximum over all that is ahead; ``top`` is that of what ``look_ahead_at`` could look at below vector k."""
     n_whole = max(ahead.start, min(ahead.stop, ahead.unit.full)) - ahead.start
     seen = min(k, n_whole // AT_A_TIME * AT_A_TIME)
-    top = maximum(top, vector_max(task, ahead.unit, ahead.start + seen, ahead.stop))
-    return max_across(top) if task.across else top
+    return max_across(maximum(top, vector_max(task, ahead.unit, ahead.start + seen, ahead.stop)))
+
+
+@njit(**INLINE)
+def max_of(task, ahead):
+    """The maximum over all that is ahead, nothing of which was looked at."""
+    return max_ahead(task, ahead, splat(task.x, -INF), 0)
 
 
 # ----------------------------------------------------------------------------------------------------
 # Behind: the gradient
 # ----------------------------------------------------------------------------------------------------
 
-# A row whose gradient is still to be written, in groups of AT_A_TIME vectors: where in it g is aligned, their number, may they
-# bypass the caches? and where the target class is among them.
-Behind = namedtuple("Behind", "unit f stop streamed y_at y_lane")
-
 
 @njit(**INLINE)
 def nothing_behind(task, unit):
+    """Before the first row."""
     zero = splat(task.x, 0.0)
     return Behind(unit, Factors(shift_by(zero), zero, zero, zero, zero, zero), 0, False, -1, 0)
 
@@ -97,16 +126,15 @@ def follow(task, unit, f):
     return behind
 
 
-@njit(**INLINE)
+@unless_none(otherwise=lambda task, behind, j: None)
 def write_behind(task, behind, j):
     """Of the row behind, what is LEAD vectors further than vectors j, ..., whose exponentials take the place of its own."""
-    if task.pipelined and task.keeps_e:
-        at = j + LEAD
-        if at < behind.stop:
-            if at <= behind.y_at < at + AT_A_TIME:  # a line that bypassed the caches is slow to change
-                put_behind(task, behind, at, True)
-            else:
-                put_behind(task, behind, at, False)
+    at = j + LEAD
+    if at < behind.stop:
+        if at <= behind.y_at < at + AT_A_TIME:  # a line that bypassed the caches is slow to change
+            put_behind(task, behind, at, True)
+        else:
+            put_behind(task, behind, at, False)
 
 
 @njit(**INLINE)
@@ -122,7 +150,7 @@ def put_behind(task, behind, at, holds_y):
             store(p, g)
 
 
-@njit(**INLINE)
+@unless_none(otherwise=lambda task, behind, start: None)
 def finish_behind(task, behind, start):
     """What is left of the row behind, if ``start`` is the first vector with which ``write_behind`` was not called."""
     for j in range(start, behind.stop - LEAD, AT_A_TIME):

@@ -5,17 +5,8 @@ from numba import njit
 from fastxent._elementary import Shift, exp_of, exp_up, reduce, shift_by
 from fastxent._inlined import INLINE
 from fastxent._loadstore import itemsize, load, scratch, store, store_apart
-from fastxent._maths import INF, State, block_max, logits, merge, sums_of, target_weights
-from fastxent._pipeline import (
-    AT_A_TIME,
-    GROUP,
-    finish_behind,
-    look_ahead_at,
-    nothing_ahead,
-    nothing_behind,
-    rest_ahead,
-    write_behind,
-)
+from fastxent._maths import INF, State, logits, merge, sums_of, target_weights, vector_max
+from fastxent._pipeline import AT_A_TIME, GROUP, alongside, rest
 from fastxent._rows import g_step, tile_step, write
 from fastxent._simd import (
     LANES,
@@ -23,6 +14,7 @@ from fastxent._simd import (
     all_lanes,
     any_lane,
     beside,
+    max_across,
     repeat,
     splat,
     sum_across,
@@ -125,12 +117,11 @@ def add_sums(task, totals, sums):
 
 
 @njit(**INLINE)
-def wide_groups(task, unit, start, stop, m, shift, totals, ahead, behind):
+def wide_groups(task, unit, start, stop, m, shift, totals, pipeline):
     """The totals, with those of vectors start ... stop - 1, a multiple of eight; and the maximum ahead."""
     top = splat(m, -INF)
     for j in range(start, stop, GROUP):
-        write_behind(task, behind, j)
-        top = look_ahead_at(task, ahead, top, j - start)
+        top = alongside(task, pipeline, top, start, j)
         totals = add_sums(task, totals, wide_group(task, unit, j, m, shift))
     return totals, top
 
@@ -145,7 +136,7 @@ def other_half(task, unit, j, m, r, power):
 
 
 @njit(**INLINE)
-def narrow_groups(task, unit, start, stop, m, shift, totals, ahead, behind):
+def narrow_groups(task, unit, start, stop, m, shift, totals, pipeline):
     """The totals, with those of vectors start ... stop - 1, an even number; and the maximum ahead.
 
     An exponential is some 16 results, each waiting for the one before, and a processor looks ahead over some 130. So a lot of
@@ -166,8 +157,7 @@ def narrow_groups(task, unit, start, stop, m, shift, totals, ahead, behind):
             nothing = splat(m, 0.0)
             sums = nothing, nothing, nothing, nothing
             for j in range(first, min(first + group, end), 2):  # sums of pairs lose fewer digits than a sum of all in a row
-                top = look_ahead_at(task, ahead, top, j - start)
-                write_behind(task, behind, j)
+                top = alongside(task, pipeline, top, start, j)
                 at = (j - lot) * vector
                 a = other_half(task, unit, j, m, r + at, power + at)
                 b = other_half(task, unit, j + 1, m, r + (at + vector), power + (at + vector))
@@ -191,13 +181,13 @@ def total_over_classes(task, total):
 @njit(**INLINE)
 def block_state(task, unit, start, stop):
     """The statistics of vectors start ... stop - 1: twice through a block that the first-level cache holds."""
-    m = block_max(task, unit, start, stop)
-    state, _ = state_of(task, unit, start, stop, m, nothing_ahead(unit), nothing_behind(task, unit))
+    m = vector_max(task, unit, start, stop)
+    state, _ = state_of(task, unit, start, stop, max_across(m) if task.across else m, None)
     return state
 
 
 @njit(**INLINE)
-def state_of(task, unit, start, stop, m, ahead, behind):
+def state_of(task, unit, start, stop, m, pipeline):
     """The statistics of vectors start ... stop - 1, of which m is the maximum, and the maximum ahead."""
     top = splat(m, -INF)
     shift = shift_by(m)
@@ -209,8 +199,8 @@ def state_of(task, unit, start, stop, m, ahead, behind):
     if not task.double and not any_lane(shift.base != 0.0):
         near = Shift(None, shift.coarse, shift.fine, shift.lowest)
         grouped = start + (n_whole - start) // AT_A_TIME * AT_A_TIME
-        totals, top = groups(task, unit, start, grouped, finite, near, totals, ahead, behind)
-    finish_behind(task, behind, grouped)
+        totals, top = groups(task, unit, start, grouped, finite, near, totals, pipeline)
+    top = rest(task, pipeline, top, start, grouped)
     for j in range(grouped, n_whole):
         look_ahead(task, unit, j)
         totals = add_sums(task, totals, vector_sums(task, unit, j, all_lanes(), finite, shift))
@@ -224,7 +214,7 @@ def state_of(task, unit, start, stop, m, ahead, behind):
         total_over_classes(task, q_dot) if task.dense else q_dot[0],
         total_over_classes(task, e_dot) if task.entropic else e_dot[0],
     )
-    return state, rest_ahead(task, ahead, top, grouped - start)
+    return state, top
 
 
 @njit(**INLINE)

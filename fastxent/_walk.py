@@ -24,11 +24,7 @@ def log_of(task, x):
 # A unit gives a number and a factor. The numbers, and the logs of the factors, are added up, and lose nothing to rounding on
 # the way; of the factors there is one log for as many as have a product below the largest float64.
 Sum = namedtuple("Sum", "total lost product")
-
-
-@njit(**INLINE)
-def nothing_so_far():
-    return Sum(0.0, 0.0, 1.0)
+NOTHING_SO_FAR = Sum(0.0, 0.0, 1.0)
 
 
 @njit(**INLINE)
@@ -53,7 +49,7 @@ def one_by_one(visit):
 
     @njit(**INLINE)
     def work(task, tile, first, stop):
-        so_far = nothing_so_far()
+        so_far = NOTHING_SO_FAR
         for number in range(first, stop):
             x, factor = visit(task, tile, number)
             so_far = plus(task, so_far, x, factor)
