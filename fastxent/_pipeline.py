@@ -27,9 +27,9 @@ LEAD = 2 * AT_A_TIME if WIDE else 4 * AT_A_TIME
 
 Pipeline = namedtuple("Pipeline", "ahead behind")
 Ahead = namedtuple("Ahead", "unit start stop")  # vectors that are read next
-# A row whose gradient is still to be written, in groups of AT_A_TIME vectors: where in it g is aligned, their number, may they
-# bypass the caches? and where the target class is among them.
-Behind = namedtuple("Behind", "unit f stop streamed y_at y_lane")
+# A row whose gradient is still to be written, AT_A_TIME vectors together: its part where g is aligned, the number of vectors,
+# and the target class, counted from where that part begins.
+Behind = namedtuple("Behind", "unit f stop y")
 
 
 def unless_none(otherwise):
@@ -98,29 +98,27 @@ def max_of(task, ahead):
 def nothing_behind(task, unit):
     """Before the first row."""
     zero = splat(task.x, 0.0)
-    return Behind(unit, Factors(shift_by(zero), zero, zero, zero, zero, zero), 0, False, -1, 0)
+    return Behind(unit, Factors(shift_by(zero), zero, zero, zero, zero, zero), 0, -1)
 
 
 @njit(**INLINE)
 def follow(task, unit, f):
     """The row is behind now. Its ends, which may share lines with other rows, and its first vectors are written."""
-    body, n_whole, streamed, y_at, y_lane = unit, unit.full, False, -1, 0
-    head, tail = first_lanes(0), unit.writes
+    head, body, n_whole, tail = first_lanes(0), unit, unit.full, unit.writes
     if streams(task, unit):
         head, body, n_whole, tail = aligned(task, unit)
-        streamed = True
     stop = n_whole // AT_A_TIME * AT_A_TIME
     write(task, task.g + unit.g, unit.g_lanes, gradient_vector(task, unit, 0, head, f), head)
     for j in range(stop, n_whole + 1):
         mask = all_lanes() if j < n_whole else tail
         g = gradient_vector(task, body, j, mask, f)
         write(task, task.g + (body.g + j * g_step(task)), unit.g_lanes, g, mask)
+    y = -1
     if task.labelled:
         y = lane(unit.y, 0) - body.first
-        y_at, y_lane = y // LANES, y % LANES
-        if not 0 <= y_at < stop:
+        if not 0 <= y < stop * LANES:
             put_label(task, unit, f)
-    behind = Behind(body, f, stop, streamed, y_at, y_lane)
+    behind = Behind(body, f, stop, y)
     for j in range(-LEAD, 0, AT_A_TIME):
         write_behind(task, behind, j)
     return behind
@@ -131,7 +129,7 @@ def write_behind(task, behind, j):
     """Of the row behind, what is LEAD vectors further than vectors j, ..., whose exponentials take the place of its own."""
     at = j + LEAD
     if at < behind.stop:
-        if at <= behind.y_at < at + AT_A_TIME:  # a line that bypassed the caches is slow to change
+        if at * LANES <= behind.y < (at + AT_A_TIME) * LANES:  # a line that bypassed the caches is slow to change
             put_behind(task, behind, at, True)
         else:
             put_behind(task, behind, at, False)
@@ -141,10 +139,10 @@ def write_behind(task, behind, j):
 def put_behind(task, behind, at, holds_y):
     for j in range(at, at + AT_A_TIME):
         g = gradient_vector(task, behind.unit, j, all_lanes(), behind.f)
-        if holds_y and j == behind.y_at:
-            g = where(iota() == behind.y_lane, behind.f.g_y, g)
+        if holds_y:
+            g = where(iota() + j * LANES == behind.y, behind.f.g_y, g)
         p = task.g + (behind.unit.g + j * g_step(task))
-        if behind.streamed:
+        if streams(task, behind.unit):
             stream(p, g)
         else:
             store(p, g)
