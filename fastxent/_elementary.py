@@ -31,6 +31,7 @@ _Q64 = (
     0.00019841269875819578, 2.4801587326261104e-05, 2.755725413931689e-06, 2.7557272742699346e-07,
     2.5105739219586713e-08, 2.0915059884917686e-09,
 )  # fmt: skip
+SHORT = 5  # terms of a polynomial that are added up one after the other
 _GRID = {"f32": 2.0**-9, "f64": 2.0**-32}
 _FORMAT = {  # mantissa bits, exponent bias, UP, ln 2 high part (a multiple of the grid), ln 2 low part, q
     "f32": (23, 127, 24, 0.693359375, -2.1219444005469057e-4, _Q32),
@@ -39,7 +40,8 @@ _FORMAT = {  # mantissa bits, exponent bias, UP, ln 2 high part (a multiple of t
 
 
 def _polynomial(coefficients):
-    """A jitted ``c0 + c1 x + c2 x^2 + ...`` of x and x^2: pairs of terms, which wait for nothing, by Horner's rule in x^2."""
+    """A jitted ``c0 + c1 x + c2 x^2 + ...`` of x and x^2, by Horner's rule: a short one in x, the fewest
+    instructions; a long one in x^2, of pairs of terms, which wait for nothing."""
 
     @intrinsic
     def polynomial(typingctx, x, xx):
@@ -48,10 +50,13 @@ def _polynomial(coefficients):
 
         def codegen(context, builder, sig, args):
             fused = partial(call_llvm, builder, f"llvm.fmuladd.v{x.lanes}{x.kind}", vector)
-            pairs = [fused([args[0], b, a]) for a, b in zip(constants[::2], constants[1::2], strict=False)]
-            *rest, y = pairs + constants[2 * len(pairs) :]  # an odd one is left over
-            for pair in reversed(rest):
-                y = fused([y, args[1], pair])
+            terms, variable = constants, args[0]
+            if len(constants) > SHORT:
+                pairs = [fused([args[0], b, a]) for a, b in zip(constants[::2], constants[1::2], strict=False)]
+                terms, variable = pairs + constants[2 * len(pairs) :], args[1]  # an odd one is left over
+            *rest, y = terms
+            for term in reversed(rest):
+                y = fused([y, variable, term])
             return y
 
         return x(x, xx), codegen

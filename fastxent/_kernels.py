@@ -9,7 +9,7 @@ from fastxent._elementary import exp_up, log1p, shift_by, up
 from fastxent._gradient import exponentials, write_gradient
 from fastxent._inlined import INLINE
 from fastxent._loadstore import gather, get, itemsize, load_masked, put, start, store_first
-from fastxent._maths import State, factors, label, log_s, logits, merge, row_loss, scaled, sum_loss
+from fastxent._maths import factors, joined, label, log_s, logits, of_none, raised, row_loss, scaled, sum_loss
 from fastxent._pipeline import Ahead, Pipeline, finish_behind, follow, max_of, nothing_behind
 from fastxent._plan import CHECKED, CHECKS
 from fastxent._rows import (
@@ -43,7 +43,7 @@ from fastxent._simd import (
     widen,
 )
 from fastxent._statistics import span_state, state_of
-from fastxent._streaming import BLOCK, look_at_border, write_zeros
+from fastxent._streaming import block_length, look_at_border, write_zeros
 from fastxent._task import BAD, CHECK, DIVISOR, SEGMENTS, WORK
 from fastxent._walk import NOTHING_SO_FAR, enter, one_by_one, plus, value_of, wait, walk
 
@@ -314,19 +314,20 @@ def next_kept(task, tile, number, stop):
 def value_pipelined(task, tile, first, stop):
     """Loss, block by block; ahead is the next block, be it of the next row."""
     so_far = NOTHING_SO_FAR
+    length = block_length(task)
     number, unit = next_kept(task, tile, first, stop)
-    m = max_of(task, Ahead(unit, 0, min(unit.stop, BLOCK) if number < stop else 0))
-    none = splat(task.w, 0.0)
+    m = max_of(task, Ahead(unit, 0, min(unit.stop, length) if number < stop else 0))
     while number < stop:
         next_number, next_unit = next_kept(task, tile, number + 1, stop)
-        state = State(m, none, none, none, none)  # of no block: Numba wants one before the loop
-        for at in range(0, unit.stop, BLOCK):
-            end = min(unit.stop, at + BLOCK)
-            ahead = Ahead(next_unit, 0, min(unit.stop, BLOCK) if next_number < stop else 0)
+        state = of_none(task, splat(task.x, m))
+        for at in range(0, unit.stop, length):
+            end = min(unit.stop, at + length)
+            ahead = Ahead(next_unit, 0, min(unit.stop, length) if next_number < stop else 0)
             if end < unit.stop:
-                ahead = Ahead(unit, end, min(unit.stop, end + BLOCK))
-            block, m = state_of(task, unit, at, end, m, Pipeline(ahead, None))
-            state = merge(state, block) if at > 0 else block
+                ahead = Ahead(unit, end, min(unit.stop, end + length))
+            state = raised(state, splat(task.x, m))
+            block, m = state_of(task, unit, at, end, state.m, Pipeline(ahead, None))
+            state = joined(state, block)
         so_far = plus(task, so_far, *deliver_loss(task, unit, state, label(task, unit)))
         number, unit = next_number, next_unit
     return value_of(task, so_far)
@@ -344,7 +345,7 @@ def value_and_grad_pipelined(task, tile, first, stop):
         ahead = Ahead(next_unit, 0, unit.stop if next_number < stop else 0)
         look_at_border(task, unit)
         y = label(task, unit)
-        state, m = state_of(task, unit, 0, unit.stop, m, Pipeline(ahead, behind))
+        state, m = state_of(task, unit, 0, unit.stop, splat(task.x, m), Pipeline(ahead, behind))
         so_far = plus(task, so_far, *deliver_loss(task, unit, state, y))
         behind = follow(task, unit, factors(task, unit, state, y, to_row(task, number, state)))
         number, unit = next_number, next_unit

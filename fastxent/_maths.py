@@ -15,7 +15,7 @@ A class index y is t = onehot(y). Without smoothing only q_y = w_y is left:
 z-loss adds z lse^2 to l and 2 z lse p_c to the gradient (Q becomes Q + 2 z lse there). Softcap puts cap tanh(x / cap) for x.
 A sample weight u multiplies a row's l and gradient; the gradient of a mean is divided by its divisor (``scaled``).
 
-Online softmax (Milakov, Gimelshein 2018): a row is read once, in blocks; when a block raises the maximum from m to m',
+Online softmax (Milakov, Gimelshein 2018): a row is read once, in blocks; when one raises the maximum from m to m', before it,
     s' = f s        D' = D + Q (m - m')        E' = f (E + s (m - m'))        f = exp(m - m')
 with E = sum_c exp(x_c - m) (x_c - m), from which the entropy comes: log s - E / s.
 The terms of at most eight vectors (across: sixteen) are added in float32; all further sums are float64 (of float64 logits,
@@ -35,8 +35,8 @@ from numba import njit
 from fastxent._elementary import exp_up, log, sech_squared, shift_by, tanh, up
 from fastxent._inlined import INLINE
 from fastxent._loadstore import gather, get, itemsize, load_masked
-from fastxent._rows import multiply_rows, raw_logits, read, row_values, sum_rows, t_step, x_step
-from fastxent._simd import LANES, all_lanes, fma, fold, lane, maximum, narrow, splat, where, widen
+from fastxent._rows import multiply_rows, raw_logits, raw_whole, read, row_values, sum_rows, t_step, x_step
+from fastxent._simd import LANES, any_lane, fma, fold, lane, maximum, narrow, splat, where, widen
 from fastxent._task import DIVISOR
 
 INF = float("inf")
@@ -62,6 +62,12 @@ def through_cap(task, x, g):
 def logits(task, unit, j, mask):
     """x, vector j, as softmax sees it."""
     return capped(task, raw_logits(task, unit, j, mask))
+
+
+@njit(**INLINE)
+def whole_logits(task, unit, j):
+    """The same, if all lanes are live: for the loops that count, as what is read by no mask needs no load of its own."""
+    return capped(task, raw_whole(task, unit, j))
 
 
 @njit(**INLINE)
@@ -93,13 +99,13 @@ def vector_max(task, unit, start, stop):
     n_whole = max(start, min(stop, unit.full))
     grouped = start + (n_whole - start) // 4 * 4
     for j in range(start, grouped, 4):
-        a = maximum(a, logits(task, unit, j, all_lanes()))
-        b = maximum(b, logits(task, unit, j + 1, all_lanes()))
-        c = maximum(c, logits(task, unit, j + 2, all_lanes()))
-        d = maximum(d, logits(task, unit, j + 3, all_lanes()))
+        a = maximum(a, whole_logits(task, unit, j))
+        b = maximum(b, whole_logits(task, unit, j + 1))
+        c = maximum(c, whole_logits(task, unit, j + 2))
+        d = maximum(d, whole_logits(task, unit, j + 3))
     m = maximum(maximum(a, b), maximum(c, d))
     for j in range(grouped, n_whole):
-        m = maximum(m, logits(task, unit, j, all_lanes()))
+        m = maximum(m, whole_logits(task, unit, j))
     for j in range(n_whole, stop):
         m = maximum(m, where(unit.reads, logits(task, unit, j, unit.reads), -INF))
     return m
@@ -135,11 +141,24 @@ def seen_from(state, m):
 
 
 @njit(**INLINE)
-def merge(a, b):
-    """The statistics of two parts of a row, from those of each."""
-    m = maximum(a.m, b.m)
-    a, b = seen_from(a, m), seen_from(b, m)
-    return State(m, a.s + b.s, a.q_sum + b.q_sum, a.q_dot + b.q_dot, a.e_dot + b.e_dot)
+def of_none(task, m):
+    """The statistics of no class, with a maximum m that is of some."""
+    nothing = splat(task.w, 0.0)
+    return State(m, nothing, nothing, nothing, nothing)
+
+
+@njit(**INLINE)
+def raised(state, m):
+    """The statistics with a maximum of at least m: most of the time they have one."""
+    if any_lane(m > state.m):
+        return seen_from(state, maximum(state.m, m))
+    return state
+
+
+@njit(**INLINE)
+def joined(a, b):
+    """The statistics of two parts of a row that are seen from the same maximum."""
+    return State(a.m, a.s + b.s, a.q_sum + b.q_sum, a.q_dot + b.q_dot, a.e_dot + b.e_dot)
 
 
 @njit(**INLINE)

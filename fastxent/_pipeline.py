@@ -14,22 +14,41 @@ from fastxent._elementary import shift_by
 from fastxent._gradient import gradient_vector, put_label
 from fastxent._inlined import INLINE
 from fastxent._loadstore import store, stream
-from fastxent._maths import INF, Factors, logits, vector_max
+from fastxent._maths import INF, Factors, vector_max, whole_logits
 from fastxent._rows import g_step, write
-from fastxent._simd import LANES, WIDE, all_lanes, first_lanes, iota, lane, max_across, maximum, splat, where
+from fastxent._simd import (
+    LANES,
+    WIDE,
+    all_lanes,
+    first_lanes,
+    iota,
+    lane,
+    max_across,
+    max_of_halves,
+    maximum,
+    repeat,
+    splat,
+    where,
+)
 from fastxent._streaming import aligned, look_further, streams
 
 GROUP = 8  # vectors whose float32 terms are added up before they go to the float64 totals
 AT_A_TIME = GROUP if WIDE else 2  # vectors whose exponentials are made beside each other
 # Vectors between the gradient that is written and the logits that are read at the same time. Rows are often 4 KB apart, or a
 # multiple of that; and a load waits for a store that is 4 KB away, for all that a processor looks at is the address in a page.
-LEAD = 2 * AT_A_TIME if WIDE else 4 * AT_A_TIME
+LEAD = 2 * GROUP if WIDE else GROUP
 
 Pipeline = namedtuple("Pipeline", "ahead behind")
 Ahead = namedtuple("Ahead", "unit start stop")  # vectors that are read next
-# A row whose gradient is still to be written, AT_A_TIME vectors together: its part where g is aligned, the number of vectors,
-# and the target class, counted from where that part begins.
-Behind = namedtuple("Behind", "unit f stop y")
+# A row whose gradient is still to be written, some vectors together: its part where g is aligned; how many vectors; the target
+# class, counted from where that part begins, and the first of the vectors that are written together with its own.
+Behind = namedtuple("Behind", "unit f stop y y_at")
+
+
+@njit(**INLINE)
+def together(task):
+    """Vectors that are worked on between looks at what is ahead and behind; less of them for a gradient, which does more."""
+    return AT_A_TIME if WIDE or task.keeps_e or not task.across else 2 * AT_A_TIME
 
 
 def unless_none(otherwise):
@@ -65,28 +84,57 @@ def rest(task, pipeline, top, start, stop):
 
 
 @njit(**INLINE)
+def _itself(x):
+    return x
+
+
+@njit(**INLINE)
+def _twice(x):
+    return repeat(x, 2)
+
+
+# A maximum so far takes one register, and becomes a vector in the end.
+in_register, from_register = (_itself, _itself) if WIDE else (max_of_halves, _twice)
+
+
+@njit(**INLINE)
+def nothing_seen(task):
+    """The maximum over nothing."""
+    return in_register(splat(task.x, -INF))
+
+
+@njit(**INLINE)
 def look_ahead_at(task, ahead, top, k):
     """The maximum so far, and that of vectors k, ... ahead, if they are whole."""
     at = ahead.start + k
-    if at + AT_A_TIME <= min(ahead.stop, ahead.unit.full):
-        for j in range(at, at + AT_A_TIME):
-            look_further(task, ahead.unit, j)
-            top = maximum(top, logits(task, ahead.unit, j, all_lanes()))
+    if at + together(task) <= min(ahead.stop, ahead.unit.full):
+        top = max_of_some(task, ahead.unit, at, top)
+        if together(task) > AT_A_TIME:
+            top = max_of_some(task, ahead.unit, at + AT_A_TIME, top)
+    return top
+
+
+@njit(**INLINE)
+def max_of_some(task, unit, at, top):
+    for j in range(at, at + AT_A_TIME):
+        look_further(task, unit, j)
+        top = maximum(top, in_register(whole_logits(task, unit, j)))
     return top
 
 
 @njit(**INLINE)
 def max_ahead(task, ahead, top, k):
-    """The maximum over all that is ahead; ``top`` is that of what ``look_ahead_at`` could look at below vector k."""
+    """The maximum over all that is ahead, a number; ``top`` is that of what ``look_ahead_at`` could look at below vector k."""
     n_whole = max(ahead.start, min(ahead.stop, ahead.unit.full)) - ahead.start
-    seen = min(k, n_whole // AT_A_TIME * AT_A_TIME)
-    return max_across(maximum(top, vector_max(task, ahead.unit, ahead.start + seen, ahead.stop)))
+    seen = min(k, n_whole // together(task) * together(task))
+    m = maximum(from_register(top), vector_max(task, ahead.unit, ahead.start + seen, ahead.stop))
+    return lane(max_across(m), 0)
 
 
 @njit(**INLINE)
 def max_of(task, ahead):
     """The maximum over all that is ahead, nothing of which was looked at."""
-    return max_ahead(task, ahead, splat(task.x, -INF), 0)
+    return max_ahead(task, ahead, nothing_seen(task), 0)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -98,7 +146,7 @@ def max_of(task, ahead):
 def nothing_behind(task, unit):
     """Before the first row."""
     zero = splat(task.x, 0.0)
-    return Behind(unit, Factors(shift_by(zero), zero, zero, zero, zero, zero), 0, -1)
+    return Behind(unit, Factors(shift_by(zero), zero, zero, zero, zero, zero), 0, -1, -1)
 
 
 @njit(**INLINE)
@@ -113,15 +161,25 @@ def follow(task, unit, f):
         mask = all_lanes() if j < n_whole else tail
         g = gradient_vector(task, body, j, mask, f)
         write(task, task.g + (body.g + j * g_step(task)), unit.g_lanes, g, mask)
-    y = -1
+    y, y_at = -1, -1
     if task.labelled:
         y = lane(unit.y, 0) - body.first
-        if not 0 <= y < stop * LANES:
+        if 0 <= y < stop * LANES:
+            y_at = y // (AT_A_TIME * LANES) * AT_A_TIME
+        else:
             put_label(task, unit, f)
-    behind = Behind(body, f, stop, y)
+    behind = Behind(body, one_number_each(f), stop, y, y_at)
     for j in range(-LEAD, 0, AT_A_TIME):
         write_behind(task, behind, j)
     return behind
+
+
+@njit(**INLINE)
+def one_number_each(f):
+    """The factors of one row, each of which then takes one register."""
+    return Factors(
+        f.shift, f.power, splat(f.a, lane(f.a, 0)), splat(f.b, lane(f.b, 0)), f.inverse_s, splat(f.g_y, lane(f.g_y, 0))
+    )
 
 
 @unless_none(otherwise=lambda task, behind, j: None)
@@ -129,7 +187,7 @@ def write_behind(task, behind, j):
     """Of the row behind, what is LEAD vectors further than vectors j, ..., whose exponentials take the place of its own."""
     at = j + LEAD
     if at < behind.stop:
-        if at * LANES <= behind.y < (at + AT_A_TIME) * LANES:  # a line that bypassed the caches is slow to change
+        if at == behind.y_at:  # a line that bypassed the caches is slow to change
             put_behind(task, behind, at, True)
         else:
             put_behind(task, behind, at, False)

@@ -349,6 +349,15 @@ def raw_logits(task, unit, j, mask):
 
 
 @njit(**INLINE)
+def raw_whole(task, unit, j):
+    """The same, if all lanes are live."""
+    if task.tiled:
+        return load(unit.tile + j * tile_step(task, unit))
+    p = task.x + (unit.x + j * x_step(task))
+    return load(p) if task.neighbours else gather(p, unit.x_lanes, all_lanes())
+
+
+@njit(**INLINE)
 def write_out(task, unit, j, values, mask):
     """g, vector j; what goes into a tile is for ``flush`` to write."""
     if task.tiled:

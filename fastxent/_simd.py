@@ -250,10 +250,13 @@ def where(typingctx, mask, a, b):
 
 @intrinsic
 def maximum(typingctx, acc, x):
-    """The larger of ``acc`` and ``x``; a nan in ``x`` is passed over (one ``vmaxps``: it reaches the sum by itself)."""
+    """The larger of ``acc`` and ``x``: one ``vmaxps``, for which ``x`` may be in memory.
+
+    If one of them is nan, it is ``x``. So a maximum may lose what comes before a nan; but that reaches the sums by itself.
+    """
 
     def codegen(context, builder, sig, args):
-        return builder.select(builder.fcmp_ordered(">", args[1], args[0]), args[1], args[0])
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
 
     return acc(acc, acc), codegen
 
@@ -298,9 +301,9 @@ def widen(typingctx, x):
     """As float64 lanes."""
 
     def codegen(context, builder, sig, args):
-        return args[0] if x.kind == "f64" else builder.fpext(args[0], lanes_of(SCALAR["f64"]))
+        return args[0] if x.kind == "f64" else builder.fpext(args[0], lanes_of(SCALAR["f64"], x.lanes))
 
-    return F64(x), codegen
+    return Vec("f64", x.lanes)(x), codegen
 
 
 @intrinsic
@@ -380,14 +383,33 @@ def fold(typingctx, x):
 
     def codegen(context, builder, sig, args):
         (total,) = args
-        lanes = x.lanes
-        while lanes > LANES:
-            lanes //= 2
-            low, high = (pick(builder, total, total, list(range(first, first + lanes))) for first in (0, lanes))
-            total = builder.fadd(low, high)
+        while total.type.count > LANES:
+            total = builder.fadd(*_halves(builder, total))
         return total
 
     return Vec(x.kind)(x), codegen
+
+
+def _halves(builder, x):
+    lanes = x.type.count // 2
+    return (pick(builder, x, x, list(range(first, first + lanes))) for first in (0, lanes))
+
+
+@intrinsic
+def add_halves(typingctx, x):
+    """Half as many lanes: each with the one that many further added."""
+    return Vec(x.kind, x.lanes // 2)(x), lambda context, builder, sig, args: builder.fadd(*_halves(builder, *args))
+
+
+@intrinsic
+def max_of_halves(typingctx, x):
+    """Half as many lanes: each the larger of itself and the one that many further, as ``maximum`` has it."""
+
+    def codegen(context, builder, sig, args):
+        low, high = _halves(builder, *args)
+        return builder.select(builder.fcmp_ordered(">", low, high), low, high)
+
+    return Vec(x.kind, x.lanes // 2)(x), codegen
 
 
 @intrinsic
@@ -412,13 +434,18 @@ def max_across(x):
     return splat(x, lane(maximum(x, _swap(x, 1)), 0))
 
 
-@njit(**INLINE)
-def sum_across(x):
-    """The sum of the lanes, in every lane. The order is fixed: the same bits every time."""
-    x = x + _swap(x, 8)
-    x = x + _swap(x, 4)
-    x = x + _swap(x, 2)
-    return splat(x, lane(x + _swap(x, 1), 0))
+@intrinsic
+def sum_across(typingctx, x):
+    """The sum of the lanes, in each of 16. The order is fixed: the same bits every time."""
+
+    def codegen(context, builder, sig, args):
+        (total,) = args
+        plus = builder.add if x.kind == "i64" else builder.fadd
+        while total.type.count > 1:
+            total = plus(*_halves(builder, total))
+        return broadcast(builder, builder.extract_element(total, I32(0)), x.kind, LANES)
+
+    return Vec(x.kind)(x), codegen
 
 
 @njit(**INLINE)

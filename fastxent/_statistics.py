@@ -1,16 +1,29 @@
 """First trip through a unit's vectors: its statistics. The formulas are those of ``_maths``."""
 
 from numba import njit
+from numba.extending import overload
 
 from fastxent._elementary import Shift, exp_of, exp_up, reduce, shift_by
 from fastxent._inlined import INLINE
 from fastxent._loadstore import itemsize, load, scratch, store, store_apart
-from fastxent._maths import INF, State, logits, merge, sums_of, target_weights, vector_max
-from fastxent._pipeline import AT_A_TIME, GROUP, alongside, rest
+from fastxent._maths import (
+    INF,
+    State,
+    joined,
+    logits,
+    of_none,
+    raised,
+    sums_of,
+    target_weights,
+    vector_max,
+    whole_logits,
+)
+from fastxent._pipeline import GROUP, alongside, nothing_seen, rest, together
 from fastxent._rows import g_step, tile_step, write
 from fastxent._simd import (
     LANES,
     WIDE,
+    add_halves,
     all_lanes,
     any_lane,
     beside,
@@ -21,9 +34,9 @@ from fastxent._simd import (
     where,
     widen,
 )
-from fastxent._streaming import BLOCK, look_ahead
+from fastxent._streaming import block_length, look_ahead
 
-LOT = 64  # vectors that are halfway to their exponentials at a time, where the registers are few
+HALVES = 128  # vectors of scratch for what is halfway to its exponential, where the registers are few
 
 
 @njit(**INLINE)
@@ -94,13 +107,36 @@ def whole(total, lost):
     return total + lost if lost == lost else total
 
 
+def as_needed(choose):
+    """A function of kernels that is what ``choose`` says, given the task's constants; types may differ."""
+    overload(choose, jit_options=INLINE, strict=False)(lambda task, x: choose(dict(task.constants)))
+    return choose
+
+
+@as_needed
+def in_few_lanes(constants):
+    """A vector's terms: of float32 classes two and two added, for that makes half as many float64 sums."""
+    if constants["across"] and not constants["double"]:
+        return lambda task, x: add_halves(x)
+    return lambda task, x: x
+
+
+@as_needed
+def over_lanes(constants):
+    """The sum over the lanes if they are classes."""
+    if constants["across"]:
+        return lambda task, x: sum_across(x)
+    return lambda task, x: x
+
+
 @njit(**INLINE)
 def widen_add(task, total, x):
     """A sum and what it has lost, with a vector's terms added; float32 terms lose nothing that counts."""
     value, lost = total
+    x = widen(in_few_lanes(task, x))
     if task.double:
-        return add(value, lost, widen(x))
-    return value + widen(x), lost
+        return add(value, lost, x)
+    return value + x, lost
 
 
 @njit(**INLINE)
@@ -119,7 +155,7 @@ def add_sums(task, totals, sums):
 @njit(**INLINE)
 def wide_groups(task, unit, start, stop, m, shift, totals, pipeline):
     """The totals, with those of vectors start ... stop - 1, a multiple of eight; and the maximum ahead."""
-    top = splat(m, -INF)
+    top = nothing_seen(task)
     for j in range(start, stop, GROUP):
         top = alongside(task, pipeline, top, start, j)
         totals = add_sums(task, totals, wide_group(task, unit, j, m, shift))
@@ -127,12 +163,43 @@ def wide_groups(task, unit, start, stop, m, shift, totals, pipeline):
 
 
 @njit(**INLINE)
+def first_half(task, unit, j, shift, r, power):
+    """Halfway to the exponentials of vector j, to two addresses."""
+    look_ahead(task, unit, j)
+    half = reduce(whole_logits(task, unit, j), shift)
+    store(r, half[0])
+    store(power, half[1])
+
+
+@njit(**INLINE)
 def other_half(task, unit, j, m, r, power):
-    """The sums over vector j, from what the first half has left at two addresses."""
-    x = logits(task, unit, j, all_lanes())  # before an exponential takes its place
+    """The sums over vector j, from what the first half has left there."""
+    x = whole_logits(task, unit, j)  # before an exponential takes its place
     e = exp_of(load(r), load(power))
     keep(task, unit, j, e, all_lanes())
     return sums_of(task, x, e, target_weights(task, unit, j, all_lanes()), m)
+
+
+@njit(**INLINE)
+def pair(task, unit, j, m, r, power):
+    """The sums over vectors j and j + 1."""
+    vector = LANES * itemsize(r)
+    return both(other_half(task, unit, j, m, r, power), other_half(task, unit, j + 1, m, r + vector, power + vector))
+
+
+@njit(**INLINE)
+def narrow_group(task, unit, start, first, end, m, r, power, totals, top, pipeline):
+    """The totals, with those of vectors first ... end - 1, of which the first halves are done; and the maximum ahead."""
+    nothing = splat(m, 0.0)
+    sums = nothing, nothing, nothing, nothing
+    for j in range(first, end, together(task)):  # sums of pairs lose fewer digits than a sum of all in a row
+        top = alongside(task, pipeline, top, start, j)
+        at = (j - first) * LANES * itemsize(r)
+        sums = both(sums, pair(task, unit, j, m, r + at, power + at))
+        if together(task) > 2:
+            at += 2 * LANES * itemsize(r)
+            sums = both(sums, pair(task, unit, j + 2, m, r + at, power + at))
+    return add_sums(task, totals, sums), top
 
 
 @njit(**INLINE)
@@ -142,27 +209,22 @@ def narrow_groups(task, unit, start, stop, m, shift, totals, pipeline):
     An exponential is some 16 results, each waiting for the one before, and a processor looks ahead over some 130. So a lot of
     them is made in two loops of half the length, with constants for which the registers suffice.
     """
-    top = splat(m, -INF)
-    r, power = scratch(m, LOT), scratch(m, LOT)
-    vector = LANES * itemsize(r)
-    group = 2 * GROUP if task.across else GROUP  # across, the lanes' rounding errors make up for each other
-    for lot in range(start, stop, LOT):
-        end = min(lot + LOT, stop)
-        for j in range(lot, end):
-            look_ahead(task, unit, j)
-            half = reduce(logits(task, unit, j, all_lanes()), shift)
-            store(r + (j - lot) * vector, half[0])
-            store(power + (j - lot) * vector, half[1])
-        for first in range(lot, end, group):
-            nothing = splat(m, 0.0)
-            sums = nothing, nothing, nothing, nothing
-            for j in range(first, min(first + group, end), 2):  # sums of pairs lose fewer digits than a sum of all in a row
-                top = alongside(task, pipeline, top, start, j)
-                at = (j - lot) * vector
-                a = other_half(task, unit, j, m, r + at, power + at)
-                b = other_half(task, unit, j + 1, m, r + (at + vector), power + (at + vector))
-                sums = both(sums, both(a, b))
-            totals = add_sums(task, totals, sums)
+    top = nothing_seen(task)
+    halves = scratch(m, HALVES)
+    vector = LANES * itemsize(halves)
+    lot = 2 * GROUP if task.across else HALVES // 2
+    r, power = halves, halves + lot * vector
+    for begin in range(start, stop, lot):
+        end = min(begin + lot, stop)
+        for j in range(begin, end):
+            at = (j - begin) * vector
+            first_half(task, unit, j, shift, r + at, power + at)
+        if task.across:  # the lanes' rounding errors make up for each other
+            totals, top = narrow_group(task, unit, start, begin, end, m, r, power, totals, top, pipeline)
+        else:
+            for first in range(begin, end, GROUP):
+                at, last = (first - begin) * vector, min(first + GROUP, end)
+                totals, top = narrow_group(task, unit, start, first, last, m, r + at, power + at, totals, top, pipeline)
     return totals, top
 
 
@@ -171,34 +233,35 @@ groups = wide_groups if WIDE else narrow_groups
 
 @njit(**INLINE)
 def total_over_classes(task, total):
-    """The sum over the vectors' classes: over the lanes too, if they are classes."""
+    """The sum over the vectors' classes."""
     value, lost = total
     if task.double:  # of an inf or nan nothing was lost, and inf - inf is nan
         value = where(lost == lost, value + lost, value)
-    return sum_across(value) if task.across else value
+    return over_lanes(task, value)
 
 
 @njit(**INLINE)
-def block_state(task, unit, start, stop):
-    """The statistics of vectors start ... stop - 1: twice through a block that the first-level cache holds."""
+def block_max(task, unit, start, stop):
+    """The maximum over vectors start ... stop - 1."""
     m = vector_max(task, unit, start, stop)
-    state, _ = state_of(task, unit, start, stop, max_across(m) if task.across else m, None)
-    return state
+    return max_across(m) if task.across else m
 
 
 @njit(**INLINE)
 def state_of(task, unit, start, stop, m, pipeline):
-    """The statistics of vectors start ... stop - 1, of which m is the maximum, and the maximum ahead."""
-    top = splat(m, -INF)
+    """The statistics of vectors start ... stop - 1, seen from m, their maximum or a larger one; and the maximum ahead."""
     shift = shift_by(m)
     finite = where(m == -INF, splat(m, 0.0), m)
-    zero = (splat(task.w, 0.0), splat(task.w, 0.0))
-    totals = (zero, zero, zero, zero)
+    none = splat(task.w, 0.0)
+    zero = widen(in_few_lanes(task, splat(task.x, 0.0)))
+    nothing = zero, zero
+    totals = nothing, nothing, nothing, nothing
+    top = nothing_seen(task)
     n_whole = max(start, min(stop, unit.full))
     grouped = start
     if not task.double and not any_lane(shift.base != 0.0):
         near = Shift(None, shift.coarse, shift.fine, shift.lowest)
-        grouped = start + (n_whole - start) // AT_A_TIME * AT_A_TIME
+        grouped = start + (n_whole - start) // together(task) * together(task)
         totals, top = groups(task, unit, start, grouped, finite, near, totals, pipeline)
     top = rest(task, pipeline, top, start, grouped)
     for j in range(grouped, n_whole):
@@ -210,21 +273,24 @@ def state_of(task, unit, start, stop, m, pipeline):
     state = State(
         m,
         total_over_classes(task, s),
-        total_over_classes(task, q_sum) if task.dense else q_sum[0],
-        total_over_classes(task, q_dot) if task.dense else q_dot[0],
-        total_over_classes(task, e_dot) if task.entropic else e_dot[0],
+        total_over_classes(task, q_sum) if task.dense else none,
+        total_over_classes(task, q_dot) if task.dense else none,
+        total_over_classes(task, e_dot) if task.entropic else none,
     )
     return state, top
 
 
 @njit(**INLINE)
 def span_state(task, unit):
-    """The statistics of the unit's vectors, in one trip through memory."""
+    """The statistics of the unit's vectors, in one trip through memory: twice through blocks that the nearest caches hold."""
     if task.tiled or task.keeps_e:
-        return block_state(task, unit, unit.start, unit.stop)
-    nothing = splat(task.w, 0.0)
-    state = State(splat(task.x, -INF), nothing, nothing, nothing, nothing)  # of no block: Numba wants one before the loop
-    for at in range(unit.start, unit.stop, BLOCK):
-        block = block_state(task, unit, at, min(unit.stop, at + BLOCK))
-        state = merge(state, block) if at > unit.start else block
+        state, _ = state_of(task, unit, unit.start, unit.stop, block_max(task, unit, unit.start, unit.stop), None)
+        return state
+    state = of_none(task, splat(task.x, -INF))  # Numba wants one before the loop
+    for at in range(unit.start, unit.stop, block_length(task)):
+        end = min(unit.stop, at + block_length(task))
+        m = block_max(task, unit, at, end)
+        state = raised(state, m) if at > unit.start else of_none(task, m)
+        block, _ = state_of(task, unit, at, end, state.m, None)
+        state = joined(state, block)
     return state

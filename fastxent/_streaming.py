@@ -7,9 +7,14 @@ from fastxent._loadstore import address, fixed, itemsize, prefetch, prefetch_nea
 from fastxent._rows import LINE, from_class, g_step, t_step, write, write_out, x_step
 from fastxent._simd import LANES, all_lanes, every_lane, first_lanes, splat
 
-BLOCK = 192  # vectors between two looks at the running maximum: 12 KB of float32, well inside the first-level cache
 AHEAD = 4096  # vectors of the next row that are asked for during the gradient: what half a second-level cache holds
 FURTHER = 4096  # bytes between what a pipeline reads and what it asks for
+
+
+@njit(**INLINE)
+def block_length(task):
+    """Vectors between two looks at the running maximum: 16 KB of what is computed with."""
+    return 128 if task.double else 256
 
 
 @njit(**INLINE)
@@ -20,11 +25,11 @@ def look_ahead(task, unit, j):
             prefetch_near(task.t + unit.t, j * t_step(task) + FURTHER)
         return
     if task.across and not task.large:  # it is in some cache, and most of the time not in the nearest
-        prefetch_near(task.x + unit.x, (j + min(BLOCK, task.n_vectors)) * x_step(task))
+        prefetch_near(task.x + unit.x, (j + min(block_length(task), task.n_vectors)) * x_step(task))
     if task.large and not task.tiled:
         ahead, t_ahead = LANES * itemsize(task.x), LANES * itemsize(task.t)
         if task.across:
-            ahead, t_ahead = BLOCK * x_step(task), BLOCK * t_step(task)
+            ahead, t_ahead = block_length(task) * x_step(task), block_length(task) * t_step(task)
         if task.across and task.keeps_e:
             ahead, t_ahead = fixed(task.axes, 8), fixed(task.axes, 24)
         prefetch(task.x + unit.x, j * x_step(task) + ahead)
