@@ -68,9 +68,9 @@ class Variant(NamedTuple):
 def pipelined(name: str, variant: Variant) -> bool:
     """Does kernel ``name`` write one row, and read the next one, while it computes? (``_pipeline``)
 
-    Not for gradients in half precision: rounding to it takes what side by side would gain.
+    Not for gradients in bfloat16: rounding to it takes what side by side would gain.
     """
-    wanted = name == "value" or (name == "value_and_grad" and variant.kept and variant.logits == "f32")
+    wanted = name == "value" or (name == "value_and_grad" and variant.kept and variant.logits != "bf16")
     return wanted and variant.large and variant.across and variant.acc == "f32"
 
 

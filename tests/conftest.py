@@ -80,11 +80,11 @@ CLASSES = {
     65: "one past it",
     100: "vectors and a tail of four lanes",
     1000: "ImageNet; tail of eight lanes",
-    2047: "one lane short of a block of 2048",
-    2048: "exactly one block: the online softmax never rescales",
+    2047: "one lane short of a block of float64",
+    2048: "exactly one block of float64: the online softmax never rescales",
     2049: "a second block of one lane",
-    4097: "two blocks and one lane",
-    6500: "four blocks, the last one partial",
+    4097: "the same of float32",
+    6500: "blocks, the last one partial",
 }
 ROWS = {
     1: "no second row to prefetch or to pair with",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import BFLOAT16, EVERYDAY_DTYPES, FLOAT32, Budget, make_case, make_truth, run_torch
+from conftest import BFLOAT16, EVERYDAY_DTYPES, FLOAT16, FLOAT32, Budget, make_case, make_truth, run_torch
 
 import fastxent as fx
 from fastxent import _plan
@@ -70,11 +70,13 @@ def test_streamed_gradient(dtype, shape, all_is_large):
     gradients.check()
 
 
-@pytest.mark.parametrize(("dtype", "option"), [*itertools.product([FLOAT32], OPTIONS), (BFLOAT16, OPTIONS[0])], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "option"), [*itertools.product([FLOAT32], OPTIONS), *itertools.product([FLOAT16, BFLOAT16], OPTIONS[:1])], ids=str
+)
 def test_a_pipeline_of_rows_gives_the_bits_of_each_alone(dtype, option, monkeypatch):
     """Long rows past the cache are written while the next one is computed: targets in all places, rows that are far from zero,
     hold an inf, or are ignored, several at once, and gradients that begin anywhere and have something between their rows."""
-    for shape in ((1, 3077), (2, 49), (9, 3077), (40, 300), (18, 512)):
+    for shape in ((1, 4133), (2, 49), (9, 4133), (40, 300), (18, 512)):
         n_rows, n_classes = shape
         case = make_case(dtype, shape, option)
         logits, target = case.logits, case.target
@@ -98,6 +100,22 @@ def test_a_pipeline_of_rows_gives_the_bits_of_each_alone(dtype, option, monkeypa
                         np.testing.assert_array_equal(loss, want_loss)
                         np.testing.assert_array_equal(g, want_g, err_msg=f"{shape}, {offset}, {gap}")
                         np.testing.assert_array_equal(memory[:, n_classes:], before[:, n_classes:])
+
+
+def test_in_a_pipeline_a_nan_spoils_its_own_row(all_is_large):
+    """What it does to the maximum of its row, which is found beside the row before, and written beside the one after."""
+    case = make_case(FLOAT32, (5, 4133), OPTIONS[0])
+    want = fx.cross_entropy(case.logits, case.target, reduction="none")
+    _, want_g = fx.cross_entropy_value_and_grad(case.logits, case.target)
+    others = [0, 1, 3, 4]
+    for where in (0, 8, 1000, 4095, 4096, 4132):
+        logits = case.logits.copy()
+        logits[2, where] = np.nan
+        loss = fx.cross_entropy(logits, case.target, reduction="none")
+        _, g = fx.cross_entropy_value_and_grad(logits, case.target)
+        assert np.isnan(loss[2]) and np.isnan(g[2]).all()
+        np.testing.assert_array_equal(loss[others], want[others])
+        np.testing.assert_array_equal(g[others], want_g[others])
 
 
 @pytest.mark.parametrize("n_classes", [20, 300])
@@ -136,7 +154,7 @@ def test_exponentials_computed_twice(large, nothing_is_kept, request):
     if large:
         request.getfixturevalue("all_is_large")
     losses, gradients = Budget(), Budget()
-    case = make_case(np.dtype(np.float32), (5, 2051), "index")
+    case = make_case(np.dtype(np.float32), (5, 8195), "index")
     truth, theirs = make_truth(case, "mean"), run_torch(case, "mean")
     for out in (case.logits.copy(), aligned(case.logits.shape, case.logits.dtype, 3)[0]):
         out[...] = case.logits
