@@ -18,8 +18,8 @@ A sample weight u multiplies a row's l and gradient; the gradient of a mean is d
 Online softmax (Milakov, Gimelshein 2018): a row is read once, in blocks; when one raises the maximum from m to m', before it,
     s' = f s        D' = D + Q (m - m')        E' = f (E + s (m - m'))        f = exp(m - m')
 with E = sum_c exp(x_c - m) (x_c - m), from which the entropy comes: log s - E / s.
-The terms of at most eight vectors (across: sixteen) are added in float32; all further sums are float64 (of float64 logits,
-compensated), and their order follows from the shape alone: same bits at any number of threads.
+The terms of at most eight vectors (across: sixteen, and two lanes of each) are added in float32; all further sums are float64
+(of float64 logits, compensated), and their order follows from the shape alone: same bits at any number of threads.
 
 One maths, two directions. 16 lanes hold classes of one row (``task.across``) or one class of 16 rows: ``_rows`` says when, and
 reads and writes them. Across, each reduction ends with one over the lanes, after which every lane holds the row's value; so all
@@ -66,7 +66,7 @@ def logits(task, unit, j, mask):
 
 @njit(**INLINE)
 def whole_logits(task, unit, j):
-    """The same, if all lanes are live: for the loops that count, as what is read by no mask needs no load of its own."""
+    """The same, if all lanes are live: what is read without a mask is read by the instruction that uses it."""
     return capped(task, raw_whole(task, unit, j))
 
 

@@ -47,7 +47,7 @@ Behind = namedtuple("Behind", "unit f stop y y_at")
 
 @njit(**INLINE)
 def together(task):
-    """Vectors that are worked on between looks at what is ahead and behind; less of them for a gradient, which does more."""
+    """Vectors that are worked on between looks at what is ahead and behind: fewer for a gradient, which does more."""
     return AT_A_TIME if WIDE or task.keeps_e or not task.across else 2 * AT_A_TIME
 
 
@@ -116,6 +116,7 @@ def look_ahead_at(task, ahead, top, k):
 
 @njit(**INLINE)
 def max_of_some(task, unit, at, top):
+    """The larger of ``top`` and what is in vectors at, ...: all whole."""
     for j in range(at, at + AT_A_TIME):
         look_further(task, unit, j)
         top = maximum(top, in_register(whole_logits(task, unit, j)))
