@@ -10,8 +10,22 @@ from numba import types
 from numba.core.registry import cpu_target
 
 from fastxent import _direct, _inlined, _kernels, _machine_code, _simd, _task
-from fastxent._plan import KEEPERS, Variant, pipelined
+from fastxent._plan import KEEPERS, Variant
 from fastxent._walk import one_by_one
+
+
+def pipelined(name: str, variant: Variant) -> bool:
+    """Does kernel ``name`` write one row, and read the next one, while it computes? (``_pipeline``)
+
+    Past the cache, but for gradients in bfloat16: rounding to it takes what side by side would gain. In the cache with AVX-512:
+    there a row waits longer for the statistics of the one before than for the units of its processor.
+    """
+    kept = name == "value_and_grad" and variant.kept
+    if not variant.across or variant.split or variant.acc != "f32" or not (kept or name == "value"):
+        return False
+    if variant.large:
+        return not kept or variant.logits != "bf16"
+    return _simd.WIDE and variant.logits == "f32"
 
 
 def task_type(name: str, variant: Variant) -> _simd.Task:

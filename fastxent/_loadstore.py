@@ -161,13 +161,23 @@ def load_masked(typingctx, p, mask):
     return Vec(p.kind)(p, mask), lambda context, builder, sig, args: load_lanes_masked(builder, p, *args)
 
 
+def store_lanes(builder, ptr, address, x, mask=None):
+    """Where ``mask``, if there is one: with AVX-512 one instruction, else a dozen."""
+    raw = encode(builder, x, ptr)
+    place = typed(builder, address, raw.type)
+    if mask is None:
+        builder.store(raw, place, align=1)
+    else:
+        name = f"llvm.masked.store.{_masked_name(ptr, raw.type.count)}.p0"
+        call_llvm(builder, name, ir.VoidType(), [raw, place, I32(1), mask])
+
+
 @intrinsic
 def store(typingctx, p, x):
     """Write 16 neighbours at ``p``."""
 
     def codegen(context, builder, sig, args):
-        raw = encode(builder, args[1], p)
-        builder.store(raw, typed(builder, args[0], raw.type), align=1)
+        store_lanes(builder, p, *args)
         return context.get_dummy_value()
 
     return types.void(p, x), codegen
@@ -219,17 +229,16 @@ def store_first(typingctx, p, x, mask):
 
     def codegen(context, builder, sig, args):
         address, x, mask = args
-        raw = encode(builder, x, p)
         if WIDE:
-            name = f"llvm.masked.store.{_masked_name(p)}.p0"
-            call_llvm(builder, name, ir.VoidType(), [raw, typed(builder, address, raw.type), I32(1), mask])
-        else:
-            n = builder.zext(builder.ctpop(builder.bitcast(mask, I16)), I64)
-            with builder.if_else(builder.icmp_unsigned("==", n, I64(LANES))) as (whole, part):
-                with whole:
-                    builder.store(raw, typed(builder, address, raw.type), align=1)
-                with part:
-                    builder.call(_store_in_pieces(builder.module, raw.type), [address, raw, n])
+            store_lanes(builder, p, address, x, mask)
+            return context.get_dummy_value()
+        raw = encode(builder, x, p)
+        n = builder.zext(builder.ctpop(builder.bitcast(mask, I16)), I64)
+        with builder.if_else(builder.icmp_unsigned("==", n, I64(LANES))) as (whole, part):
+            with whole:
+                builder.store(raw, typed(builder, address, raw.type), align=1)
+            with part:
+                builder.call(_store_in_pieces(builder.module, raw.type), [address, raw, n])
         return context.get_dummy_value()
 
     return types.void(p, x, mask), codegen

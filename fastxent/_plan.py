@@ -65,15 +65,6 @@ class Variant(NamedTuple):
         return precision(self.logits, self.target)
 
 
-def pipelined(name: str, variant: Variant) -> bool:
-    """Does kernel ``name`` write one row, and read the next one, while it computes? (``_pipeline``)
-
-    Not for gradients in bfloat16: rounding to it takes what side by side would gain.
-    """
-    wanted = name == "value" or (name == "value_and_grad" and variant.kept and variant.logits != "bf16")
-    return wanted and variant.large and variant.across and variant.acc == "f32"
-
-
 @dataclass(frozen=True)
 class Plan:
     """How the rows are walked over; ``planned`` are the values of ``_task.PLANNED``, ``axes`` the row axes' table."""

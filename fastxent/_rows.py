@@ -19,7 +19,7 @@ from fastxent._loadstore import (
     itemsize,
     load,
     load_masked,
-    prefetch,
+    prefetch_near,
     put,
     scatter,
     store,
@@ -39,7 +39,7 @@ from fastxent._simd import (
     sum_across,
     where,
 )
-from fastxent._transpose import SQUARE, load_transposed, store_transposed
+from fastxent._transpose import BY_MASK, SQUARE, load_transposed, store_transposed
 
 LINE = 64  # bytes of a cache line
 LATER = 2048  # bytes between the short rows that are worked on and those that are asked for
@@ -240,7 +240,7 @@ def look_at_later_rows(task, p, row):
     does it by itself; in the cache it costs next to nothing."""
     if row == task.n_classes * itemsize(p):
         for at in range(LATER, LATER + LANES * row, LINE):
-            prefetch(p, at)
+            prefetch_near(p, at)
 
 
 @njit(**INLINE)
@@ -248,9 +248,11 @@ def flush_rows(task, unit, tile, p, factor, g_y):
     """The gradient of whole rows, with that of the target; by way of a stage, where they are then one piece, what cannot be
     written as it comes: rows of less than a square, fewer than 16 of them, and what goes past the caches."""
     row, own = fixed(task.axes, 16), task.n_classes * itemsize(p)
-    look_at_later_rows(task, p, row)
+    if task.large:
+        look_at_later_rows(task, p, row)
     n = count_lanes(unit.rows)
-    staged = task.n_classes < SQUARE or n < LANES or (task.large and task.stream != 0 and row == own)
+    in_pieces = task.n_classes < SQUARE and not BY_MASK
+    staged = in_pieces or n < LANES or (task.large and task.stream != 0 and row == own)
     stage = as_stored(p, tile + (task.n_classes + LANES) * LANES * itemsize(tile))
     to, step, lanes = (stage, own, iota() * own) if staged else (p, row, unit.g_lanes)
     for c in range(0, task.n_classes, LANES):

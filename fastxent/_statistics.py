@@ -57,33 +57,45 @@ def vector_sums(task, unit, j, mask, m, shift):
     return sums_of(task, x, e, target_weights(task, unit, j, mask), m)
 
 
-@njit(**INLINE)
-def beside_each_other(vector, task, unit, j):
-    """Vectors j ... j + 7 of what ``vector`` gives, as one of 128 lanes."""
-    every = all_lanes()
-    a = beside(vector(task, unit, j, every), vector(task, unit, j + 1, every))
-    b = beside(vector(task, unit, j + 2, every), vector(task, unit, j + 3, every))
-    c = beside(vector(task, unit, j + 4, every), vector(task, unit, j + 5, every))
-    d = beside(vector(task, unit, j + 6, every), vector(task, unit, j + 7, every))
-    return beside(beside(a, b), beside(c, d))
+def beside_each_other(size):
+    """Vectors j, ..., so many, of what ``vector`` gives, as one."""
+    if size == 1:
+        return njit(**INLINE)(lambda vector, task, unit, j: vector(task, unit, j))
+    half = beside_each_other(size // 2)
+    return njit(**INLINE)(
+        lambda vector, task, unit, j: beside(half(vector, task, unit, j), half(vector, task, unit, j + size // 2))
+    )
 
 
 @njit(**INLINE)
-def wide_group(task, unit, j, m, shift):
-    """The sums over vectors j ... j + 7, step by step beside each other: no processor looks far enough ahead by itself."""
-    for k in range(j, j + GROUP):
-        look_ahead(task, unit, k)
-    x = beside_each_other(logits, task, unit, j)
-    q = x
-    if task.dense:
-        q = beside_each_other(target_weights, task, unit, j)
-    e = exp_up(x, Shift(None, repeat(shift.coarse, GROUP), repeat(shift.fine, GROUP), repeat(shift.lowest, GROUP)))
-    if task.keeps_e:
-        if task.split:
-            store_apart(task.g + (unit.g + j * g_step(task)), e, g_step(task))
-        else:
-            store_apart(unit.tile + j * tile_step(task, unit), e, tile_step(task, unit))
-    return sums_of(task, x, e, q, repeat(m, GROUP))
+def whole_weights(task, unit, j):
+    return target_weights(task, unit, j, all_lanes())
+
+
+def wide_group(size):
+    """The sums over vectors j, ..., so many, step by step beside each other: no processor looks far enough ahead by itself."""
+    together = beside_each_other(size)
+
+    @njit(**INLINE)
+    def group(task, unit, j, m, shift):
+        for k in range(j, j + size):
+            look_ahead(task, unit, k)
+        x = together(whole_logits, task, unit, j)
+        q = x
+        if task.dense:
+            q = together(whole_weights, task, unit, j)
+        e = exp_up(x, Shift(None, repeat(shift.coarse, size), repeat(shift.fine, size), repeat(shift.lowest, size)))
+        if task.keeps_e:
+            if task.split:
+                store_apart(task.g + (unit.g + j * g_step(task)), e, g_step(task))
+            else:
+                store_apart(unit.tile + j * tile_step(task, unit), e, tile_step(task, unit))
+        return sums_of(task, x, e, q, repeat(m, size))
+
+    return group
+
+
+eight, two = wide_group(GROUP), wide_group(2)
 
 
 @njit(**INLINE)
@@ -158,8 +170,16 @@ def wide_groups(task, unit, start, stop, m, shift, totals, pipeline):
     top = nothing_seen(task)
     for j in range(start, stop, GROUP):
         top = alongside(task, pipeline, top, start, j)
-        totals = add_sums(task, totals, wide_group(task, unit, j, m, shift))
+        totals = add_sums(task, totals, eight(task, unit, j, m, shift))
     return totals, top
+
+
+@njit(**INLINE)
+def wide_pairs(task, unit, start, stop, m, shift, totals):
+    """The totals, with those of vectors start ... stop - 1, an even number."""
+    for j in range(start, stop, 2):
+        totals = add_sums(task, totals, two(task, unit, j, m, shift))
+    return totals
 
 
 @njit(**INLINE)
@@ -259,11 +279,15 @@ def state_of(task, unit, start, stop, m, pipeline):
     top = nothing_seen(task)
     n_whole = max(start, min(stop, unit.full))
     grouped = start
-    if not task.double and not any_lane(shift.base != 0.0):
-        near = Shift(None, shift.coarse, shift.fine, shift.lowest)
+    near, is_near = Shift(None, shift.coarse, shift.fine, shift.lowest), not task.double and not any_lane(shift.base != 0.0)
+    if is_near:
         grouped = start + (n_whole - start) // together(task) * together(task)
         totals, top = groups(task, unit, start, grouped, finite, near, totals, pipeline)
     top = rest(task, pipeline, top, start, grouped)
+    if WIDE and is_near:
+        paired = grouped + (n_whole - grouped) // 2 * 2
+        totals = wide_pairs(task, unit, grouped, paired, finite, near, totals)
+        grouped = paired
     for j in range(grouped, n_whole):
         look_ahead(task, unit, j)
         totals = add_sums(task, totals, vector_sums(task, unit, j, all_lanes(), finite, shift))

@@ -4,39 +4,60 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastxent._loadstore import ITEMSIZE, encode, load_lanes, load_lanes_masked, typed
+from fastxent._loadstore import ITEMSIZE, load_lanes, load_lanes_masked, store_lanes, typed
 from fastxent._simd import I64, LANES, SCALAR, WIDE, broadcast, lanes_of, pick
 
 SQUARE = 16 if WIDE else 8  # rows and columns that are transposed at a time: what the registers hold
 HALF = SQUARE // 2
+BY_MASK = WIDE  # are less than SQUARE columns written by a masked store? Without AVX-512 that takes a dozen cycles
 
 
 def _exchange(builder, vectors):
-    """Lane j of vector i <-> lane i of vector j, in each piece of as many lanes as there are vectors: blocks of 1, 2, 4, ...
-    lanes change places between pairs of vectors."""
-    vectors, size, lanes = list(vectors), len(vectors), vectors[0].type.count
-    block = 1
-    while block < size:
-        keep = [lane if not lane & block else lanes + lane - block for lane in range(lanes)]
-        swap = [lane + block if not lane & block else lanes + lane for lane in range(lanes)]
-        for i in range(size):
-            if not i & block:
-                a, b = vectors[i], vectors[i + block]
-                vectors[i] = pick(builder, a, b, keep)
-                vectors[i + block] = pick(builder, a, b, swap)
-        block *= 2
+    """Lane j of vector i <-> lane i of vector j, in each piece of as many lanes as there are vectors.
+
+    Each step takes two vectors whose numbers differ in one bit, which becomes a bit of the lanes' numbers, and one of these
+    a bit of the vectors': every other of four lanes, then of four quarters of a register, as x86's instructions take them.
+    """
+    vectors, lanes = list(vectors), vectors[0].type.count
+    bits = len(vectors).bit_length() - 1
+    for bit in range(bits):
+        size = 1 << bit // 2 * 2  # lanes that stay together
+        n = min(4, len(vectors) // size)
+        every_other = [
+            [
+                vector * lanes + first + k * size + lane
+                for first in range(0, lanes, n * size) for vector in (0, 1) for k in range(odd, n, 2) for lane in range(size)
+            ]
+            for odd in (0, 1)
+        ]  # fmt: skip
+        for i in range(len(vectors)):
+            if not i >> bit & 1:
+                j = i | 1 << bit
+                vectors[i], vectors[j] = (pick(builder, vectors[i], vectors[j], order) for order in every_other)
     return vectors
 
 
-def _by_squares(builder, columns, columns_from):
-    """Code for all columns, if there are SQUARE or more: what is left over is taken together with some before it."""
-    columns_from(I64(0), SQUARE)
-    if SQUARE < LANES:
-        with builder.if_else(builder.icmp_signed(">", columns, I64(SQUARE + HALF))) as (many, few):
-            with many:
-                columns_from(builder.sub(columns, I64(SQUARE)), SQUARE)
-            with few, builder.if_then(builder.icmp_signed(">", columns, I64(SQUARE))):
-                columns_from(builder.sub(columns, I64(HALF)), HALF)
+def _by_squares(builder, columns, columns_from, by_mask):
+    """Code for all columns: what is left over is taken with some before it; less than SQUARE, if ``by_mask``, with a mask."""
+
+    def whole_squares():
+        columns_from(I64(0), SQUARE)
+        if SQUARE < LANES:
+            with builder.if_else(builder.icmp_signed(">", columns, I64(SQUARE + HALF))) as (many, few):
+                with many:
+                    columns_from(builder.sub(columns, I64(SQUARE)), SQUARE)
+                with few, builder.if_then(builder.icmp_signed(">", columns, I64(SQUARE))):
+                    columns_from(builder.sub(columns, I64(HALF)), HALF)
+
+    if not by_mask:
+        whole_squares()
+        return
+    with builder.if_else(builder.icmp_signed(">=", columns, I64(SQUARE))) as (whole, part):
+        with whole:
+            whole_squares()
+        with part:
+            numbers = ir.Constant(lanes_of(I64, SQUARE), list(range(SQUARE)))
+            columns_from(I64(0), SQUARE, builder.icmp_signed("<", numbers, broadcast(builder, columns, "i64", SQUARE)))
 
 
 def _place(builder, tile, first, k, row, p):
@@ -72,13 +93,7 @@ def load_transposed(typingctx, p, stride, columns, tile):
                     at = _place(builder, tile, first, k, i, p)
                     builder.store(column, typed(builder, at, column.type), align=1)
 
-        with builder.if_else(builder.icmp_signed(">=", columns, I64(SQUARE))) as (whole, part):
-            with whole:
-                _by_squares(builder, columns, columns_from)
-            with part:
-                numbers = ir.Constant(lanes_of(I64, SQUARE), list(range(SQUARE)))
-                wanted = builder.icmp_signed("<", numbers, broadcast(builder, columns, "i64", SQUARE))
-                columns_from(I64(0), SQUARE, wanted)
+        _by_squares(builder, columns, columns_from, True)
         return context.get_dummy_value()
 
     return types.void(p, types.int64, types.int64, tile), codegen
@@ -88,13 +103,14 @@ def load_transposed(typingctx, p, stride, columns, tile):
 def store_transposed(typingctx, p, stride, columns, tile, factor):
     """16 vectors at ``tile``, times ``factor`` -> 16 rows of ``columns`` elements, at most 16, ``stride`` bytes apart.
 
-    Of less than SQUARE columns, a row is written with what follows it in the tile, before the next row is: rows may overlap.
+    Of less than SQUARE columns, if not BY_MASK, a row is written with what follows it in the tile, before the next row is: rows
+    may overlap.
     """
 
     def codegen(context, builder, sig, args):
         base, stride, columns, tile, factor = args
 
-        def columns_from(first, width):
+        def columns_from(first, width, wanted=None):
             rows = _rows_at(builder, builder.gep(base, [builder.mul(first, I64(ITEMSIZE[p.storage]))]), stride)
             part = lanes_of(SCALAR[p.kind], SQUARE)
             for i in range(0, LANES, SQUARE):
@@ -106,10 +122,9 @@ def store_transposed(typingctx, p, stride, columns, tile, factor):
                     halves = list(range(HALF)), list(range(HALF, SQUARE))
                     elements = [pick(builder, x, x, order) for order in halves for x in elements]
                 for at, x in zip(rows[i : i + SQUARE], elements, strict=True):
-                    raw = encode(builder, x, p)
-                    builder.store(raw, typed(builder, at, raw.type), align=1)
+                    store_lanes(builder, p, at, x, wanted)
 
-        _by_squares(builder, columns, columns_from)
+        _by_squares(builder, columns, columns_from, BY_MASK)
         return context.get_dummy_value()
 
     return types.void(p, types.int64, types.int64, tile, factor), codegen
