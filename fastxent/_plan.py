@@ -183,7 +183,7 @@ def make_plan(
 
     unrounded = logits == precision(logits, target)  # the exponentials of a split row are kept where its gradient will be
     kept = not capped and (tiled or (across and (unrounded if split else n_vectors <= MOST_KEPT)))
-    large = neighbours and not split and n_rows * n_classes * sizes[0] >= LARGE
+    large = (neighbours or whole_rows) and not split and n_rows * n_classes * sizes[0] >= LARGE
     chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
     chunk = -(-chunk // strip) * strip
     n_chunks = -(-n_units // chunk)

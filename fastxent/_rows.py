@@ -254,11 +254,13 @@ def flush_rows(task, unit, tile, p, factor, g_y):
     in_pieces = task.n_classes < SQUARE and not BY_MASK
     staged = in_pieces or n < LANES or (task.large and task.stream != 0 and row == own)
     stage = as_stored(p, tile + (task.n_classes + LANES) * LANES * itemsize(tile))
-    to, step, lanes = (stage, own, iota() * own) if staged else (p, row, unit.g_lanes)
+    to, step, lanes, columns = p, row, unit.g_lanes, min(LANES, task.n_classes)
+    if staged:  # no row by a mask: what was written so is not soon read again
+        to, step, lanes, columns = stage, own, iota() * own, max(columns, SQUARE)
     for c in range(0, task.n_classes, LANES):
         first = first_of(task, c)
         place = tile + first * LANES * itemsize(tile)
-        store_transposed(to + first * itemsize(p), step, min(LANES, task.n_classes), place, factor)
+        store_transposed(to + first * itemsize(p), step, columns, place, factor)
     if task.labelled:  # an ignored row's gradient is 0 everywhere, as is its g_y; a stage has room for 16 rows
         y = where(unit.kept, unit.y, 0)
         scatter(to, lanes + y * itemsize(p), g_y, all_lanes())

@@ -9,7 +9,7 @@ from fastxent._simd import I64, LANES, SCALAR, WIDE, broadcast, lanes_of, pick
 
 SQUARE = 16 if WIDE else 8  # rows and columns that are transposed at a time: what the registers hold
 HALF = SQUARE // 2
-BY_MASK = WIDE  # are less than SQUARE columns written by a masked store? Without AVX-512 that takes a dozen cycles
+BY_MASK = WIDE  # can less than SQUARE columns be written? Without AVX-512 a masked store takes a dozen cycles
 
 
 def _exchange(builder, vectors):
@@ -103,8 +103,7 @@ def load_transposed(typingctx, p, stride, columns, tile):
 def store_transposed(typingctx, p, stride, columns, tile, factor):
     """16 vectors at ``tile``, times ``factor`` -> 16 rows of ``columns`` elements, at most 16, ``stride`` bytes apart.
 
-    Of less than SQUARE columns, if not BY_MASK, a row is written with what follows it in the tile, before the next row is: rows
-    may overlap.
+    Rows may overlap: one is written before the next. Less than SQUARE columns: only where BY_MASK.
     """
 
     def codegen(context, builder, sig, args):

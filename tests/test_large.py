@@ -17,6 +17,7 @@ SHAPES = {
     (5, 300): "rows that begin anywhere in a cache line",
     (18, 512): "rows that begin where a line does",
     (35, 100): "16 rows at once, written by way of a stage; three rows are left",
+    (35, 7): "the same, and a row is less than a vector",
     (3, 33000): "few long rows: split, and not streamed",
 }
 OPTIONS = ["index", "weight ignore smoothing sample_weight", "probabilities weight"]

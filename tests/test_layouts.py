@@ -29,6 +29,7 @@ import fastxent as fx
 
 SHAPES = {
     (33, 21): "fewer classes than make a row of vectors worth while",
+    (33, 7): "a row is less than a vector: two tiles of 16 rows and one",
     (33, 70): "vectors and a tail; two tiles of 16 rows and one",
 }
 TARGETS = ["index", "weight ignore smoothing sample_weight", "probabilities weight"]

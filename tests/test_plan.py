@@ -86,7 +86,7 @@ def test_few_long_rows_are_split():
 
 
 def test_a_chunk_is_worth_its_hand_out():
-    assert planned(plan((1 << 20, 10)))["chunk"] * LANES * 10 == pytest.approx(CHUNK, rel=0.1)
+    assert planned(plan((1 << 18, 10)))["chunk"] * LANES * 10 == pytest.approx(CHUNK, rel=0.1)
 
 
 def test_there_is_room_for_the_chunks_of_every_phase():
