@@ -19,10 +19,11 @@ from numba import cfunc, njit, types
 
 from benchmarks.cases import GRAD, Array, Case
 from fastxent import _compile, _parallel, _task
+from fastxent._across import sum_across
 from fastxent._inlined import INLINE
 from fastxent._loadstore import load, prefetch, store, stream
 from fastxent._plan import CHUNK, Plan, Variant
-from fastxent._simd import LANES, lane, splat, sum_across
+from fastxent._simd import LANES, lane, splat
 from fastxent._task import WORK
 from fastxent._walk import enter, one_by_one, walk
 

@@ -5,6 +5,7 @@ By the formulas of ``_maths``, the loops of ``_statistics`` and ``_gradient``; `
 
 from numba import njit
 
+from fastxent._across import min_across, sum_across
 from fastxent._elementary import exp_up, log1p, shift_by, up
 from fastxent._gradient import exponentials, write_gradient
 from fastxent._inlined import INLINE
@@ -35,10 +36,8 @@ from fastxent._simd import (
     first_lanes,
     iota,
     lane,
-    min_across,
     narrow,
     splat,
-    sum_across,
     where,
     widen,
 )

@@ -4,15 +4,12 @@ Also what a kernel needs beside vectors: single elements, atomic counters, prefe
 are bytes.
 """
 
-from functools import partial
-
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from fastxent._simd import (
     BYTES,
-    FEATURES,
     I8,
     I16,
     I32,
@@ -20,7 +17,6 @@ from fastxent._simd import (
     LANES,
     NUMBA_SCALAR,
     SCALAR,
-    TRIPLE,
     WIDE,
     Ptr,
     Vec,
@@ -28,94 +24,7 @@ from fastxent._simd import (
     lanes_of,
     pick,
 )
-
-STORED = {"f16": I16, "bf16": I16, "f32": ir.FloatType(), "f64": ir.DoubleType(), "i64": I64}
-ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "i64": 8}
-
-
-def _shape(like, element):
-    """``element``, or as many lanes of it as ``like`` has."""
-    return lanes_of(element, like.type.count) if isinstance(like.type, ir.VectorType) else element
-
-
-def _constant(shape, value):
-    return ir.Constant(shape, [value] * shape.count if isinstance(shape, ir.VectorType) else value)
-
-
-def _bf16_from_f32(builder, x):
-    """Round to nearest even by adding half of what is cut off; a nan is made quiet, or rounding could make it inf."""
-    ints = _shape(x, I32)
-    const = partial(_constant, ints)
-    bits = builder.bitcast(x, ints)
-    odd = builder.and_(builder.lshr(bits, const(16)), const(1))
-    rounded = builder.add(builder.add(bits, const(0x7FFF)), odd)
-    quiet = builder.or_(bits, const(0x400000))
-    chosen = builder.select(builder.fcmp_unordered("uno", x, x), quiet, rounded)
-    return builder.trunc(builder.lshr(chosen, const(16)), _shape(x, I16))
-
-
-# x86 processors before 2012 have no instruction between float16 and float32, and LLVM would call a library that is not there.
-HALF_IN_HARDWARE = not TRIPLE.startswith(("x86", "i686")) or "+f16c" in FEATURES
-
-
-def _f32_from_f16(builder, raw):
-    """By hand: the same bits further to the left are the number times 2^-112; of inf and nan the exponent is filled up."""
-    floats, ints = _shape(raw, SCALAR["f32"]), _shape(raw, I32)
-    if HALF_IN_HARDWARE:
-        return builder.fpext(builder.bitcast(raw, _shape(raw, ir.HalfType())), floats)
-    const = partial(_constant, ints)
-    wide = builder.zext(raw, ints)
-    size = builder.and_(wide, const(0x7FFF))
-    shifted = builder.bitcast(builder.shl(size, const(13)), floats)
-    bits = builder.bitcast(builder.fmul(shifted, _constant(floats, 2.0**112)), ints)
-    full = builder.select(builder.icmp_unsigned(">=", size, const(0x7C00)), const(0x7F800000), const(0))
-    sign = builder.shl(builder.and_(wide, const(0x8000)), const(16))
-    return builder.bitcast(builder.or_(builder.or_(bits, full), sign), floats)
-
-
-def _f16_from_f32(builder, x):
-    """By hand: half an ulp less one, and the last bit kept, carry into it; a denormal gets 0.5 added, whose ulp is its own."""
-    floats, ints, halves = _shape(x, SCALAR["f32"]), _shape(x, I32), _shape(x, I16)
-    if HALF_IN_HARDWARE:
-        return builder.bitcast(builder.fptrunc(x, _shape(x, ir.HalfType())), halves)
-    const = partial(_constant, ints)
-    bits = builder.bitcast(x, ints)
-    size = builder.and_(bits, const(0x7FFFFFFF))
-    odd = builder.and_(builder.lshr(size, const(13)), const(1))
-    carried = builder.add(builder.add(size, const(0xFFF)), odd)
-    normal = builder.lshr(builder.sub(carried, const(0x38000000)), const(13))
-    denormal = builder.bitcast(builder.fadd(builder.bitcast(size, floats), _constant(floats, 0.5)), ints)
-    denormal = builder.sub(denormal, const(0x3F000000))
-    huge = builder.select(builder.icmp_unsigned(">", size, const(0x7F800000)), const(0x7E00), const(0x7C00))
-    small = builder.select(builder.icmp_unsigned("<", size, const(0x38800000)), denormal, normal)
-    chosen = builder.select(builder.icmp_unsigned(">=", size, const(0x47800000)), huge, small)
-    sign = builder.lshr(builder.and_(bits, const(0x80000000)), const(16))
-    return builder.trunc(builder.or_(chosen, sign), halves)
-
-
-def _decode(builder, raw, ptr):
-    """Stored bits -> numbers to compute with."""
-    if ptr.storage == "bf16":
-        ints = _shape(raw, I32)
-        bits = builder.shl(builder.zext(raw, ints), _constant(ints, 16))
-        x, have = builder.bitcast(bits, _shape(raw, SCALAR["f32"])), "f32"
-    elif ptr.storage == "f16":
-        x, have = _f32_from_f16(builder, raw), "f32"
-    else:
-        x, have = raw, ptr.storage
-    if have == ptr.kind:
-        return x
-    return (builder.fpext if ptr.kind == "f64" else builder.fptrunc)(x, _shape(raw, SCALAR[ptr.kind]))
-
-
-def encode(builder, x, ptr):
-    """Numbers -> stored bits, rounded to nearest even; to half precision by way of float32, as PyTorch does."""
-    if ptr.storage == ptr.kind:
-        return x
-    if ptr.storage in ("f16", "bf16"):
-        f32 = builder.fptrunc(x, _shape(x, SCALAR["f32"])) if ptr.kind == "f64" else x
-        return (_bf16_from_f32 if ptr.storage == "bf16" else _f16_from_f32)(builder, f32)
-    return (builder.fptrunc if ptr.kind == "f64" else builder.fpext)(x, _shape(x, STORED[ptr.storage]))
+from fastxent._storage import ITEMSIZE, STORED, decode, encode
 
 
 def typed(builder, address, element):
@@ -133,7 +42,7 @@ def _zeros(vector):
 
 def load_lanes(builder, ptr, address, lanes):
     vector = lanes_of(STORED[ptr.storage], lanes)
-    return _decode(builder, builder.load(typed(builder, address, vector), align=1), ptr)
+    return decode(builder, builder.load(typed(builder, address, vector), align=1), ptr)
 
 
 @intrinsic
@@ -147,7 +56,7 @@ def load_lanes_masked(builder, ptr, address, mask):
     vector = lanes_of(STORED[ptr.storage], lanes)
     name = f"llvm.masked.load.{_masked_name(ptr, lanes)}.p0"
     raw = call_llvm(builder, name, vector, [typed(builder, address, vector), I32(1), mask, _zeros(vector)])
-    x = _decode(builder, raw, ptr)
+    x = decode(builder, raw, ptr)
     if ptr.kind == "i64":
         return x
     # LLVM 20 makes a plain load of a masked one whose lanes are selected by the same mask later on, and that reads past
@@ -286,7 +195,7 @@ def gather(typingctx, p, offsets, mask):
         addresses = _lane_addresses(builder, args[0], args[1])
         name = f"llvm.masked.gather.{_masked_name(p)}.v{LANES}p0"
         raw = call_llvm(builder, name, vector, [addresses, I32(1), args[2], _zeros(vector)])
-        return _decode(builder, raw, p)
+        return decode(builder, raw, p)
 
     return Vec(p.kind)(p, offsets, mask), codegen
 
@@ -318,7 +227,7 @@ def _element(is_fixed):
             raw = builder.load(typed(builder, builder.gep(args[0], [args[1]]), STORED[p.storage]), align=1)
             if is_fixed:
                 raw.set_metadata("invariant.load", builder.module.add_metadata([]))
-            return _decode(builder, raw, p)
+            return decode(builder, raw, p)
 
         return NUMBA_SCALAR[p.kind](p, types.int64), codegen
 

@@ -10,26 +10,14 @@ from collections import namedtuple
 from numba import njit, types
 from numba.extending import overload
 
+from fastxent._across import max_across, max_of_halves, repeat
 from fastxent._elementary import shift_by
 from fastxent._gradient import gradient_vector, put_label
 from fastxent._inlined import INLINE
 from fastxent._loadstore import store, stream
 from fastxent._maths import INF, Factors, vector_max, whole_logits
 from fastxent._rows import g_step, write
-from fastxent._simd import (
-    LANES,
-    WIDE,
-    all_lanes,
-    first_lanes,
-    iota,
-    lane,
-    max_across,
-    max_of_halves,
-    maximum,
-    repeat,
-    splat,
-    where,
-)
+from fastxent._simd import LANES, WIDE, all_lanes, first_lanes, iota, lane, maximum, splat, where
 from fastxent._streaming import aligned, look_further, streams
 
 GROUP = 8  # vectors whose float32 terms are added up before they go to the float64 totals

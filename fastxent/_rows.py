@@ -9,6 +9,7 @@ from collections import namedtuple
 
 from numba import njit
 
+from fastxent._across import product_across, sum_across
 from fastxent._inlined import INLINE
 from fastxent._loadstore import (
     address,
@@ -26,19 +27,7 @@ from fastxent._loadstore import (
     store_first,
     stream,
 )
-from fastxent._simd import (
-    LANES,
-    all_lanes,
-    count_lanes,
-    every_lane,
-    first_lanes,
-    iota,
-    lane,
-    product_across,
-    splat,
-    sum_across,
-    where,
-)
+from fastxent._simd import LANES, all_lanes, count_lanes, every_lane, first_lanes, iota, lane, splat, where
 from fastxent._transpose import BY_MASK, SQUARE, load_transposed, store_transposed
 
 LINE = 64  # bytes of a cache line
@@ -348,7 +337,7 @@ def write(task, p, lanes, values, mask):
 def raw_logits(task, unit, j, mask):
     """x, vector j, as it is stored."""
     if task.tiled:
-        return where(mask, load(unit.tile + j * tile_step(task, unit)), 0.0)
+        return where(mask, raw_whole(task, unit, j), 0.0)
     return read(task, task.x + (unit.x + j * x_step(task)), unit.x_lanes, mask)
 
 

@@ -7,26 +7,14 @@ stored there unrounded. Of a row that is not split, all that is here is what ``_
 
 from numba import njit
 
+from fastxent._across import max_across, sum_across
 from fastxent._elementary import exp_up, shift_by, split_exponent, up
 from fastxent._gradient import holds_label
 from fastxent._inlined import INLINE
 from fastxent._loadstore import gather, get, put
 from fastxent._maths import INF, Label, State, label, seen_from
 from fastxent._rows import locate
-from fastxent._simd import (
-    LANES,
-    any_lane,
-    first_lanes,
-    iota,
-    lane,
-    max_across,
-    maximum,
-    narrow,
-    splat,
-    sum_across,
-    where,
-    widen,
-)
+from fastxent._simd import LANES, any_lane, first_lanes, iota, lane, maximum, narrow, splat, where, widen
 from fastxent._statistics import span_state
 
 

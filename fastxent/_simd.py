@@ -1,4 +1,4 @@
-"""The vector type of the kernels: 16 lanes, with operators. ``_loadstore`` and ``_elementary`` (exp, log) build on it.
+"""The vector type of the kernels: 16 lanes, with operators. ``_across``, ``_loadstore`` and ``_elementary`` build on it.
 
 Numba has had no vector math library since 0.62, so ``np.exp`` in a kernel is a scalar call, and LLVM prefers 256-bit
 registers on AVX-512 hosts. Explicit ``<16 x float>`` values give every host its full width (LLVM splits them on narrower
@@ -248,17 +248,18 @@ def where(typingctx, mask, a, b):
     return a(mask, a, NUMBA_SCALAR[a.kind] if scalar else a), codegen
 
 
+def larger(builder, a, b):
+    """The larger of two vectors, lane by lane; ``b`` if one of them is nan."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
 @intrinsic
 def maximum(typingctx, acc, x):
     """The larger of ``acc`` and ``x``: one ``vmaxps``, for which ``x`` may be in memory.
 
     If one of them is nan, it is ``x``. So a maximum may lose what comes before a nan; but that reaches the sums by itself.
     """
-
-    def codegen(context, builder, sig, args):
-        return builder.select(builder.fcmp_ordered(">", *args), *args)
-
-    return acc(acc, acc), codegen
+    return acc(acc, acc), lambda context, builder, sig, args: larger(builder, *args)
 
 
 @intrinsic
@@ -268,7 +269,7 @@ def at_least(typingctx, x, low):
 
     def codegen(context, builder, sig, args):
         bound = broadcast(builder, args[1], x.kind, x.lanes) if scalar else args[1]
-        return builder.select(builder.fcmp_ordered(">", bound, args[0]), bound, args[0])
+        return larger(builder, bound, args[0])
 
     return x(x, NUMBA_SCALAR[x.kind] if scalar else x), codegen
 
@@ -356,119 +357,6 @@ def every_lane(typingctx, mask):
 def pick(builder, x, y, order):
     """Lanes of ``x`` and, behind them, ``y``, by number."""
     return builder.shuffle_vector(x, y, ir.Constant(lanes_of(I32, len(order)), order))
-
-
-@intrinsic
-def beside(typingctx, a, b):
-    """Two vectors as one of twice the lanes.
-
-    What is done to it is done to each part, step by step, so that none waits for the result of its own last step.
-    """
-    order = list(range(2 * a.lanes))
-    return Vec(a.kind, 2 * a.lanes)(a, b), lambda context, builder, sig, args: pick(builder, *args, order)
-
-
-@intrinsic
-def repeat(typingctx, x, times):
-    """``x`` beside itself, ``times`` (a literal) of it."""
-    if not isinstance(times, types.IntegerLiteral):
-        return None
-    order = list(range(x.lanes)) * times.literal_value
-    return Vec(x.kind, len(order))(x, times), lambda context, builder, sig, args: pick(builder, args[0], args[0], order)
-
-
-@intrinsic
-def fold(typingctx, x):
-    """The vectors of which ``x`` was made, added up, pairwise."""
-
-    def codegen(context, builder, sig, args):
-        (total,) = args
-        while total.type.count > LANES:
-            total = builder.fadd(*_halves(builder, total))
-        return total
-
-    return Vec(x.kind)(x), codegen
-
-
-def _halves(builder, x):
-    lanes = x.type.count // 2
-    return (pick(builder, x, x, list(range(first, first + lanes))) for first in (0, lanes))
-
-
-@intrinsic
-def add_halves(typingctx, x):
-    """Half as many lanes: each with the one that many further added."""
-    return Vec(x.kind, x.lanes // 2)(x), lambda context, builder, sig, args: builder.fadd(*_halves(builder, *args))
-
-
-@intrinsic
-def max_of_halves(typingctx, x):
-    """Half as many lanes: each the larger of itself and the one that many further, as ``maximum`` has it."""
-
-    def codegen(context, builder, sig, args):
-        low, high = _halves(builder, *args)
-        return builder.select(builder.fcmp_ordered(">", low, high), low, high)
-
-    return Vec(x.kind, x.lanes // 2)(x), codegen
-
-
-@intrinsic
-def _swap(typingctx, x, distance):
-    """Lane ``i`` takes lane ``i ^ distance`` (a literal)."""
-    if not isinstance(distance, types.IntegerLiteral):
-        return None
-    order = [i ^ distance.literal_value for i in range(LANES)]
-
-    def codegen(context, builder, sig, args):
-        return pick(builder, args[0], args[0], order)
-
-    return x(x, distance), codegen
-
-
-@njit(**INLINE)
-def max_across(x):
-    """The largest lane, in every lane: of one number, so that on a host with narrow registers one holds it."""
-    x = maximum(x, _swap(x, 8))
-    x = maximum(x, _swap(x, 4))
-    x = maximum(x, _swap(x, 2))
-    return splat(x, lane(maximum(x, _swap(x, 1)), 0))
-
-
-@intrinsic
-def sum_across(typingctx, x):
-    """The sum of the lanes, in each of 16. The order is fixed: the same bits every time."""
-
-    def codegen(context, builder, sig, args):
-        (total,) = args
-        plus = builder.add if x.kind == "i64" else builder.fadd
-        while total.type.count > 1:
-            total = plus(*_halves(builder, total))
-        return broadcast(builder, builder.extract_element(total, I32(0)), x.kind, LANES)
-
-    return Vec(x.kind)(x), codegen
-
-
-@njit(**INLINE)
-def product_across(x):
-    """The product of the lanes, in every lane, in a fixed order."""
-    x = x * _swap(x, 8)
-    x = x * _swap(x, 4)
-    x = x * _swap(x, 2)
-    return x * _swap(x, 1)
-
-
-@njit(**INLINE)
-def min_across(x):
-    """The smallest lane, in every lane."""
-    x = _smaller(x, _swap(x, 8))
-    x = _smaller(x, _swap(x, 4))
-    x = _smaller(x, _swap(x, 2))
-    return _smaller(x, _swap(x, 1))
-
-
-@njit(**INLINE)
-def _smaller(a, b):
-    return where(a < b, a, b)
 
 
 @njit(**INLINE)

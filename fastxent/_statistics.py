@@ -3,6 +3,7 @@
 from numba import njit
 from numba.extending import overload
 
+from fastxent._across import add_halves, beside, max_across, repeat, sum_across
 from fastxent._elementary import Shift, exp_of, exp_up, reduce, shift_by
 from fastxent._inlined import INLINE
 from fastxent._loadstore import itemsize, load, scratch, store, store_apart
@@ -20,20 +21,7 @@ from fastxent._maths import (
 )
 from fastxent._pipeline import GROUP, alongside, nothing_seen, rest, together
 from fastxent._rows import g_step, tile_step, write
-from fastxent._simd import (
-    LANES,
-    WIDE,
-    add_halves,
-    all_lanes,
-    any_lane,
-    beside,
-    max_across,
-    repeat,
-    splat,
-    sum_across,
-    where,
-    widen,
-)
+from fastxent._simd import LANES, WIDE, all_lanes, any_lane, splat, where, widen
 from fastxent._streaming import block_length, look_ahead
 
 HALVES = 128  # vectors of scratch for what is halfway to its exponential, where the registers are few

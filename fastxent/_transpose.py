@@ -4,8 +4,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastxent._loadstore import ITEMSIZE, load_lanes, load_lanes_masked, store_lanes, typed
+from fastxent._loadstore import load_lanes, load_lanes_masked, store_lanes, typed
 from fastxent._simd import I64, LANES, SCALAR, WIDE, broadcast, lanes_of, pick
+from fastxent._storage import ITEMSIZE
 
 SQUARE = 16 if WIDE else 8  # rows and columns that are transposed at a time: what the registers hold
 HALF = SQUARE // 2

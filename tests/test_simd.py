@@ -9,10 +9,11 @@ from llvmlite import binding
 from numba import cfunc, types
 
 from fastxent import _compile, _simd
+from fastxent._across import beside, fold, repeat
 from fastxent._elementary import Shift, exp_up, log, log1p, shift_by, tanh
 from fastxent._loadstore import itemsize, load, store
 from fastxent._plan import Variant
-from fastxent._simd import beside, fold, narrow, repeat, where, widen
+from fastxent._simd import narrow, where, widen
 
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
