@@ -9,7 +9,7 @@ from fastxent._across import min_across, sum_across
 from fastxent._elementary import exp_up, log1p, shift_by, up
 from fastxent._gradient import exponentials, write_gradient
 from fastxent._inlined import INLINE
-from fastxent._loadstore import gather, get, itemsize, load_masked, put, start, store_first
+from fastxent._loadstore import gather, get, itemsize, load, load_masked, put, start, store_first
 from fastxent._maths import factors, joined, label, log_s, logits, of_none, raised, row_loss, scaled, sum_loss
 from fastxent._pipeline import Ahead, Pipeline, finish_behind, follow, max_of, nothing_behind
 from fastxent._plan import CHECKED, CHECKS
@@ -59,9 +59,13 @@ def check_targets(task, tile, number):
     """Class indices -> sum of their weights (the divisor of the mean); notes if one is out of range."""
     n_kept, n_good = 0, 0
     weights = splat(task.w, 0.0)
+    whole = (number + 1) * CHECKED <= task.n_rows
     for row in range(number * CHECKED, (number + 1) * CHECKED, LANES):
-        rows = first_lanes(task.n_rows - row)
-        y = load_masked(task.y + 8 * row, rows)
+        if whole:
+            rows, y = all_lanes(), load(task.y + 8 * row)
+        else:
+            rows = first_lanes(task.n_rows - row)
+            y = load_masked(task.y + 8 * row, rows)
         kept = rows & (y != task.ignore)
         good = kept & (y >= 0) & (y < task.n_classes)
         n_kept += count_lanes(kept)

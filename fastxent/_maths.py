@@ -37,7 +37,7 @@ from fastxent._elementary import exp_up, log, sech_squared, shift_by, tanh, up
 from fastxent._inlined import INLINE
 from fastxent._loadstore import gather, get, itemsize, load_masked
 from fastxent._rows import multiply_rows, raw_logits, raw_whole, read, row_values, sum_rows, t_step, x_step
-from fastxent._simd import LANES, any_lane, fma, lane, maximum, narrow, splat, where, widen
+from fastxent._simd import LANES, WIDE, any_lane, as_numbers, fma, lane, maximum, narrow, splat, where, widen
 from fastxent._task import DIVISOR
 
 INF = float("inf")
@@ -175,6 +175,20 @@ Label = namedtuple("Label", "raw_x_y w_y")  # stored logit (in the logits' preci
 
 
 @njit(**INLINE)
+def at_labels(task, unit):
+    """x_y of 16 rows. Of few classes each is looked at, for some processors with AVX-512 take long to gather."""
+    if WIDE and task.tiled:
+        if task.n_classes <= LANES:
+            y, c = where(unit.kept, as_numbers(task.x, unit.y), -1.0), splat(task.x, 0.0)
+            x_y = c
+            for j in range(task.n_classes):
+                x_y = where(y == c, raw_whole(task, unit, j), x_y)
+                c = c + 1.0
+            return x_y
+    return gather(task.x + unit.x, unit.x_lanes + unit.y * x_step(task), unit.kept)
+
+
+@njit(**INLINE)
 def label(task, unit):
     """What the class indices point at; taken before anything is written, for g may be x."""
     w_y = splat(task.w, 1.0)
@@ -186,7 +200,7 @@ def label(task, unit):
         if task.weighted != 0:
             w_y = splat(w_y, get(task.w, 8 * y))
     else:
-        x_y = gather(task.x + unit.x, unit.x_lanes + unit.y * x_step(task), unit.kept)
+        x_y = at_labels(task, unit)
         if task.weighted != 0:
             w_y = gather(task.w, unit.y * 8, unit.kept)
     return Label(x_y, w_y)

@@ -319,6 +319,13 @@ def narrow(typingctx, like, x):
 
 
 @intrinsic
+def as_numbers(typingctx, like, x):
+    """Integers ``x`` as lanes of ``like``'s kind; ``like`` is a Vec or a Ptr."""
+    vec = Vec(like.kind)
+    return vec(like, x), lambda context, builder, sig, args: builder.sitofp(args[1], lanes_of(SCALAR[vec.kind]))
+
+
+@intrinsic
 def lane(typingctx, x, index):
     """One lane as a number."""
     return NUMBA_SCALAR[x.kind](x, types.int64), lambda context, builder, sig, args: builder.extract_element(*args)
