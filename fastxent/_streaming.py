@@ -8,7 +8,6 @@ from fastxent._rows import LINE, from_class, g_step, t_step, write, write_out, x
 from fastxent._simd import LANES, all_lanes, every_lane, first_lanes, splat
 
 AHEAD = 4096  # vectors of the next row that are asked for during the gradient: what half a second-level cache holds
-FURTHER = 4096  # bytes between what a pipeline reads and what it asks for
 
 
 @njit(**INLINE)
@@ -18,11 +17,17 @@ def block_length(task):
 
 
 @njit(**INLINE)
+def further(task):
+    """Bytes between what a pipeline reads and what it asks for: memory takes longer than a cache."""
+    return 8192 if task.large else 4096
+
+
+@njit(**INLINE)
 def look_ahead(task, unit, j):
     """While the exponentials of vector j are computed, ask for what is read a block, a row, or 16 rows later."""
     if task.pipelined:  # the logits are asked for where they are read first: see ``look_further``
         if task.soft:
-            prefetch_near(task.t + unit.t, j * t_step(task) + FURTHER)
+            prefetch_near(task.t + unit.t, j * t_step(task) + further(task))
         return
     if task.across and not task.large:  # it is in some cache, and most of the time not in the nearest
         prefetch_near(task.x + unit.x, (j + min(block_length(task), task.n_vectors)) * x_step(task))
@@ -42,7 +47,7 @@ def look_ahead(task, unit, j):
 @njit(**INLINE)
 def look_further(task, unit, j):
     """In a pipeline: while vector j is read for the first time, ask for what follows."""
-    prefetch_near(task.x + unit.x, j * x_step(task) + FURTHER)
+    prefetch_near(task.x + unit.x, j * x_step(task) + further(task))
 
 
 @njit(**INLINE)
