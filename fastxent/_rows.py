@@ -226,7 +226,7 @@ def tile_step(task, unit):
 @njit(**INLINE)
 def look_at_later_rows(task, p, row):
     """Ask for as much as 16 rows of ``row`` bytes are, later on. Short rows are read and written in pieces, so no processor
-    does it by itself; in the cache it costs next to nothing."""
+    does it by itself."""
     if row == task.n_classes * itemsize(p):
         for at in range(LATER, LATER + LANES * row, LINE):
             prefetch_near(p, at)
@@ -235,7 +235,7 @@ def look_at_later_rows(task, p, row):
 @njit(**INLINE)
 def flush_rows(task, unit, tile, p, factor, g_y):
     """The gradient of whole rows, with that of the target; by way of a stage, where they are then one piece, what cannot be
-    written as it comes: rows of less than a square, fewer than 16 of them, and what goes past the caches."""
+    written as it comes: without masks rows of less than a square; fewer than 16 of them, and what goes past the caches."""
     row, own = fixed(task.axes, 16), task.n_classes * itemsize(p)
     if task.large:
         look_at_later_rows(task, p, row)
@@ -244,7 +244,7 @@ def flush_rows(task, unit, tile, p, factor, g_y):
     staged = in_pieces or n < LANES or (task.large and task.stream != 0 and row == own)
     stage = as_stored(p, tile + (task.n_classes + LANES) * LANES * itemsize(tile))
     to, step, lanes, columns = p, row, unit.g_lanes, min(LANES, task.n_classes)
-    if staged:  # no row by a mask: what was written so is not soon read again
+    if staged:  # whole vectors: what a mask has written is slow to be read back
         to, step, lanes, columns = stage, own, iota() * own, max(columns, SQUARE)
     for c in range(0, task.n_classes, LANES):
         first = first_of(task, c)
