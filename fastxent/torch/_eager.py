@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled
-from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch import Tensor
 
 from fastxent.torch._calls import NONE, SUM, Options, check_memory, value, value_and_grad
 from fastxent.torch._formula import differentiable_backward
@@ -32,7 +31,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None]:
         grad = ctx.grad
-        if grad is None or grad_output is None or is_grad_enabled():
+        if grad is None or grad_output is None or torch.is_grad_enabled():
             return _backward(ctx, grad_output), None
         try:
             factor = grad_output.item()
@@ -40,7 +39,7 @@ class _Eager(torch.autograd.Function):
             if not _is_batched(grad_output):
                 raise
             return grad * grad_output, None
-        ours = not _get_current_graph_task_keep_graph()
+        ours = not torch._C._autograd._get_current_graph_task_keep_graph()
         if ours:
             ctx.grad = None
         if factor == 1.0:  # kept for another backward, it must not become somebody's .grad, which is added to in place
@@ -58,7 +57,7 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
     reduced = ctx.options.reduction != NONE
     if grad_output is None:
         return None
-    if is_grad_enabled() or (not reduced and _is_batched(grad_output)):
+    if torch.is_grad_enabled() or (not reduced and _is_batched(grad_output)):
         if ctx.inplace:
             raise RuntimeError("inplace=True has overwritten the logits: there is no double backward through it")
         return differentiable_backward(ctx.saved_tensors, ctx.options, grad_output)

@@ -11,10 +11,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, empty_like, is_grad_enabled
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 from fastxent._builtin import at_addresses
 from fastxent._known import MOST_KNOWN, has_constant_options
@@ -54,10 +52,10 @@ known_calls: dict[tuple[Any, ...], Known | None] = {}
 def _is_out_of_the_ordinary() -> bool:
     """Is somebody tracing or transforming? (Autocast leaves float32 and float64 alone.)"""
     return (
-        is_compiling()  # first: Dynamo must not look at the others
+        torch.compiler.is_compiling()  # first: Dynamo must not look at the others
         or forward_ad._current_level >= 0
-        or _are_functorch_transforms_active()
-        or _len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
@@ -90,12 +88,12 @@ def recall(input: Tensor, target: Tensor, options: tuple[Any, ...], inplace: boo
     if x == 0 or y == 0:  # zero tensors, and those that stand for others
         return None
     grad = None
-    if input.requires_grad and is_grad_enabled():
+    if torch.is_grad_enabled() and input.requires_grad:
         inplace = inplace and may_be_overwritten(input, target)
         if inplace and not known.in_place:
             return None
-        grad = input.detach() if inplace else empty_like(input) if known.small else gradient_like(input)
-    loss = empty_like(known.loss)
+        grad = input.detach() if inplace else torch.empty_like(input) if known.small else gradient_like(input)
+    loss = torch.empty_like(known.loss)
     run, g = (known.value, x) if grad is None else (known.gradient, grad.data_ptr())
     if not run(x, g, y, loss.data_ptr()):
         raise out_of_bounds(target, input.shape[input.dim() > 1], known.options.ignore_index)
