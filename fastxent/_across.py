@@ -70,13 +70,28 @@ def _swap(typingctx, x, distance):
     return x(x, distance), codegen
 
 
+def _by_swaps(step):
+    """``step`` of all lanes, in every lane, in a fixed order."""
+
+    @njit(**INLINE)
+    def across(x):
+        x = step(x, _swap(x, 8))
+        x = step(x, _swap(x, 4))
+        x = step(x, _swap(x, 2))
+        return step(x, _swap(x, 1))
+
+    return across
+
+
+_largest = _by_swaps(maximum)
+product_across = _by_swaps(njit(**INLINE)(lambda a, b: a * b))
+min_across = _by_swaps(njit(**INLINE)(lambda a, b: where(a < b, a, b)))
+
+
 @njit(**INLINE)
 def max_across(x):
     """The largest lane, in every lane: of one number, so that on a host with narrow registers one holds it."""
-    x = maximum(x, _swap(x, 8))
-    x = maximum(x, _swap(x, 4))
-    x = maximum(x, _swap(x, 2))
-    return splat(x, lane(maximum(x, _swap(x, 1)), 0))
+    return splat(x, lane(_largest(x), 0))
 
 
 @intrinsic
@@ -87,26 +102,3 @@ def sum_across(typingctx, x):
         return broadcast(builder, builder.extract_element(_halved(builder, *args, 1), I32(0)), x.kind, LANES)
 
     return Vec(x.kind)(x), codegen
-
-
-@njit(**INLINE)
-def product_across(x):
-    """The product of the lanes, in every lane, in a fixed order."""
-    x = x * _swap(x, 8)
-    x = x * _swap(x, 4)
-    x = x * _swap(x, 2)
-    return x * _swap(x, 1)
-
-
-@njit(**INLINE)
-def min_across(x):
-    """The smallest lane, in every lane."""
-    x = _smaller(x, _swap(x, 8))
-    x = _smaller(x, _swap(x, 4))
-    x = _smaller(x, _swap(x, 2))
-    return _smaller(x, _swap(x, 1))
-
-
-@njit(**INLINE)
-def _smaller(a, b):
-    return where(a < b, a, b)

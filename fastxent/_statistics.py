@@ -62,16 +62,16 @@ def whole_weights(task, unit, j):
 
 def wide_group(size):
     """The sums over vectors j, ..., so many, step by step beside each other: no processor looks far enough ahead by itself."""
-    together = beside_each_other(size)
+    side_by_side = beside_each_other(size)
 
     @njit(**INLINE)
     def group(task, unit, j, m, shift):
         for k in range(j, j + size):
             look_ahead(task, unit, k)
-        x = together(whole_logits, task, unit, j)
+        x = side_by_side(whole_logits, task, unit, j)
         q = x
         if task.dense:
-            q = together(whole_weights, task, unit, j)
+            q = side_by_side(whole_weights, task, unit, j)
         e = exp_up(x, Shift(None, repeat(shift.coarse, size), repeat(shift.fine, size), repeat(shift.lowest, size)))
         if task.keeps_e:
             if task.split:
