@@ -28,6 +28,11 @@ def pipelined(name: str, variant: Variant) -> bool:
     return _simd.WIDE and variant.logits == "f32"
 
 
+def by_twos(name: str, variant: Variant) -> bool:
+    """Does kernel ``name`` work on two units at a time?"""
+    return variant.paired and name in ("value", "value_and_grad")
+
+
 def task_type(name: str, variant: Variant) -> _simd.Task:
     """The Numba type of the argument block: which slot is what, and what the compiler may take for granted."""
     acc = variant.acc
@@ -52,6 +57,7 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "tiled": variant.tiled,
         "keeps_e": variant.kept and name in KEEPERS,
         "whole_rows": variant.whole_rows,
+        "paired": by_twos(name, variant),
         "adjacent": variant.adjacent,
         "split": variant.split,
         "large": variant.large,
@@ -71,8 +77,12 @@ def c_function(name: str, variant: Variant) -> tuple[Any, str]:
         return _inlined.c_function(_kernels.launch, types.void(task))
     function = _kernels.check
     if name != "check":  # ``kernel``, with the function of this name as its ``work``
-        in_pipeline = pipelined(name, variant)
-        work = getattr(_kernels, f"{name}_pipelined") if in_pipeline else one_by_one(getattr(_kernels, name))
+        if pipelined(name, variant):
+            work = getattr(_kernels, f"{name}_pipelined")
+        elif by_twos(name, variant):
+            work = getattr(_kernels, f"{name}_by_twos")
+        else:
+            work = one_by_one(getattr(_kernels, name))
         names = vars(_kernels) | {"work": work}
         function = FunctionType(_kernels.kernel.__code__, names, name)
     return _inlined.c_function(function, types.void(task, types.int64, types.int64))

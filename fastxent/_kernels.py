@@ -17,6 +17,7 @@ from fastxent._rows import (
     flush,
     g_step,
     locate,
+    next_tile,
     put_rows,
     row_values,
     sum_rows,
@@ -293,6 +294,61 @@ def binary(task, tile, number):
         g = scaled(task, weight * (negative * up_hill - positive * down_hill))
         store_first(task.g + first * itemsize(task.g), narrow(task.g, g), mask)
     return lane(sum_across(loss), 0), 1.0
+
+
+# ----------------------------------------------------------------------------------------------------
+# The same for short rows that are read whole, two units at a time: what one waits for, the other does not
+# ----------------------------------------------------------------------------------------------------
+
+
+@njit(**INLINE)
+def two_units(task, tile, number, stop):
+    """Units ``number`` and ``number + 1``; the last one, if it is alone, twice."""
+    return locate(task, tile, number), locate(task, next_tile(task, tile), min(number + 1, stop - 1))
+
+
+@njit(**INLINE)
+def value_by_twos(task, tile, first, stop):
+    """Loss."""
+    so_far = NOTHING_SO_FAR
+    for number in range(first, stop, 2):
+        a, b = two_units(task, tile, number, stop)
+        if any_lane(a.kept | b.kept):
+            a_y, b_y = label(task, a), label(task, b)
+            a_state, b_state = span_state(task, a), span_state(task, b)
+            a_loss, b_loss = deliver_loss(task, a, a_state, a_y), deliver_loss(task, b, b_state, b_y)
+        else:
+            a_loss, b_loss = deliver_no_loss(task, a), deliver_no_loss(task, b)
+        so_far = plus(task, so_far, *a_loss)
+        if number + 1 < stop:
+            so_far = plus(task, so_far, *b_loss)
+    return value_of(task, so_far)
+
+
+@njit(**INLINE)
+def value_and_grad_by_twos(task, tile, first, stop):
+    """Loss and gradient."""
+    so_far = NOTHING_SO_FAR
+    for number in range(first, stop, 2):
+        a, b = two_units(task, tile, number, stop)
+        a_late, b_late = unchanged(task), unchanged(task)
+        if any_lane(a.kept | b.kept):
+            a_y, b_y = label(task, a), label(task, b)
+            a_state, b_state = span_state(task, a), span_state(task, b)
+            a_f = factors(task, a, a_state, a_y, to_row(task, number, a_state))
+            b_f = factors(task, b, b_state, b_y, to_row(task, number, b_state))
+            a_late, b_late = write_gradient(task, a, a_f), write_gradient(task, b, b_f)
+            a_loss, b_loss = deliver_loss(task, a, a_state, a_y), deliver_loss(task, b, b_state, b_y)
+        else:
+            write_zeros(task, a)
+            write_zeros(task, b)
+            a_loss, b_loss = deliver_no_loss(task, a), deliver_no_loss(task, b)
+        flush(task, a, *a_late)
+        flush(task, b, *b_late)
+        so_far = plus(task, so_far, *a_loss)
+        if number + 1 < stop:
+            so_far = plus(task, so_far, *b_loss)
+    return value_of(task, so_far)
 
 
 # ----------------------------------------------------------------------------------------------------

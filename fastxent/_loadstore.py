@@ -51,11 +51,12 @@ def load(typingctx, p):
     return Vec(p.kind)(p), lambda context, builder, sig, args: load_lanes(builder, p, args[0], LANES)
 
 
-def load_lanes_masked(builder, ptr, address, mask):
+def load_lanes_masked(builder, ptr, address, mask, otherwise=None):
+    """Where not ``mask``: ``otherwise``, as it would be stored; without it 0."""
     lanes = mask.type.count
     vector = lanes_of(STORED[ptr.storage], lanes)
     name = f"llvm.masked.load.{_masked_name(ptr, lanes)}.p0"
-    raw = call_llvm(builder, name, vector, [typed(builder, address, vector), I32(1), mask, _zeros(vector)])
+    raw = call_llvm(builder, name, vector, [typed(builder, address, vector), I32(1), mask, otherwise or _zeros(vector)])
     x = decode(builder, raw, ptr)
     if ptr.kind == "i64":
         return x
@@ -319,12 +320,15 @@ def address(typingctx, p):
     return types.int64(p), lambda context, builder, sig, args: builder.ptrtoint(args[0], I64)
 
 
+def ask_for(builder, address, level=1, writes=False):
+    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(int(writes)), I32(4 - level), I32(1)])
+
+
 def _prefetch(level, writes=False):
     @intrinsic
     def prefetch(typingctx, p, offset):
         def codegen(context, builder, sig, args):
-            address = builder.gep(args[0], [args[1]])
-            call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(int(writes)), I32(4 - level), I32(1)])
+            ask_for(builder, builder.gep(args[0], [args[1]]), level, writes)
             return context.get_dummy_value()
 
         return types.void(p, types.int64), codegen

@@ -19,6 +19,9 @@ FEW_CLASSES, MOST_TILED = 48, 256  # multiples of 16
 MOST_KEPT = 16384
 TILE = MOST_KEPT * LANES * 8  # bytes
 KEEPERS = ("value_and_grad", "softmax", "keep_segment")
+# Short rows of so many classes are worked on two units at a time: all that these read and write has room in the nearest cache.
+# Past the caches more than a few classes are held up by the memory.
+MOST_PAIRED, MOST_PAIRED_LARGE = 112, 16
 # Units of neighbouring rows that are copied to the tile together. An odd number: then the classes are spread over all sets of a
 # cache.
 STRIP = 7
@@ -52,6 +55,7 @@ class Variant(NamedTuple):
     neighbours: bool = False  # what the lanes hold lies side by side in memory
     tiled: bool = False  # rows in lanes, put together once in a tile, class by class
     whole_rows: bool = False  # what goes into the tile are rows with their classes side by side
+    paired: bool = False  # two units of such rows are worked on at a time, by the kernels that can
     adjacent: bool = False  # rows in lanes, numbered one by one
     capped: bool = False  # softcap
     split: bool = False  # a unit is a segment of a row
@@ -184,6 +188,7 @@ def make_plan(
     unrounded = logits == precision(logits, target)  # the exponentials of a split row are kept where its gradient will be
     kept = not capped and (tiled or (across and (unrounded if split else n_vectors <= MOST_KEPT)))
     large = (neighbours or whole_rows) and not split and n_rows * n_classes * sizes[0] >= LARGE
+    paired = whole_rows and n_classes <= (MOST_PAIRED_LARGE if large else MOST_PAIRED)
     chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
     chunk = -(-chunk // strip) * strip
     n_chunks = -(-n_units // chunk)
@@ -191,7 +196,7 @@ def make_plan(
         n_rows, n_classes, n_vectors, n_units, units_per_line, strip, chunk, segment, n_segments, len(axes), *steps,
     )  # fmt: skip
     variant = Variant(
-        logits, target, labelled, smooth, across, neighbours, tiled, whole_rows, adjacent, capped, split, kept, large
+        logits, target, labelled, smooth, across, neighbours, tiled, whole_rows, paired, adjacent, capped, split, kept, large
     )
     table = tuple(value for a in axes for value in a)
     return Plan(variant, planned, table, n_units, n_chunks, n_rows * n_classes)

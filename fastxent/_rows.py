@@ -27,11 +27,21 @@ from fastxent._loadstore import (
     store_first,
     stream,
 )
-from fastxent._simd import LANES, all_lanes, count_lanes, every_lane, first_lanes, iota, lane, splat, where
+from fastxent._simd import LANES, all_lanes, count_lanes, every_lane, first_lanes, iota, lane, maximum, splat, where
 from fastxent._transpose import BY_MASK, SQUARE, load_transposed, store_transposed
 
+INF = float("inf")
 LINE = 64  # bytes of a cache line
-LATER = 2048  # bytes between the short rows that are worked on and those that are asked for
+PAGE = 4096
+LATER = 2048  # bytes between short rows that are worked on, one unit at a time, and those that are asked for
+
+
+@njit(**INLINE)
+def next_tile(task, tile):
+    """Where a second unit of whole rows finds its tile, and what it is written out by way of: not on the same places in a page."""
+    one = 2 * (task.n_classes + LANES) * LANES * itemsize(tile)
+    return tile + ((one + PAGE - 1) // PAGE * PAGE + PAGE // 2)
+
 
 # ----------------------------------------------------------------------------------------------------
 # A unit: the rows that are worked on together, where they lie, and which lanes hold something
@@ -45,6 +55,7 @@ Unit = namedtuple(
     "row row_lanes "  # number of its first row; distance of its rows from it
     "y "  # class indices
     "tile "  # its logits, class by class, where they are put together; then, where they are kept, its exponentials
+    "m "  # maxima of the rows that are read, where the tile was filled with them alone
     "ending "  # rows of the strip that ends with this unit; 0: with another one
     "rows "  # mask: lanes that are rows (across: all)
     "kept "  # mask: rows that are not ignored
@@ -97,7 +108,7 @@ def locate(task, tile, number):
         full = task.n_vectors if every_lane(kept) else 0
         reads, writes = kept, rows
     x_lanes = lanes * fixed(axes, 8)
-    ending = 0
+    m, ending = splat(task.x, -INF), 0
     if task.tiled:
         if task.neighbours:
             nth = number % task.strip
@@ -109,10 +120,10 @@ def locate(task, tile, number):
                 ending = in_strip
             tile = tile + nth * LANES * itemsize(tile)
         else:
-            fill(task, tile, task.x + x, n, x_lanes, reads)
+            m = fill(task, tile, task.x + x, n, x_lanes, reads)
     return Unit(
         x, g, t, 0, x_lanes, lanes * fixed(axes, 16), lanes * fixed(axes, 24),
-        row, row_lanes, y, tile, ending, rows, kept, start, stop, full, reads, writes,
+        row, row_lanes, y, tile, m, ending, rows, kept, start, stop, full, reads, writes,
     )  # fmt: skip
 
 
@@ -142,7 +153,7 @@ def from_class(task, unit, first):
     return Unit(
         unit.x + first * itemsize(task.x), unit.g + first * itemsize(task.g), unit.t + first * itemsize(task.t), first,
         unit.x_lanes, unit.g_lanes, unit.t_lanes, unit.row, unit.row_lanes, unit.y,
-        unit.tile + first * itemsize(unit.tile), 0, unit.rows, unit.kept, 0, 0, 0, unit.reads, unit.writes,
+        unit.tile + first * itemsize(unit.tile), unit.m, 0, unit.rows, unit.kept, 0, 0, 0, unit.reads, unit.writes,
     )  # fmt: skip
 
 
@@ -154,17 +165,26 @@ def first_of(task, c):
 
 @njit(**INLINE)
 def fill(task, tile, p, n, lanes, mask):
-    """The logits of 16 rows, class by class: rows read whole and transposed, or, as the last few are, gathered."""
+    """The logits of 16 rows, class by class: rows read whole and transposed, or, as the last few are, gathered. Returns the rows'
+    maxima; -inf where not ``mask``."""
     vector = LANES * itemsize(tile)
+    m = splat(tile, -INF)
     if task.whole_rows and n == LANES:
-        row = fixed(task.axes, 8)
-        look_at_later_rows(task, p, row)
+        row, ahead = fixed(task.axes, 8), 0
+        if task.large or task.n_classes < LANES:
+            look_at_later_rows(task, p, row)
+        elif row == task.n_classes * itemsize(p):
+            ahead = later(task, row)
         for c in range(0, task.n_classes, LANES):
             first = first_of(task, c)
-            load_transposed(p + first * itemsize(p), row, min(LANES, task.n_classes), tile + first * vector)
+            at = p + first * itemsize(p)
+            m = maximum(m, load_transposed(at, row, min(LANES, task.n_classes), tile + first * vector, ahead))
     else:
         for j in range(task.n_vectors):
-            store(tile + j * vector, gather(p + j * x_step(task), lanes, mask))
+            x = gather(p + j * x_step(task), lanes, mask)
+            store(tile + j * vector, x)
+            m = maximum(m, x)
+    return where(mask, m, -INF)
 
 
 # Rows that are neighbours, with few classes: an image's pixels, whose classes lie planes apart, often a power of two, so that
@@ -224,11 +244,17 @@ def tile_step(task, unit):
 
 
 @njit(**INLINE)
+def later(task, row):
+    """Bytes between the short rows that are worked on, each of ``row`` bytes, and those that are asked for."""
+    return LATER + LANES * row if task.paired else LATER
+
+
+@njit(**INLINE)
 def look_at_later_rows(task, p, row):
     """Ask for as much as 16 rows of ``row`` bytes are, later on. Short rows are read and written in pieces, so no processor
     does it by itself."""
     if row == task.n_classes * itemsize(p):
-        for at in range(LATER, LATER + LANES * row, LINE):
+        for at in range(later(task, row), later(task, row) + LANES * row, LINE):
             prefetch_near(p, at)
 
 

@@ -1,12 +1,14 @@
 """Squares of elements, transposed in registers on the way from memory to memory: rows become one class of 16 rows a vector."""
 
+import math
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastxent._loadstore import load_lanes, load_lanes_masked, store_lanes, typed
-from fastxent._simd import I64, LANES, SCALAR, WIDE, broadcast, lanes_of, pick
-from fastxent._storage import ITEMSIZE
+from fastxent._loadstore import ask_for, load_lanes, load_lanes_masked, store_lanes, typed
+from fastxent._simd import I64, LANES, SCALAR, WIDE, Vec, broadcast, lanes_of, larger, pick
+from fastxent._storage import ITEMSIZE, encode
 
 SQUARE = 16 if WIDE else 8  # rows and columns that are transposed at a time: what the registers hold
 HALF = SQUARE // 2
@@ -73,31 +75,54 @@ def _rows_at(builder, begin, stride):
     return [builder.gep(eight, [builder.mul(stride, I64(row))]) for eight in eights for row in range(8)]
 
 
+def _largest(builder, vectors):
+    """Of each lane: pairs, pairs of pairs, ..."""
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=False)
+        vectors = [larger(builder, *pair) for pair in pairs] + vectors[len(vectors) // 2 * 2 :]
+    return vectors[0]
+
+
 @intrinsic
-def load_transposed(typingctx, p, stride, columns, tile):
-    """16 rows, ``stride`` bytes apart -> 16 vectors at ``tile``: element j < columns of each row."""
+def load_transposed(typingctx, p, stride, columns, tile, ahead):
+    """16 rows, ``stride`` bytes apart -> 16 vectors at ``tile``: element j < columns of each row. Returns each row's maximum.
+
+    Of a whole square what is ``ahead`` bytes behind each row is asked for.
+    """
 
     def codegen(context, builder, sig, args):
-        base, stride, columns, tile = args
+        base, stride, columns, tile, ahead = args
+        lowest = ir.Constant(lanes_of(SCALAR[p.kind], SQUARE), [-math.inf] * SQUARE)
+        with builder.goto_entry_block():
+            largest = [builder.alloca(lowest.type) for _ in range(0, LANES, SQUARE)]
+        for place in largest:
+            builder.store(lowest, place)
 
         def columns_from(first, width, wanted=None):
             rows = _rows_at(builder, builder.gep(base, [builder.mul(first, I64(ITEMSIZE[p.storage]))]), stride)
             for i in range(0, LANES, SQUARE):
                 if wanted is None:
+                    for at in rows[i : i + SQUARE]:
+                        ask_for(builder, builder.gep(at, [ahead]))
                     elements = [load_lanes(builder, p, at, width) for at in rows[i : i + SQUARE]]
                 else:
-                    elements = [load_lanes_masked(builder, p, at, wanted) for at in rows[i : i + SQUARE]]
+                    nothing = encode(builder, lowest, p)
+                    elements = [load_lanes_masked(builder, p, at, wanted, nothing) for at in rows[i : i + SQUARE]]
                 if width == HALF:  # rows k and k + HALF in a vector
                     both = list(range(SQUARE))
                     elements = [pick(builder, *pair, both) for pair in zip(elements[:HALF], elements[HALF:], strict=True)]
-                for k, column in enumerate(_exchange(builder, elements)):
+                exchanged = _exchange(builder, elements)
+                so_far = largest[i // SQUARE]
+                builder.store(_largest(builder, [builder.load(so_far), *exchanged]), so_far)
+                for k, column in enumerate(exchanged):
                     at = _place(builder, tile, first, k, i, p)
                     builder.store(column, typed(builder, at, column.type), align=1)
 
         _by_squares(builder, columns, columns_from, True)
-        return context.get_dummy_value()
+        parts = [builder.load(place) for place in largest]
+        return parts[0] if SQUARE == LANES else pick(builder, *parts, list(range(LANES)))
 
-    return types.void(p, types.int64, types.int64, tile), codegen
+    return Vec(p.kind)(p, types.int64, types.int64, tile, types.int64), codegen
 
 
 @intrinsic
