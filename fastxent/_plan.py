@@ -12,8 +12,8 @@ LANES = 16
 ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
 
 # A row of this many classes or fewer is worked on with its 15 neighbours, a class a vector; a longer one by itself. Up to
-# MOST_TILED classes if the rows need not be gathered: those are read whole, or lie side by side.
-FEW_CLASSES, MOST_TILED = 48, 256  # multiples of 16
+# MOST_TILED classes if the rows need not be gathered: those are read whole, or lie side by side; less where they are large.
+FEW_CLASSES, MOST_TILED, MOST_TILED_LARGE = 48, 320, 256  # multiples of 16
 # Vectors of a row whose exponentials are kept in a thread's tile until the row's sum is known (1 MB of float32, in the second
 # or third cache); those of a longer row are computed twice.
 MOST_KEPT = 16384
@@ -153,7 +153,9 @@ def make_plan(
     for a in axes:
         n_rows *= a.extent
 
-    together = MOST_TILED if target is None and n_rows >= LANES else FEW_CLASSES
+    past_caches = n_rows * n_classes * sizes[0] >= LARGE
+    most_tiled = MOST_TILED_LARGE if past_caches else MOST_TILED
+    together = most_tiled if target is None and n_rows >= LANES else FEW_CLASSES
     across = n_classes > together and steps == sizes
     split = tiled = whole_rows = adjacent = False
     segment = n_segments = strip = 1
@@ -174,7 +176,7 @@ def make_plan(
         axes.remove(innermost)
         axes.insert(0, innermost)
         neighbours = (innermost.x, innermost.g, innermost.t) == sizes
-        tiled = n_classes <= MOST_TILED
+        tiled = n_classes <= most_tiled
         whole_rows = tiled and not neighbours and steps[:2] == sizes[:2]
         adjacent = innermost.row == 1
         n_vectors = n_classes
@@ -187,7 +189,7 @@ def make_plan(
 
     unrounded = logits == precision(logits, target)  # the exponentials of a split row are kept where its gradient will be
     kept = not capped and (tiled or (across and (unrounded if split else n_vectors <= MOST_KEPT)))
-    large = (neighbours or whole_rows) and not split and n_rows * n_classes * sizes[0] >= LARGE
+    large = past_caches and (neighbours or whole_rows) and not split
     paired = whole_rows and n_classes <= (MOST_PAIRED_LARGE if large else MOST_PAIRED)
     chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
     chunk = -(-chunk // strip) * strip

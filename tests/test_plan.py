@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fastxent._plan import CHECKED, CHECKS, CHUNK, FEW_CLASSES, FEW_ROWS, LANES, MOST_TILED, STRIP, make_plan, row_axes
+from fastxent._plan import CHECKED, CHECKS, CHUNK, FEW_CLASSES, FEW_ROWS, LANES, MOST_TILED, MOST_TILED_LARGE, STRIP, make_plan, row_axes
 from fastxent._task import PLANNED
 
 
@@ -71,7 +71,7 @@ def test_units_cover_all_rows_once(shape):
 def test_rows_side_by_side_with_few_classes_are_taken_in_strips():
     assert planned(plan((16, 150, 128, 128)))["strip"] == STRIP
     assert planned(plan((16, 150, 5, 5)))["strip"] == 2
-    assert planned(plan((16, MOST_TILED + 1, 128, 128)))["strip"] == 1
+    assert planned(plan((16, MOST_TILED_LARGE + 1, 128, 128)))["strip"] == 1
     assert planned(plan((1000, 10)))["strip"] == 1
 
 
