@@ -135,11 +135,12 @@ class Floor:
         self.x = floats(n_units * unit)
         self.t = floats(n_units * unit) if soft else None
         self.g = self.x if which == IN_PLACE else floats(n_units * unit) if which == OUT else None
-        self.sums = np.zeros(5 + n_chunks)  # of all, then of each chunk
-        self.taken = np.zeros(n_chunks, np.int64)
+        self.sums = np.zeros(5)
+        self.chunks = floats(n_chunks * _task.LINE)
+        self.chunks.fill(0.0)
         fields = {
             "n_rows": -(-read_bytes // unit), "n_vectors": vectors, "n_units": n_units, "chunk": chunk,
-            "total": self.sums.ctypes.data, "partial": self.sums.ctypes.data + 40, "taken": self.taken.ctypes.data,
+            "total": self.sums.ctypes.data, "partial": self.chunks.ctypes.data + 8, "taken": self.chunks.ctypes.data,
             "x": self.x.ctypes.data, "t": _address(self.t), "g": _address(self.g),
         }  # fmt: skip
         self.block = ctypes.create_string_buffer(_task.BLOCK.size)

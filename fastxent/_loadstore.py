@@ -287,14 +287,14 @@ def start(typingctx, kernel, task, phase, me):
 
 
 @intrinsic
-def fetch_add(typingctx, task, slot):
-    """Add 1 to an integer slot of the task and return what it was, atomically; this thread's earlier writes are seen first."""
+def fetch_add(typingctx, task, slot, n):
+    """Add n to an integer slot of the task and return what it was, atomically; this thread's earlier writes are seen first."""
 
     def codegen(context, builder, sig, args):
         address = builder.gep(args[0], [builder.mul(args[1], I64(8))])
-        return builder.atomic_rmw("add", typed(builder, address, I64), I64(1), "acq_rel")
+        return builder.atomic_rmw("add", typed(builder, address, I64), args[2], "acq_rel")
 
-    return types.int64(task, types.int64), codegen
+    return types.int64(task, types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -60,7 +60,7 @@ class _State:
 _start, _start_alone = _task.START.pack_into, _task.START_ALONE.pack_into
 _set_totals, _totals_of = _task.TOTAL.pack_into, _task.TOTAL.unpack_from
 _AT_TOTAL = _task.BLOCK.size
-_AT_TAKEN = _AT_TOTAL + _task.TOTAL.size
+_AT_CHUNKS = _AT_TOTAL + _task.TOTAL.size  # from the next cache line on
 _rounds = itertools.count(_task.PHASES, _task.PHASES)
 
 _kernels: dict[tuple[str, Variant], Kernel] = {}
@@ -123,12 +123,11 @@ def argument_block(
         kernel("keep_segment" if name in KEEPERS and variant.kept else "save_segment", variant).address if variant.split else 0,
         kernel(name, variant).address,
     )
-    segments = 48 * plan.n_units if variant.split else 0
-    block = ctypes.create_string_buffer(_AT_TAKEN + 16 * plan.most_chunks + segments)
+    segments = plan.n_units if variant.split else 0
+    block = ctypes.create_string_buffer(_AT_CHUNKS + _task.LINE * (1 + plan.most_chunks + segments))
     block.plan = plan  # type: ignore[attr-defined]  # owns the axes' table, whose address is in the block
-    at_total, at_taken = ctypes.addressof(block) + _AT_TOTAL, ctypes.addressof(block) + _AT_TAKEN
-    at_partial = at_taken + 8 * plan.most_chunks
-    at_segments = at_partial + 8 * plan.most_chunks
+    at_total, at_taken = ctypes.addressof(block) + _AT_TOTAL, ctypes.addressof(block) + _first_chunk(block)
+    at_partial, at_segments = at_taken + 8, at_taken + _task.LINE * plan.most_chunks
     _task.BLOCK.pack_into(
         block, 0, 0, 0, 0, x, g, h, t, y, tiles, *plan.planned, *kernels,
         ctypes.addressof(plan.table), at_partial, at_taken, at_segments, at_total,
@@ -138,6 +137,11 @@ def argument_block(
     )  # fmt: skip
     _set_totals(block, _AT_TOTAL, 0.0, 0.0, divisor or math.nan)
     return block
+
+
+def _first_chunk(block: ctypes.Array[ctypes.c_char]) -> int:
+    """Where in a block its chunks begin: at a cache line."""
+    return _AT_CHUNKS + -(ctypes.addressof(block) + _AT_CHUNKS) % _task.LINE
 
 
 @lru_cache
@@ -255,8 +259,9 @@ def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan
 
 def _leave_nothing(block: ctypes.Array[ctypes.c_char], plan: Plan, this_round: int) -> None:
     """Take all chunks of all phases, so that nobody works on, and say that they are over, so that nobody waits."""
-    taken = (ctypes.c_int64 * plan.most_chunks).from_buffer(block, _AT_TAKEN)
-    taken[:] = [this_round + _task.PHASES - 1] * plan.most_chunks
+    words = _task.LINE // 8
+    chunks = (ctypes.c_int64 * (words * plan.most_chunks)).from_buffer(block, _first_chunk(block))
+    chunks[::words] = [this_round + _task.PHASES - 1] * plan.most_chunks
     over = (ctypes.c_int64 * _task.PHASES).from_buffer(block, 8 * _task.OVER)
     over[:] = [1] * _task.PHASES
 

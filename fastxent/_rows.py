@@ -28,17 +28,17 @@ from fastxent._loadstore import (
     stream,
 )
 from fastxent._simd import LANES, all_lanes, count_lanes, every_lane, first_lanes, iota, lane, maximum, splat, where
+from fastxent._task import LINE
 from fastxent._transpose import BY_MASK, SQUARE, load_transposed, store_transposed
 
 INF = float("inf")
-LINE = 64  # bytes of a cache line
 PAGE = 4096
 LATER = 2048  # bytes between short rows that are worked on, one unit at a time, and those that are asked for
 
 
 @njit(**INLINE)
 def next_tile(task, tile):
-    """Where a second unit of whole rows finds its tile, and what it is written out by way of: not on the same places in a page."""
+    """The tile of a second unit of whole rows, behind that of the first and its stage: elsewhere in its page."""
     one = 2 * (task.n_classes + LANES) * LANES * itemsize(tile)
     return tile + ((one + PAGE - 1) // PAGE * PAGE + PAGE // 2)
 
@@ -165,8 +165,10 @@ def first_of(task, c):
 
 @njit(**INLINE)
 def fill(task, tile, p, n, lanes, mask):
-    """The logits of 16 rows, class by class: rows read whole and transposed, or, as the last few are, gathered. Returns the rows'
-    maxima; -inf where not ``mask``."""
+    """The logits of 16 rows, class by class: rows read whole and transposed, or, as the last few are, gathered.
+
+    Returns the rows' maxima; -inf where not ``mask``.
+    """
     vector = LANES * itemsize(tile)
     m = splat(tile, -INF)
     if task.whole_rows and n == LANES:

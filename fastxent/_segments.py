@@ -16,6 +16,7 @@ from fastxent._maths import INF, Label, State, label, seen_from
 from fastxent._rows import locate
 from fastxent._simd import LANES, any_lane, first_lanes, iota, lane, maximum, narrow, splat, where, widen
 from fastxent._statistics import span_state
+from fastxent._task import LINE
 
 
 @njit(**INLINE)
@@ -23,7 +24,7 @@ def save_segment(task, tile, number):
     """First phase of a split row; returns what every unit returns: see ``_walk``."""
     unit = locate(task, tile, number)
     if any_lane(unit.kept):
-        at = task.segments + 48 * number  # (segments, 6) out: m, s, Q, D, E, x_y
+        at = task.segments + LINE * number  # (segments, 6) out: m, s, Q, D, E, x_y
         if task.labelled:  # by the one segment that holds it, before the exponentials take its place
             if holds_label(task, unit):
                 put(at, 40, lane(widen(label(task, unit).raw_x_y), 0))
@@ -39,7 +40,7 @@ def save_segment(task, tile, number):
 @njit(**INLINE)
 def load_segments(task, first, k):
     """The statistics of a row's segments k ... k + 15, lane by lane; of those that are not there, those of no class."""
-    at, apart, there = first + 48 * k, iota() * 48, first_lanes(task.n_segments - k)
+    at, apart, there = first + LINE * k, iota() * LINE, first_lanes(task.n_segments - k)
     m, s = where(there, narrow(task.x, gather(at, apart, there)), -INF), gather(at + 8, apart, there)
     return State(m, s, gather(at + 16, apart, there), gather(at + 24, apart, there), gather(at + 32, apart, there))
 
@@ -49,7 +50,7 @@ def row_state(task, unit, number):
     """The statistics of whole rows."""
     if not task.split:
         return span_state(task, unit)
-    first = task.segments + 48 * (number - number % task.n_segments)
+    first = task.segments + LINE * (number - number % task.n_segments)
     m = splat(task.x, -INF)
     for k in range(0, task.n_segments, LANES):
         m = maximum(m, load_segments(task, first, k).m)
@@ -68,7 +69,7 @@ def to_row(task, number, state):
     one = splat(task.w, 1.0)
     if task.split and task.keeps_e:
         shift = shift_by(widen(state.m))
-        f = exp_up(splat(task.w, get(task.segments, 48 * number)), shift) / up(shift.base)
+        f = exp_up(splat(task.w, get(task.segments, LINE * number)), shift) / up(shift.base)
         _, rest = split_exponent(f)
         return narrow(task.x, f / rest), rest
     return narrow(task.x, one), one
@@ -78,6 +79,6 @@ def to_row(task, number, state):
 def row_label(task, unit, number):
     """The label of whole rows: of a split row another thread may already have overwritten x_y, so it was saved."""
     if task.split and task.labelled:
-        at = task.segments + 48 * (number - number % task.n_segments + lane(unit.y, 0) // (task.segment * LANES))
+        at = task.segments + LINE * (number - number % task.n_segments + lane(unit.y, 0) // (task.segment * LANES))
         return Label(narrow(task.x, splat(task.w, get(at, 40))), label(task, unit).w_y)
     return label(task, unit)

@@ -4,8 +4,9 @@ from numba import njit
 
 from fastxent._inlined import INLINE
 from fastxent._loadstore import address, fixed, itemsize, prefetch, prefetch_near, prefetch_to_write, stream
-from fastxent._rows import LINE, from_class, g_step, t_step, write, write_out, x_step
+from fastxent._rows import from_class, g_step, t_step, write, write_out, x_step
 from fastxent._simd import LANES, all_lanes, every_lane, first_lanes, splat
+from fastxent._task import LINE
 
 AHEAD = 4096  # vectors of the next row that are asked for during the gradient: what half a second-level cache holds
 

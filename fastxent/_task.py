@@ -11,6 +11,9 @@ CHECK, SEGMENTS, WORK = range(3)
 PHASES = 3
 # Slots of the counters: threads at work; chunks done, 8 slots a phase; is a phase over?, a slot a phase.
 ENTERED, DONE, OVER = 0, 8, 32
+# Bytes of what is known about a chunk, and about a segment: alone on its cache line, for to take one from another core takes as
+# long as some hundred logits.
+LINE = 64
 # Bytes from the beginning of ``total``, behind a sum for each phase: is a class index out of range?; the gradient's divisor.
 BAD, DIVISOR = 24, 32
 
@@ -51,9 +54,9 @@ CALLED = (
     ("save_segment", "int"),  # of the one that takes the statistics of split rows, or 0
     ("kernel", "int"),  # and of the one that does the work
     ("axes", "i64"),  # (n_axes, 5) in: extent, strides in x, g, t, rows; innermost first
-    ("partial", "f64"),  # (n_chunks,) out: sum of a chunk
-    ("taken", "i64"),  # (n_chunks,) in/out: number of the last phase in which a thread took this chunk
-    ("segments", "f64"),  # (n_units, 6) in/out: statistics of the segments of split rows
+    ("partial", "f64"),  # (n_chunks,) out, LINE bytes apart: sum of a chunk
+    ("taken", "i64"),  # (n_chunks,) in/out, LINE bytes apart: number of the last phase in which a thread took this chunk
+    ("segments", "f64"),  # (n_units, 6) in/out, LINE bytes apart: statistics of the segments of split rows
     ("total", "f64"),  # (5,) out: sum of the kept rows' weights, of nothing, of the losses; in/out: see BAD, DIVISOR
     ("w", "f64"),  # (C,) in: class weights
     ("u", "f64"),  # (rows,) in: sample weights

@@ -10,7 +10,7 @@ from fastxent._loadstore import call, fetch_add, get, put, raise_to, read_slot
 from fastxent._plan import TILE
 from fastxent._simd import lane, splat
 from fastxent._statistics import add, whole
-from fastxent._task import DONE, ENTERED, OVER
+from fastxent._task import DONE, ENTERED, LINE, OVER
 
 MOST = 1e300  # of a product whose log is still to be taken
 PATIENCE = 100  # looks at whether the others are ready, before they are let run
@@ -70,18 +70,20 @@ def walk(task, phase, me, work, n_units, chunk):
     tile = task.tiles + me * TILE
     first = me * n_chunks // task.team
     number_of_phase = task.round + phase
+    mine = 0
     for nth in range(n_chunks):
         piece = first + nth if first + nth < n_chunks else first + nth - n_chunks
-        at = 8 * piece
+        at = LINE * piece
         if get(task.taken, at) >= number_of_phase or raise_to(task.taken, at, number_of_phase) >= number_of_phase:
             continue
         put(partial, at, work(task, tile, piece * chunk, min(n_units, (piece + 1) * chunk)))
-        if fetch_add(task, DONE + 8 * phase) == n_chunks - 1:
-            total, lost = 0.0, 0.0
-            for k in range(n_chunks):
-                total, lost = add(total, lost, get(partial, 8 * k))
-            put(task.total, 8 * phase, whole(total, lost))
-            fetch_add(task, OVER + phase)
+        mine += 1
+    if mine > 0 and fetch_add(task, DONE + 8 * phase, mine) + mine == n_chunks:
+        total, lost = 0.0, 0.0
+        for k in range(n_chunks):
+            total, lost = add(total, lost, get(partial, LINE * k))
+        put(task.total, 8 * phase, whole(total, lost))
+        fetch_add(task, OVER + phase, 1)
 
 
 @njit(**INLINE)
@@ -97,4 +99,4 @@ def wait(task, phase):
 @njit(**INLINE)
 def enter(task):
     """The thread's number in its team."""
-    return fetch_add(task, ENTERED) if task.thread_number == 0 else call(task.thread_number)
+    return fetch_add(task, ENTERED, 1) if task.thread_number == 0 else call(task.thread_number)

@@ -4,7 +4,19 @@ import math
 
 import pytest
 
-from fastxent._plan import CHECKED, CHECKS, CHUNK, FEW_CLASSES, FEW_ROWS, LANES, MOST_TILED, MOST_TILED_LARGE, STRIP, make_plan, row_axes
+from fastxent._plan import (
+    CHECKED,
+    CHECKS,
+    CHUNK,
+    FEW_CLASSES,
+    FEW_ROWS,
+    LANES,
+    MOST_TILED,
+    MOST_TILED_LARGE,
+    STRIP,
+    make_plan,
+    row_axes,
+)
 from fastxent._task import PLANNED
 
 

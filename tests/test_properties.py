@@ -100,6 +100,24 @@ def test_rows_do_not_know_of_each_other(shape, option, spread):
         np.testing.assert_allclose(got[1], want[1][n], rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.parametrize("n_classes", [3, 16, 100, 113, 300])
+def test_a_row_does_not_know_how_many_come_after_it(n_classes):
+    """Rows are worked on in units of 16, two units at a time, some of which are ignored, or half of them missing."""
+    case = draw((97, n_classes), "index", dtype=FLOAT32)
+    y = case.target.copy()
+    y[33:48] = y[50] = -100  # of the third unit one row is kept
+    y[64:96] = -100  # two whole units
+    losses = fx.cross_entropy(case.logits, y, reduction="none")
+    _, gradient = fx.cross_entropy_value_and_grad(case.logits, y, reduction="sum")
+    assert np.array_equal(losses == 0.0, y == -100) and np.array_equal(gradient.any(axis=1), y != -100)
+    for n in range(16, 97):
+        x, some = case.logits[:n], y[:n]
+        np.testing.assert_allclose(fx.cross_entropy(x, some, reduction="none"), losses[:n], rtol=1e-6)
+        total, some_gradient = fx.cross_entropy_value_and_grad(x, some, reduction="sum")
+        assert total == pytest.approx(losses[:n].sum(dtype=np.float64), rel=1e-6)
+        np.testing.assert_allclose(some_gradient, gradient[:n], rtol=1e-6)
+
+
 @given(SHAPES, SPREAD)
 def test_cross_entropy_is_entropy_plus_divergence(shape, spread):
     case = draw(shape, "probabilities", spread)
