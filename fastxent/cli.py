@@ -124,7 +124,8 @@ class _Version(argparse.Action):
 
 def _evaluate(args: argparse.Namespace) -> int:
     console = None if args.json else _console()
-    from fastxent._evaluate import InputError, evaluate
+    from fastxent._evaluate import evaluate
+    from fastxent._files import InputError
 
     try:
         with _progress("bytes") as progress:

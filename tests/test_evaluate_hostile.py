@@ -15,7 +15,7 @@ import pytest
 from cli_cases import assert_matches, error_of, evaluate, expected, save
 from conftest import BFLOAT16, make_case, make_rng
 
-from fastxent import _evaluate, cli
+from fastxent import _evaluate, _files, cli
 
 
 class Trap:
@@ -228,7 +228,7 @@ def test_scattered_rows_in_a_large_archive_are_refused(tmp_path, capsys, monkeyp
     (good,) = save(tmp_path, t=np.zeros(5, int))
     np.savez(tmp_path / "x.npz", np.zeros((5, 3), order="F"))
     assert evaluate(capsys, tmp_path / "x.npz", good)["rows"] == 5
-    monkeypatch.setattr(_evaluate, "WHOLE_BYTES", 100)
+    monkeypatch.setattr(_files, "WHOLE_BYTES", 100)
     assert "use a .npy file" in error_of(capsys, tmp_path / "x.npz", good)
 
 

@@ -65,7 +65,7 @@ def test_a_header_that_promises_a_terabyte(tmp_path, capsys, targets):
 SHRINKING = """
 import os, sys
 import numpy as np
-from fastxent import _evaluate
+from fastxent import _evaluate, _files
 folder, which = sys.argv[1:]
 x = np.lib.format.open_memmap(folder + "/x.npy", "w+", np.float32, (50_000, 500))
 np.save(folder + "/t.npy", np.zeros(50_000, np.int64))
@@ -74,7 +74,7 @@ def shrink(done, total):
     os.truncate(f"{folder}/{which}.npy", 5000)
 try:
     _evaluate.evaluate(folder + "/x.npy", folder + "/t.npy", progress=shrink)
-except _evaluate.InputError as error:
+except _files.InputError as error:
     print(error)
 """
 
