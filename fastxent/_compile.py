@@ -9,7 +9,7 @@ from llvmlite import binding
 from numba import types
 from numba.core.registry import cpu_target
 
-from fastxent import _direct, _inlined, _kernels, _machine_code, _simd, _task
+from fastxent import _direct, _inlined, _kernels, _machine_code, _several, _simd, _task
 from fastxent._plan import KEEPERS, Variant
 from fastxent._walk import one_by_one
 
@@ -78,9 +78,9 @@ def c_function(name: str, variant: Variant) -> tuple[Any, str]:
     function = _kernels.check
     if name != "check":  # ``kernel``, with the function of this name as its ``work``
         if pipelined(name, variant):
-            work = getattr(_kernels, f"{name}_pipelined")
+            work = getattr(_several, f"{name}_pipelined")
         elif by_twos(name, variant):
-            work = getattr(_kernels, f"{name}_by_twos")
+            work = getattr(_several, f"{name}_by_twos")
         else:
             work = one_by_one(getattr(_kernels, name))
         names = vars(_kernels) | {"work": work}

@@ -1,0 +1,134 @@
+"""Loss, and loss with gradient, of units ``first`` ... ``stop - 1`` beside each other, where one by one they would wait.
+
+What a kernel does with one unit is a chain: its maximum, its sums, its factors, its gradient. While a processor waits for a
+link of one unit's chain, it can work on another unit's, if that is near enough in the code.
+"""
+
+from numba import njit
+
+from fastxent._gradient import write_gradient
+from fastxent._inlined import INLINE
+from fastxent._kernels import deliver_loss, deliver_no_loss
+from fastxent._maths import factors, joined, label, of_none, raised
+from fastxent._pipeline import Ahead, Pipeline, finish_behind, follow, max_of, nothing_behind
+from fastxent._rows import flush, locate, next_tile, unchanged
+from fastxent._segments import to_row
+from fastxent._simd import any_lane, splat
+from fastxent._statistics import span_state, state_of
+from fastxent._streaming import block_length, look_at_border, write_zeros
+from fastxent._walk import NOTHING_SO_FAR, plus, value_of
+
+# ----------------------------------------------------------------------------------------------------
+# Short rows that are read whole, two units at a time
+# ----------------------------------------------------------------------------------------------------
+
+
+@njit(**INLINE)
+def two_units(task, tile, number, stop):
+    """Units ``number`` and ``number + 1``; the last one, if it is alone, twice."""
+    return locate(task, tile, number), locate(task, next_tile(task, tile), min(number + 1, stop - 1))
+
+
+@njit(**INLINE)
+def value_by_twos(task, tile, first, stop):
+    """Loss."""
+    so_far = NOTHING_SO_FAR
+    for number in range(first, stop, 2):
+        a, b = two_units(task, tile, number, stop)
+        if any_lane(a.kept | b.kept):
+            a_y, b_y = label(task, a), label(task, b)
+            a_state, b_state = span_state(task, a), span_state(task, b)
+            a_loss, b_loss = deliver_loss(task, a, a_state, a_y), deliver_loss(task, b, b_state, b_y)
+        else:
+            a_loss, b_loss = deliver_no_loss(task, a), deliver_no_loss(task, b)
+        so_far = plus(task, so_far, *a_loss)
+        if number + 1 < stop:
+            so_far = plus(task, so_far, *b_loss)
+    return value_of(task, so_far)
+
+
+@njit(**INLINE)
+def value_and_grad_by_twos(task, tile, first, stop):
+    """Loss and gradient."""
+    so_far = NOTHING_SO_FAR
+    for number in range(first, stop, 2):
+        a, b = two_units(task, tile, number, stop)
+        a_late, b_late = unchanged(task), unchanged(task)
+        if any_lane(a.kept | b.kept):
+            a_y, b_y = label(task, a), label(task, b)
+            a_state, b_state = span_state(task, a), span_state(task, b)
+            a_f = factors(task, a, a_state, a_y, to_row(task, number, a_state))
+            b_f = factors(task, b, b_state, b_y, to_row(task, number, b_state))
+            a_late, b_late = write_gradient(task, a, a_f), write_gradient(task, b, b_f)
+            a_loss, b_loss = deliver_loss(task, a, a_state, a_y), deliver_loss(task, b, b_state, b_y)
+        else:
+            write_zeros(task, a)
+            write_zeros(task, b)
+            a_loss, b_loss = deliver_no_loss(task, a), deliver_no_loss(task, b)
+        flush(task, a, *a_late)
+        flush(task, b, *b_late)
+        so_far = plus(task, so_far, *a_loss)
+        if number + 1 < stop:
+            so_far = plus(task, so_far, *b_loss)
+    return value_of(task, so_far)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Long rows in a pipeline: see there
+# ----------------------------------------------------------------------------------------------------
+
+
+@njit(**INLINE)
+def next_kept(task, tile, number, stop):
+    """The first row from ``number`` on that is not ignored, as number and unit; what is to be done for those before is done."""
+    unit = locate(task, tile, min(number, stop - 1))
+    while number < stop and not any_lane(unit.kept):
+        deliver_no_loss(task, unit)
+        if task.keeps_e:
+            write_zeros(task, unit)
+        number += 1
+        unit = locate(task, tile, min(number, stop - 1))
+    return number, unit
+
+
+@njit(**INLINE)
+def value_pipelined(task, tile, first, stop):
+    """Loss, block by block; ahead is the next block, be it of the next row."""
+    so_far = NOTHING_SO_FAR
+    length = block_length(task)
+    number, unit = next_kept(task, tile, first, stop)
+    m = max_of(task, Ahead(unit, 0, min(unit.stop, length) if number < stop else 0))
+    while number < stop:
+        next_number, next_unit = next_kept(task, tile, number + 1, stop)
+        state = of_none(task, splat(task.x, m))
+        for at in range(0, unit.stop, length):
+            end = min(unit.stop, at + length)
+            ahead = Ahead(next_unit, 0, min(unit.stop, length) if next_number < stop else 0)
+            if end < unit.stop:
+                ahead = Ahead(unit, end, min(unit.stop, end + length))
+            state = raised(state, splat(task.x, m))
+            block, m = state_of(task, unit, at, end, state.m, Pipeline(ahead, None))
+            state = joined(state, block)
+        so_far = plus(task, so_far, *deliver_loss(task, unit, state, label(task, unit)))
+        number, unit = next_number, next_unit
+    return value_of(task, so_far)
+
+
+@njit(**INLINE)
+def value_and_grad_pipelined(task, tile, first, stop):
+    """Loss and gradient, row by row."""
+    so_far = NOTHING_SO_FAR
+    number, unit = next_kept(task, tile, first, stop)
+    m = max_of(task, Ahead(unit, 0, unit.stop if number < stop else 0))
+    behind = nothing_behind(task, unit)
+    while number < stop:
+        next_number, next_unit = next_kept(task, tile, number + 1, stop)
+        ahead = Ahead(next_unit, 0, unit.stop if next_number < stop else 0)
+        look_at_border(task, unit)
+        y = label(task, unit)
+        state, m = state_of(task, unit, 0, unit.stop, splat(task.x, m), Pipeline(ahead, behind))
+        so_far = plus(task, so_far, *deliver_loss(task, unit, state, y))
+        behind = follow(task, unit, factors(task, unit, state, y, to_row(task, number, state)))
+        number, unit = next_number, next_unit
+    finish_behind(task, behind, 0)
+    return value_of(task, so_far)
