@@ -139,7 +139,7 @@ def test_a_call_makes_ready_only_what_it_runs(monkeypatch):
 
     made: list[str] = []
     ready = _known._ready
-    monkeypatch.setattr(_known, "known_calls", {})
+    _known.forget()
     monkeypatch.setattr(_known, "_ready", lambda task: made.append(task.name) or ready(task))
     x = torch.randn(6, 4, requires_grad=True)
     for _ in range(3):
@@ -148,6 +148,43 @@ def test_a_call_makes_ready_only_what_it_runs(monkeypatch):
     for _ in range(3):
         ft.cross_entropy(x, torch.zeros(6, dtype=torch.long)).backward()
     assert made == ["value", "value_and_grad"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of PyTorch's own forward-mode AD
+def test_what_only_looks_like_the_last_call():
+    from fastxent.torch import _known
+
+    _known.forget()
+    x, y = torch.randn(6, 4), torch.arange(6) % 4
+    for _ in range(4):
+        ft.cross_entropy(x, y)
+    assert len(_known._Latest.guarded) == 1
+    others = {
+        "other strides": torch.randn(6, 8)[:, ::2],
+        "transposed": torch.randn(4, 6).T,
+        "other rows": torch.randn(7, 4)[1:],
+        "float64": torch.randn(6, 4, dtype=torch.float64),
+        "negative view": torch.randn(6, 4, dtype=torch.complex64).conj().imag,
+        "a parameter": torch.nn.Parameter(torch.randn(6, 4)),
+        "zeros without memory": torch._efficientzerotensor((6, 4)),
+    }
+    for name, other in others.items():
+        torch.testing.assert_close(ft.cross_entropy(other, y), F.cross_entropy(other, y), msg=name)
+    torch.testing.assert_close(ft.cross_entropy(x, x.softmax(1)), F.cross_entropy(x, x.softmax(1)))
+    assert ft.cross_entropy(x, y, ignore_index=3) != ft.cross_entropy(x, y)
+    assert ft.cross_entropy(x, y, reduction="sum") != ft.cross_entropy(x, y)
+    rows = torch.func.vmap(lambda scale: ft.cross_entropy(x * scale, y) + ft.cross_entropy(x, y))(torch.ones(2))
+    torch.testing.assert_close(rows, 2 * F.cross_entropy(x, y).repeat(2))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert torch.autograd.forward_ad.unpack_dual(ft.cross_entropy(dual, y)).tangent is not None
+    with torch.inference_mode():
+        torch.testing.assert_close(ft.cross_entropy(torch.zeros(6, 4), y), torch.tensor(4.0).log())
+    with pytest.raises(IndexError, match="Target 4 is out of bounds"):
+        ft.cross_entropy(x, y + 1)
+    x.untyped_storage().resize_(8)
+    with pytest.raises(RuntimeError, match="not allocated yet"):
+        ft.cross_entropy(x, y)
 
 
 def test_known_calls_are_known_where_it_is_installed(monkeypatch):

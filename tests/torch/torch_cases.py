@@ -320,9 +320,10 @@ def counted() -> Iterator[list[str]]:
     with (
         patch.object(_parallel, "run", counting),
         patch.object(_known, "_ready", counting_ready),
-        patch.dict(_known.known_calls, clear=True),
     ):
+        _known.forget()
         yield names
+        _known.forget()
 
 
 def run_script(code: str, *arguments: str, timeout: float = 300, **environment: str) -> str:
