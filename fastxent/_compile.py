@@ -10,7 +10,7 @@ from numba import types
 from numba.core.registry import cpu_target
 
 from fastxent import _direct, _inlined, _kernels, _machine_code, _several, _simd, _task
-from fastxent._plan import KEEPERS, Variant
+from fastxent._plan import KEEPERS, PAIRERS, Variant
 from fastxent._walk import one_by_one
 
 
@@ -30,7 +30,7 @@ def pipelined(name: str, variant: Variant) -> bool:
 
 def by_twos(name: str, variant: Variant) -> bool:
     """Does kernel ``name`` work on two units at a time?"""
-    return variant.paired and name in ("value", "value_and_grad")
+    return variant.paired and name in PAIRERS
 
 
 def task_type(name: str, variant: Variant) -> _simd.Task:

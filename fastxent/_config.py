@@ -17,7 +17,7 @@ from fastxent._plan import ITEMSIZE, Variant, make_plan
 from fastxent._validate import STORAGE
 
 # Few classes; many; those of a language model, past the cache; those of pixels, in it and past it.
-_COMMON = ((64, 10), (64, 1000), (4096, 32000), (8, 21, 64, 64), (16, 150, 128, 128))
+_COMMON = ((64, 10), (64, 200), (64, 1000), (4096, 32000), (8, 21, 64, 64), (16, 150, 128, 128))
 
 
 def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[int, int, str], None] | None = None) -> None:

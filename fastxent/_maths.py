@@ -25,7 +25,7 @@ One maths, two directions. 16 lanes hold classes of one row (``task.across``) or
 reads and writes them. Across, each reduction ends with one over the lanes, after which every lane holds the row's value; so all
 that comes later is the same code.
 
-A kernel trusts its Task: the caller has checked every shape, stride and target. An ignored row is never read.
+A kernel trusts its Task: the caller has checked every shape, stride and target. An ignored row reaches no result.
 """
 
 from collections import namedtuple

@@ -27,7 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from fastxent import _task
-from fastxent._plan import KEEPERS, TILE, Plan, Variant
+from fastxent._plan import KEEPERS, PAIRERS, TILE, Plan, Variant
 
 # Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
 WORTH_A_THREAD = 16384
@@ -437,6 +437,8 @@ def check_threads(n: object, name: str) -> int:
 
 def kernel(name: str, variant: Variant = _ANY) -> Kernel:
     """The compiled kernel ``name`` for ``variant``: from memory, from the disk cache, or compiled now."""
+    if variant.paired and name not in PAIRERS:  # one for both
+        variant = variant._replace(paired=False)
     try:
         return _kernels[name, variant]
     except KeyError:

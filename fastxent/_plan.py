@@ -19,9 +19,10 @@ FEW_CLASSES, MOST_TILED, MOST_TILED_LARGE = 48, 320, 256  # multiples of 16
 MOST_KEPT = 16384
 TILE = MOST_KEPT * LANES * 8  # bytes
 KEEPERS = ("value_and_grad", "softmax", "keep_segment")
-# Short rows of so many classes are worked on two units at a time: all that these read and write has room in the nearest cache.
-# Past the caches more than a few classes are held up by the memory.
+# Short rows of so many classes are worked on two units at a time, by these kernels: all that they read and write in float32 has
+# room in the nearest cache. Past the caches more than a few classes are held up by the memory.
 MOST_PAIRED, MOST_PAIRED_LARGE = 112, 16
+PAIRERS = ("value", "value_and_grad")
 # Units of neighbouring rows that are copied to the tile together. An odd number: then the classes are spread over all sets of a
 # cache.
 STRIP = 7
@@ -55,7 +56,7 @@ class Variant(NamedTuple):
     neighbours: bool = False  # what the lanes hold lies side by side in memory
     tiled: bool = False  # rows in lanes, put together once in a tile, class by class
     whole_rows: bool = False  # what goes into the tile are rows with their classes side by side
-    paired: bool = False  # two units of such rows are worked on at a time, by the kernels that can
+    paired: bool = False  # two units of such rows are worked on at a time, by the kernels that do
     adjacent: bool = False  # rows in lanes, numbered one by one
     capped: bool = False  # softcap
     split: bool = False  # a unit is a segment of a row
@@ -155,8 +156,8 @@ def make_plan(
 
     past_caches = n_rows * n_classes * sizes[0] >= LARGE
     most_tiled = MOST_TILED_LARGE if past_caches else MOST_TILED
-    together = most_tiled if target is None and n_rows >= LANES else FEW_CLASSES
-    across = n_classes > together and steps == sizes
+    most_together = most_tiled if target is None and n_rows >= LANES else FEW_CLASSES
+    across = n_classes > most_together and steps == sizes
     split = tiled = whole_rows = adjacent = False
     segment = n_segments = strip = 1
     if across:
@@ -192,7 +193,8 @@ def make_plan(
     large = past_caches and (neighbours or whole_rows) and not split
     paired = whole_rows and n_classes <= (MOST_PAIRED_LARGE if large else MOST_PAIRED)
     chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
-    chunk = -(-chunk // strip) * strip
+    together = 2 if paired else strip
+    chunk = -(-chunk // together) * together
     n_chunks = -(-n_units // chunk)
     planned = (
         n_rows, n_classes, n_vectors, n_units, units_per_line, strip, chunk, segment, n_segments, len(axes), *steps,

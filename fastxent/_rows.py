@@ -158,6 +158,16 @@ def from_class(task, unit, first):
 
 
 @njit(**INLINE)
+def of_no_row(unit):
+    """A unit like this one, but of no row and no class: nothing is read for it but what is in the tile, and nothing written."""
+    none = first_lanes(0)
+    return Unit(
+        unit.x, unit.g, unit.t, unit.first, unit.x_lanes, unit.g_lanes, unit.t_lanes, unit.row, unit.row_lanes, unit.y,
+        unit.tile, unit.m, 0, none, none, 0, 0, 0, none, none,
+    )  # fmt: skip
+
+
+@njit(**INLINE)
 def first_of(task, c):
     """Rows are taken 16 classes at a time, from c = 0, 16, ...; the last of them begins earlier, that it be whole too."""
     return max(0, min(c, task.n_classes - LANES))

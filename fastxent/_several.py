@@ -11,7 +11,7 @@ from fastxent._inlined import INLINE
 from fastxent._kernels import deliver_loss, deliver_no_loss
 from fastxent._maths import factors, joined, label, of_none, raised
 from fastxent._pipeline import Ahead, Pipeline, finish_behind, follow, max_of, nothing_behind
-from fastxent._rows import flush, locate, next_tile, unchanged
+from fastxent._rows import flush, locate, next_tile, of_no_row, unchanged
 from fastxent._segments import to_row
 from fastxent._simd import any_lane, splat
 from fastxent._statistics import span_state, state_of
@@ -25,8 +25,11 @@ from fastxent._walk import NOTHING_SO_FAR, plus, value_of
 
 @njit(**INLINE)
 def two_units(task, tile, number, stop):
-    """Units ``number`` and ``number + 1``; the last one, if it is alone, twice."""
-    return locate(task, tile, number), locate(task, next_tile(task, tile), min(number + 1, stop - 1))
+    """Units ``number`` and ``number + 1``; if that is past the last one, no row."""
+    unit = locate(task, tile, number)
+    if number + 1 < stop:
+        return unit, locate(task, next_tile(task, tile), number + 1)
+    return unit, of_no_row(unit)
 
 
 @njit(**INLINE)
@@ -58,7 +61,7 @@ def value_and_grad_by_twos(task, tile, first, stop):
             a_y, b_y = label(task, a), label(task, b)
             a_state, b_state = span_state(task, a), span_state(task, b)
             a_f = factors(task, a, a_state, a_y, to_row(task, number, a_state))
-            b_f = factors(task, b, b_state, b_y, to_row(task, number, b_state))
+            b_f = factors(task, b, b_state, b_y, to_row(task, number + 1, b_state))
             a_late, b_late = write_gradient(task, a, a_f), write_gradient(task, b, b_f)
             a_loss, b_loss = deliver_loss(task, a, a_state, a_y), deliver_loss(task, b, b_state, b_y)
         else:
@@ -66,15 +69,15 @@ def value_and_grad_by_twos(task, tile, first, stop):
             write_zeros(task, b)
             a_loss, b_loss = deliver_no_loss(task, a), deliver_no_loss(task, b)
         flush(task, a, *a_late)
-        flush(task, b, *b_late)
         so_far = plus(task, so_far, *a_loss)
         if number + 1 < stop:
+            flush(task, b, *b_late)
             so_far = plus(task, so_far, *b_loss)
     return value_of(task, so_far)
 
 
 # ----------------------------------------------------------------------------------------------------
-# Long rows in a pipeline: see there
+# Long rows: see ``_pipeline``
 # ----------------------------------------------------------------------------------------------------
 
 

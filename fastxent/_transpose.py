@@ -9,6 +9,7 @@ from numba.extending import intrinsic
 from fastxent._loadstore import ask_for, load_lanes, load_lanes_masked, store_lanes, typed
 from fastxent._simd import I64, LANES, SCALAR, WIDE, Vec, broadcast, lanes_of, larger, pick
 from fastxent._storage import ITEMSIZE, encode
+from fastxent._task import LINE
 
 SQUARE = 16 if WIDE else 8  # rows and columns that are transposed at a time: what the registers hold
 HALF = SQUARE // 2
@@ -103,7 +104,8 @@ def load_transposed(typingctx, p, stride, columns, tile, ahead):
             for i in range(0, LANES, SQUARE):
                 if wanted is None:
                     for at in rows[i : i + SQUARE]:
-                        ask_for(builder, builder.gep(at, [ahead]))
+                        for line in range(0, SQUARE * ITEMSIZE[p.storage], LINE):
+                            ask_for(builder, builder.gep(at, [builder.add(ahead, I64(line))]))
                     elements = [load_lanes(builder, p, at, width) for at in rows[i : i + SQUARE]]
                 else:
                     nothing = encode(builder, lowest, p)
