@@ -10,7 +10,7 @@ from numba import types
 from numba.core.registry import cpu_target
 
 from fastxent import _direct, _inlined, _kernels, _machine_code, _several, _simd, _task
-from fastxent._plan import KEEPERS, PAIRERS, Variant
+from fastxent._plan import KEEPERS, Variant
 from fastxent._walk import one_by_one
 
 
@@ -26,11 +26,6 @@ def pipelined(name: str, variant: Variant) -> bool:
     if variant.large:
         return not kept or variant.logits != "bf16"
     return _simd.WIDE and variant.logits == "f32"
-
-
-def by_twos(name: str, variant: Variant) -> bool:
-    """Does kernel ``name`` work on two units at a time?"""
-    return variant.paired and name in PAIRERS
 
 
 def task_type(name: str, variant: Variant) -> _simd.Task:
@@ -57,7 +52,7 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "tiled": variant.tiled,
         "keeps_e": variant.kept and name in KEEPERS,
         "whole_rows": variant.whole_rows,
-        "paired": by_twos(name, variant),
+        "paired": variant.paired,
         "adjacent": variant.adjacent,
         "split": variant.split,
         "large": variant.large,
@@ -79,7 +74,7 @@ def c_function(name: str, variant: Variant) -> tuple[Any, str]:
     if name != "check":  # ``kernel``, with the function of this name as its ``work``
         if pipelined(name, variant):
             work = getattr(_several, f"{name}_pipelined")
-        elif by_twos(name, variant):
+        elif variant.paired:
             work = getattr(_several, f"{name}_by_twos")
         else:
             work = one_by_one(getattr(_kernels, name))

@@ -16,7 +16,7 @@ from fastxent._parallel import available_cpus, get_num_threads
 from fastxent._plan import ITEMSIZE, Variant, make_plan
 from fastxent._validate import STORAGE
 
-# Few classes; many; those of a language model, past the cache; those of pixels, in it and past it.
+# Few classes; some more; many; those of a language model, past the cache; those of pixels, in it and past it.
 _COMMON = ((64, 10), (64, 200), (64, 1000), (4096, 32000), (8, 21, 64, 64), (16, 150, 128, 128))
 
 

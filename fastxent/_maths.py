@@ -36,11 +36,9 @@ from fastxent._across import fold
 from fastxent._elementary import exp_up, log, sech_squared, shift_by, tanh, up
 from fastxent._inlined import INLINE
 from fastxent._loadstore import gather, get, itemsize, load_masked
-from fastxent._rows import multiply_rows, raw_logits, raw_whole, read, row_values, sum_rows, t_step, x_step
+from fastxent._rows import INF, multiply_rows, raw_logits, raw_whole, read, row_values, sum_rows, t_step, x_step
 from fastxent._simd import LANES, WIDE, any_lane, as_numbers, fma, lane, maximum, narrow, splat, where, widen
 from fastxent._task import DIVISOR
-
-INF = float("inf")
 
 # ----------------------------------------------------------------------------------------------------
 # Logits and target weights, a vector at a time

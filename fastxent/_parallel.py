@@ -437,7 +437,7 @@ def check_threads(n: object, name: str) -> int:
 
 def kernel(name: str, variant: Variant = _ANY) -> Kernel:
     """The compiled kernel ``name`` for ``variant``: from memory, from the disk cache, or compiled now."""
-    if variant.paired and name not in PAIRERS:  # one for both
+    if variant.paired and name not in PAIRERS:  # one kernel for both
         variant = variant._replace(paired=False)
     try:
         return _kernels[name, variant]

@@ -193,7 +193,7 @@ def make_plan(
     large = past_caches and (neighbours or whole_rows) and not split
     paired = whole_rows and n_classes <= (MOST_PAIRED_LARGE if large else MOST_PAIRED)
     chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
-    together = 2 if paired else strip
+    together = 2 if paired else strip  # units that belong into one chunk
     chunk = -(-chunk // together) * together
     n_chunks = -(-n_units // chunk)
     planned = (

@@ -35,14 +35,6 @@ INF = float("inf")
 PAGE = 4096
 LATER = 2048  # bytes between short rows that are worked on, one unit at a time, and those that are asked for
 
-
-@njit(**INLINE)
-def next_tile(task, tile):
-    """The tile of a second unit of whole rows, behind that of the first and its stage: elsewhere in its page."""
-    one = 2 * (task.n_classes + LANES) * LANES * itemsize(tile)
-    return tile + ((one + PAGE - 1) // PAGE * PAGE + PAGE // 2)
-
-
 # ----------------------------------------------------------------------------------------------------
 # A unit: the rows that are worked on together, where they lie, and which lanes hold something
 # ----------------------------------------------------------------------------------------------------
@@ -256,6 +248,18 @@ def tile_step(task, unit):
 
 
 @njit(**INLINE)
+def tile_bytes(task, tile):
+    """Of the tile of a unit of whole rows, and of what it is written out by way of, which is behind it."""
+    return (task.n_classes + LANES) * LANES * itemsize(tile)
+
+
+@njit(**INLINE)
+def next_tile(task, tile):
+    """The tile of a second unit of whole rows: behind all that the first one has, and elsewhere in its page."""
+    return tile + ((2 * tile_bytes(task, tile) + PAGE - 1) // PAGE * PAGE + PAGE // 2)
+
+
+@njit(**INLINE)
 def later(task, row):
     """Bytes between the short rows that are worked on, each of ``row`` bytes, and those that are asked for."""
     return LATER + LANES * row if task.paired else LATER
@@ -280,7 +284,7 @@ def flush_rows(task, unit, tile, p, factor, g_y):
     n = count_lanes(unit.rows)
     in_pieces = task.n_classes < SQUARE and not BY_MASK
     staged = in_pieces or n < LANES or (task.large and task.stream != 0 and row == own)
-    stage = as_stored(p, tile + (task.n_classes + LANES) * LANES * itemsize(tile))
+    stage = as_stored(p, tile + tile_bytes(task, tile))
     to, step, lanes, columns = p, row, unit.g_lanes, min(LANES, task.n_classes)
     if staged:  # whole vectors: what a mask has written is slow to be read back
         to, step, lanes, columns = stage, own, iota() * own, max(columns, SQUARE)

@@ -15,9 +15,6 @@ from fastxent.torch._formula import differentiable_backward
 Made = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Options, bool]
 
 
-is_kept = torch._C._autograd._get_current_graph_task_keep_graph  # may there be another backward?
-
-
 class _Eager(torch.autograd.Function):
     """The node of eager mode. Its gradient is no saved tensor: the first backward hands it over."""
 
@@ -42,7 +39,7 @@ class _Eager(torch.autograd.Function):
             if not _is_batched(grad_output):
                 raise
             return grad * grad_output, None
-        ours = not is_kept()
+        ours = not torch._C._autograd._get_current_graph_task_keep_graph()
         if ours:
             ctx.grad = None
         if factor == 1.0:  # kept for another backward, it must not become somebody's .grad, which is added to in place

@@ -80,15 +80,14 @@ def guard(input: Tensor, target: Tensor) -> Callable[[Tensor, Tensor], bool] | N
     return is_like
 
 
-def _is_transforming() -> bool:
-    """(Autocast leaves float32 and float64 alone.)"""
-    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
-
-
 def _is_out_of_the_ordinary() -> bool:
-    """Is somebody tracing or transforming?"""
-    # is_compiling first: Dynamo must not look at the others
-    return torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _is_transforming()
+    """Is somebody tracing or transforming? (Autocast leaves float32 and float64 alone.)"""
+    return (
+        torch.compiler.is_compiling()  # first: Dynamo must not look at the others
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def kind_of(input: Tensor, target: Tensor, options: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -104,7 +103,7 @@ def kind_of(input: Tensor, target: Tensor, options: tuple[Any, ...]) -> tuple[An
 
 def recall(input: Tensor, target: Tensor, options: tuple[Any, ...], inplace: bool) -> Tensor | None:
     """The loss; None where all has to be checked."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:  # in this order: Dynamo must not look at the other
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:  # what a guard does not notice
         return None
     try:
         for call in _Latest.guarded:
@@ -138,7 +137,7 @@ def recall(input: Tensor, target: Tensor, options: tuple[Any, ...], inplace: boo
 
 
 def _look_up(input: Tensor, target: Tensor, options: tuple[Any, ...]) -> Known | None:
-    if _is_transforming():
+    if _is_out_of_the_ordinary():
         return None
     known = known_calls.get(kind_of(input, target, options))
     if known is not None and known is _Latest.looked_up and (is_like := guard(input, target)) is not None:
@@ -150,7 +149,7 @@ def _look_up(input: Tensor, target: Tensor, options: tuple[Any, ...]) -> Known |
 def forget() -> None:
     """All known calls."""
     known_calls.clear()
-    _Latest.guarded = ()
+    _Latest.guarded, _Latest.looked_up = (), None
 
 
 def remember(input: Tensor, target: Tensor, options: Options) -> None:

@@ -322,8 +322,10 @@ def counted() -> Iterator[list[str]]:
         patch.object(_known, "_ready", counting_ready),
     ):
         _known.forget()
-        yield names
-        _known.forget()
+        try:
+            yield names
+        finally:
+            _known.forget()
 
 
 def run_script(code: str, *arguments: str, timeout: float = 300, **environment: str) -> str:
