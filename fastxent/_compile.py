@@ -51,6 +51,7 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "capped": variant.capped,
         "tiled": variant.tiled,
         "keeps_e": variant.kept and name in KEEPERS,
+        "e_in_g": variant.kept and pipelined(name, variant) and variant.large and variant.logits == "f32",
         "whole_rows": variant.whole_rows,
         "paired": variant.paired,
         "adjacent": variant.adjacent,

@@ -4,10 +4,10 @@ from numba import njit
 
 from fastxent._elementary import exp_up
 from fastxent._inlined import INLINE
-from fastxent._loadstore import itemsize, load, put, scatter, stream
+from fastxent._loadstore import itemsize, load, load_masked, put, scatter, store, store_first, stream
 from fastxent._maths import logits, target_weights, through_cap
 from fastxent._rows import g_step, raw_logits, read, tile_step, write, write_out
-from fastxent._simd import LANES, all_lanes, iota, lane, splat, where
+from fastxent._simd import LANES, all_lanes, every_lane, iota, lane, splat, where
 from fastxent._streaming import aligned, look_at_next_row, streams
 
 
@@ -38,12 +38,28 @@ def put_label(task, unit, f):
 
 
 @njit(**INLINE)
+def keep(task, unit, j, e, mask):
+    """exp(x - m), vector j, to where the second trip looks for them: see ``exponentials``."""
+    if task.keeps_e:
+        if task.split:
+            write(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, e, mask)
+        elif task.e_in_g:  # behind its last class is another row's first one
+            store_first(unit.tile + j * tile_step(task, unit), e, mask)
+        else:
+            store(unit.tile + j * tile_step(task, unit), e)
+
+
+@njit(**INLINE)
 def exponentials(task, unit, j, mask, shift, power):
     """exp(x - m), vector j: from where it was kept, or anew."""
     if task.keeps_e:
         if task.split:
             return read(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, mask) * power
-        return load(unit.tile + j * tile_step(task, unit))
+        p = unit.tile + j * tile_step(task, unit)
+        if task.e_in_g:
+            if not every_lane(mask):
+                return load_masked(p, mask)
+        return load(p)
     return exp_up(logits(task, unit, j, mask), shift)
 
 

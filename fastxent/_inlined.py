@@ -5,13 +5,14 @@ without the passes that look for what no kernel has, a kernel takes 3.9 s where 
 """
 
 from llvmlite import binding
-from numba import njit
+from numba import njit, types
 from numba.core.codegen import CPUCodeLibrary
 from numba.core.compiler import CompilerBase
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import PassManager, register_pass
 from numba.core.typed_passes import IRLegalization, NativeLowering, NoPythonBackend, NopythonTypeInference, PreLowerStripPhis
 from numba.core.untyped_passes import FixupArgs, IRProcessing, ReconstructSSA, TranslateByteCode
+from numba.extending import overload
 
 
 def _optimize(module, machine):
@@ -73,3 +74,27 @@ def c_function(function, signature):
     (result,) = dispatcher.overloads.values()
     result.library._ensure_finalized()
     return result.library, result.fndesc.llvm_cfunc_wrapper_name
+
+
+# ----------------------------------------------------------------------------------------------------
+# Functions of kernels with code for what is there only
+# ----------------------------------------------------------------------------------------------------
+
+
+def unless_none(otherwise):
+    """A function of kernels that is ``otherwise`` where its second argument is None: no code is made for what is not there."""
+
+    def decorate(function):
+        def choose(task, there, *more):
+            return otherwise if isinstance(there, types.NoneType) else function
+
+        overload(function, jit_options=INLINE, strict=False)(choose)
+        return function
+
+    return decorate
+
+
+def as_needed(choose):
+    """A function of kernels that is what ``choose`` says, given the task's constants; types may differ."""
+    overload(choose, jit_options=INLINE, strict=False)(lambda task, *more: choose(dict(task.constants)))
+    return choose

@@ -33,7 +33,7 @@ from collections import namedtuple
 from numba import njit
 
 from fastxent._across import fold
-from fastxent._elementary import exp_up, log, sech_squared, shift_by, tanh, up
+from fastxent._elementary import exp_up, log, sech_squared, shift_by, split_exponent, tanh, up
 from fastxent._inlined import INLINE
 from fastxent._loadstore import gather, get, itemsize, load_masked
 from fastxent._rows import INF, multiply_rows, raw_logits, raw_whole, read, row_values, sum_rows, t_step, x_step
@@ -137,6 +137,16 @@ def seen_from(state, m):
     f = exp_up(widen(state.m), shift) / up(shift.base)
     down = where(state.m == -INF, splat(f, 0.0), widen(state.m) - widen(m))
     return State(m, f * state.s, state.q_sum, state.q_dot + state.q_sum * down, f * (state.e_dot + state.s * down))
+
+
+@njit(**INLINE)
+def from_part(task, part_m, m):
+    """What turns exponentials seen from ``part_m``, a number, into those seen from m: a power of two, with which they can be
+    multiplied without rounding, and a factor (float64) near 1."""
+    shift = shift_by(widen(m))
+    f = exp_up(splat(task.w, part_m), shift) / up(shift.base)
+    _, rest = split_exponent(f)
+    return narrow(task.x, f / rest), rest
 
 
 @njit(**INLINE)
@@ -244,8 +254,8 @@ def sum_loss(task, unit, state, y):
 
 # g_c = a e_c - b (q_c / share) and, at y, g_y = scaled(u (Q p_y - q_y)) computed from registers in float64: p_y - 1 cancels,
 # and must not be made from rounded parts. e = exp(x - m), a = scaled(u) Q / s, b = scaled(u) share.
-# h_c = a e_c (1 - p_c), p_c = e_c / s.
-Factors = namedtuple("Factors", "shift power a b inverse_s g_y")
+# h_c = a e_c (1 - p_c), p_c = e_c / s. ``wide_a`` is a in float64, for parts of a row that have each another one.
+Factors = namedtuple("Factors", "shift power a wide_a b inverse_s g_y")
 
 
 @njit(**INLINE)
@@ -276,4 +286,4 @@ def factors(task, unit, state, y, to_row):
     x = task.x
     b = b * share(task)
     g_y = through_cap(task, y.raw_x_y, narrow(x, g_y))
-    return Factors(shift, power, narrow(x, a), narrow(x, b), narrow(x, inverse_s), g_y)
+    return Factors(shift, power, narrow(x, a), a, narrow(x, b), narrow(x, inverse_s), g_y)

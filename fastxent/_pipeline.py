@@ -1,23 +1,27 @@
 """Long rows in a pipeline: while a row's exponentials are made, the gradient of the one before is written, and the maximum of
-the next one found.
+what comes next is found.
 
 One after the other, reading and writing wait for the memory, and exponentials for the arithmetic; side by side, both are busy
 all the time. A row's exponentials take the place of those of the row before, which are read just before that: so one tile does.
+
+Past the cache, rows of very many classes are worked on in parts, of which part k is seen from m_k, the largest logit up to its
+end: then its logits, read for m_k, are in the second-level cache still when its exponentials are made. When m, that of the row,
+is known, a exp(m_k - m) is the factor of part k where a was: see ``Factors``.
 """
 
 from collections import namedtuple
 
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 
 from fastxent._across import max_across, max_of_halves, repeat
 from fastxent._elementary import shift_by
-from fastxent._gradient import gradient_vector, put_label
-from fastxent._inlined import INLINE
-from fastxent._loadstore import store, stream
-from fastxent._maths import INF, Factors, vector_max, whole_logits
+from fastxent._gradient import exponentials, gradient_vector, keep, put_label
+from fastxent._inlined import INLINE, unless_none
+from fastxent._loadstore import get, put, scratch, store, stream
+from fastxent._maths import INF, Factors, from_part, vector_max, whole_logits
+from fastxent._plan import MOST_KEPT
 from fastxent._rows import g_step, write
-from fastxent._simd import LANES, WIDE, all_lanes, first_lanes, iota, lane, maximum, splat, where
+from fastxent._simd import LANES, WIDE, all_lanes, first_lanes, iota, lane, maximum, splat, where, widen
 from fastxent._streaming import aligned, look_further, streams
 
 GROUP = 8  # vectors whose float32 terms are added up before they go to the float64 totals
@@ -25,11 +29,15 @@ AT_A_TIME = GROUP if WIDE else 2  # vectors whose exponentials are made beside e
 # Vectors between the gradient that is written and the logits that are read at the same time. Rows are often 4 KB apart, or a
 # multiple of that; and a load waits for a store that is 4 KB away, for all that a processor looks at is the address in a page.
 LEAD = 2 * GROUP if WIDE else GROUP
+SMALL = 2.0**-60  # a factor is 2^-24 and less: times that, and the weight of a row, it is far from 2^-126
+
+PART = 1024  # vectors of a part, or somewhat more: 64 KB of logits
+VECTORS_OF_NUMBERS = MOST_KEPT // PART // LANES  # that hold a number for each part
 
 Pipeline = namedtuple("Pipeline", "ahead behind")
 Ahead = namedtuple("Ahead", "unit start stop")  # vectors that are read next
-# A row whose gradient is still to be written, some vectors together: its part where g is aligned; how many vectors; the target
-# class, counted from where that part begins, and the first of the vectors that are written together with its own.
+# A row, or a part of it, whose gradient is still to be written, some vectors together: the row from where g is aligned on; up
+# to which vector; the target class, counted from there, and the first of the vectors that are written together with its own.
 Behind = namedtuple("Behind", "unit f stop y y_at")
 
 
@@ -37,19 +45,6 @@ Behind = namedtuple("Behind", "unit f stop y y_at")
 def together(task):
     """Vectors that are worked on between looks at what is ahead and behind: fewer for a gradient, which does more."""
     return AT_A_TIME if WIDE or task.keeps_e or not task.across else 2 * AT_A_TIME
-
-
-def unless_none(otherwise):
-    """A function of kernels that is ``otherwise`` where its second argument is None: no code is made for what is not there."""
-
-    def decorate(function):
-        def choose(task, there, *more):
-            return otherwise if isinstance(there, types.NoneType) else function
-
-        overload(function, jit_options=INLINE, strict=False)(choose)
-        return function
-
-    return decorate
 
 
 @unless_none(otherwise=lambda task, pipeline, top, start, j: top)
@@ -127,6 +122,55 @@ def max_of(task, ahead):
 
 
 # ----------------------------------------------------------------------------------------------------
+# The parts of a row
+# ----------------------------------------------------------------------------------------------------
+
+
+@njit(**INLINE)
+def count_parts(task):
+    return max(1, task.n_vectors // PART) if task.large else 1
+
+
+@njit(**INLINE)
+def part_length(task):
+    """Vectors of a part, but the last, which has a few less."""
+    n = count_parts(task)
+    return ((task.n_vectors + n - 1) // n + GROUP - 1) // GROUP * GROUP
+
+
+@njit(**INLINE)
+def part_numbers(task):
+    """Memory for a number for each part: m_k, until the row is behind; then its factor."""
+    return scratch(splat(task.w, 0.0), VECTORS_OF_NUMBERS)
+
+
+@njit(**INLINE)
+def to_factors(task, unit, f, m, parts):
+    """The parts' factors, in place of their maxima. If exp(m_k - m) is so small that a factor would lose digits in float32, the
+    part's exponentials are made smaller instead."""
+    n_parts, length = count_parts(task), part_length(task)
+    if n_parts == 1:
+        put(parts, 0, lane(f.wide_a, 0))
+        return
+    for k in range(n_parts):
+        power, rest = from_part(task, get(parts, 8 * k), m)
+        if lane(power, 0) < SMALL:
+            for j in range(k * length, min((k + 1) * length, unit.stop)):
+                mask = all_lanes() if j < unit.full else unit.reads
+                keep(task, unit, j, exponentials(task, unit, j, mask, f.shift, power) * power, mask)
+        else:
+            rest = rest * widen(power)
+        put(parts, 8 * k, lane(f.wide_a * rest, 0))
+
+
+@njit(**INLINE)
+def factors_of_part(f, parts, k):
+    """Each is a number, and takes one register then."""
+    a, b, g_y = splat(f.a, get(parts, 8 * k)), splat(f.b, lane(f.b, 0)), splat(f.g_y, lane(f.g_y, 0))
+    return Factors(f.shift, f.power, a, f.wide_a, b, f.inverse_s, g_y)
+
+
+# ----------------------------------------------------------------------------------------------------
 # Behind: the gradient
 # ----------------------------------------------------------------------------------------------------
 
@@ -135,20 +179,23 @@ def max_of(task, ahead):
 def nothing_behind(task, unit):
     """Before the first row."""
     zero = splat(task.x, 0.0)
-    return Behind(unit, Factors(shift_by(zero), zero, zero, zero, zero, zero), 0, -1, -1)
+    return Behind(unit, Factors(shift_by(zero), zero, zero, splat(task.w, 0.0), zero, zero, zero), 0, -1, -1)
 
 
 @njit(**INLINE)
-def follow(task, unit, f):
-    """The row is behind now. Its ends, which may share lines with other rows, and its first vectors are written."""
+def follow(task, unit, f, m, parts):
+    """The row is behind now. Its ends, which may share lines with other rows, are written."""
+    to_factors(task, unit, f, m, parts)
     head, body, n_whole, tail = first_lanes(0), unit, unit.full, unit.writes
     if streams(task, unit):
         head, body, n_whole, tail = aligned(task, unit)
     stop = n_whole // AT_A_TIME * AT_A_TIME
-    write(task, task.g + unit.g, unit.g_lanes, gradient_vector(task, unit, 0, head, f), head)
+    g = gradient_vector(task, unit, 0, head, factors_of_part(f, parts, 0))
+    write(task, task.g + unit.g, unit.g_lanes, g, head)
+    f_last = factors_of_part(f, parts, count_parts(task) - 1)
     for j in range(stop, n_whole + 1):
         mask = all_lanes() if j < n_whole else tail
-        g = gradient_vector(task, body, j, mask, f)
+        g = gradient_vector(task, body, j, mask, f_last)
         write(task, task.g + (body.g + j * g_step(task)), unit.g_lanes, g, mask)
     y, y_at = -1, -1
     if task.labelled:
@@ -157,18 +204,28 @@ def follow(task, unit, f):
             y_at = y // (AT_A_TIME * LANES) * AT_A_TIME
         else:
             put_label(task, unit, f)
-    behind = Behind(body, one_number_each(f), stop, y, y_at)
-    for j in range(-LEAD, 0, AT_A_TIME):
-        write_behind(task, behind, j)
-    return behind
+    return Behind(body, f, stop, y, y_at)
 
 
 @njit(**INLINE)
-def one_number_each(f):
-    """The factors of one row, each of which then takes one register."""
-    return Factors(
-        f.shift, f.power, splat(f.a, lane(f.a, 0)), splat(f.b, lane(f.b, 0)), f.inverse_s, splat(f.g_y, lane(f.g_y, 0))
-    )
+def part_of(task, row, parts, k):
+    """Part k of the row behind. Its first vectors are written, and its last ones, in which the next part may begin."""
+    length = part_length(task)
+    start = k * length
+    stop = min(start + length, row.stop)
+    f = factors_of_part(row.f, parts, k)
+    if stop < row.stop:
+        stop -= AT_A_TIME
+        f_next, border = factors_of_part(row.f, parts, k + 1), (start + length) * LANES - row.unit.first
+        for j in range(stop, stop + AT_A_TIME):
+            g = gradient_vector(task, row.unit, j, all_lanes(), f)
+            g_next = gradient_vector(task, row.unit, j, all_lanes(), f_next)
+            c = iota() + j * LANES
+            put_whole(task, row.unit, j, where(c == row.y, row.f.g_y, where(c < border, g, g_next)))
+    behind = Behind(row.unit, f, stop, row.y, row.y_at)
+    for j in range(start - LEAD, start, AT_A_TIME):
+        write_behind(task, behind, j)
+    return behind
 
 
 @unless_none(otherwise=lambda task, behind, j: None)
@@ -188,11 +245,16 @@ def put_behind(task, behind, at, holds_y):
         g = gradient_vector(task, behind.unit, j, all_lanes(), behind.f)
         if holds_y:
             g = where(iota() + j * LANES == behind.y, behind.f.g_y, g)
-        p = task.g + (behind.unit.g + j * g_step(task))
-        if streams(task, behind.unit):
-            stream(p, g)
-        else:
-            store(p, g)
+        put_whole(task, behind.unit, j, g)
+
+
+@njit(**INLINE)
+def put_whole(task, unit, j, g):
+    p = task.g + (unit.g + j * g_step(task))
+    if streams(task, unit):
+        stream(p, g)
+    else:
+        store(p, g)
 
 
 @unless_none(otherwise=lambda task, behind, start: None)

@@ -8,11 +8,10 @@ stored there unrounded. Of a row that is not split, all that is here is what ``_
 from numba import njit
 
 from fastxent._across import max_across, sum_across
-from fastxent._elementary import exp_up, shift_by, split_exponent, up
 from fastxent._gradient import holds_label
 from fastxent._inlined import INLINE
 from fastxent._loadstore import gather, get, put
-from fastxent._maths import INF, Label, State, label, seen_from
+from fastxent._maths import INF, Label, State, from_part, label, seen_from
 from fastxent._rows import locate
 from fastxent._simd import LANES, any_lane, first_lanes, iota, lane, maximum, narrow, splat, where, widen
 from fastxent._statistics import span_state
@@ -64,15 +63,10 @@ def row_state(task, unit, number):
 
 @njit(**INLINE)
 def to_row(task, number, state):
-    """What turns the exponentials that a segment has kept into those for the row's maximum: a power of two, with which they can
-    be multiplied without rounding, and a factor (float64) near 1."""
-    one = splat(task.w, 1.0)
+    """What turns the exponentials that a segment has kept into those for the row's maximum: see ``from_part``."""
     if task.split and task.keeps_e:
-        shift = shift_by(widen(state.m))
-        f = exp_up(splat(task.w, get(task.segments, LINE * number)), shift) / up(shift.base)
-        _, rest = split_exponent(f)
-        return narrow(task.x, f / rest), rest
-    return narrow(task.x, one), one
+        return from_part(task, get(task.segments, LINE * number), state.m)
+    return splat(task.x, 1.0), splat(task.w, 1.0)
 
 
 @njit(**INLINE)

@@ -9,11 +9,23 @@ from numba import njit
 from fastxent._gradient import write_gradient
 from fastxent._inlined import INLINE
 from fastxent._kernels import deliver_loss, deliver_no_loss
+from fastxent._loadstore import put
 from fastxent._maths import factors, joined, label, of_none, raised
-from fastxent._pipeline import Ahead, Pipeline, finish_behind, follow, max_of, nothing_behind
+from fastxent._pipeline import (
+    Ahead,
+    Pipeline,
+    count_parts,
+    finish_behind,
+    follow,
+    max_of,
+    nothing_behind,
+    part_length,
+    part_numbers,
+    part_of,
+)
 from fastxent._rows import flush, locate, next_tile, of_no_row, unchanged
 from fastxent._segments import to_row
-from fastxent._simd import any_lane, splat
+from fastxent._simd import any_lane, lane, splat, widen
 from fastxent._statistics import span_state, state_of
 from fastxent._streaming import block_length, look_at_border, write_zeros
 from fastxent._walk import NOTHING_SO_FAR, plus, value_of
@@ -119,19 +131,30 @@ def value_pipelined(task, tile, first, stop):
 
 @njit(**INLINE)
 def value_and_grad_pipelined(task, tile, first, stop):
-    """Loss and gradient, row by row."""
+    """Loss and gradient, part by part; behind is the same part of the row before."""
     so_far = NOTHING_SO_FAR
+    n_parts, length, parts = count_parts(task), part_length(task), part_numbers(task)
     number, unit = next_kept(task, tile, first, stop)
-    m = max_of(task, Ahead(unit, 0, unit.stop if number < stop else 0))
-    behind = nothing_behind(task, unit)
+    m = max_of(task, Ahead(unit, 0, min(unit.stop, length) if number < stop else 0))
+    row = nothing_behind(task, unit)
     while number < stop:
         next_number, next_unit = next_kept(task, tile, number + 1, stop)
-        ahead = Ahead(next_unit, 0, unit.stop if next_number < stop else 0)
         look_at_border(task, unit)
-        y = label(task, unit)
-        state, m = state_of(task, unit, 0, unit.stop, splat(task.x, m), Pipeline(ahead, behind))
+        y, state = label(task, unit), of_none(task, splat(task.x, m))
+        for k in range(n_parts):
+            at, end = k * length, min(unit.stop, (k + 1) * length)
+            ahead = Ahead(next_unit, 0, min(unit.stop, length) if next_number < stop else 0)
+            if end < unit.stop:
+                ahead = Ahead(unit, end, min(unit.stop, end + length))
+            behind = part_of(task, row, parts, k)
+            state = raised(state, splat(task.x, m))
+            put(parts, 8 * k, lane(widen(state.m), 0))
+            part, m = state_of(task, unit, at, end, state.m, Pipeline(ahead, behind))
+            state = joined(state, part)
         so_far = plus(task, so_far, *deliver_loss(task, unit, state, y))
-        behind = follow(task, unit, factors(task, unit, state, y, to_row(task, number, state)))
+        row = follow(task, unit, factors(task, unit, state, y, to_row(task, number, state)), state.m, parts)
         number, unit = next_number, next_unit
-    finish_behind(task, behind, 0)
+    if row.stop > 0:
+        for k in range(n_parts):
+            finish_behind(task, part_of(task, row, parts, k), k * length)
     return value_of(task, so_far)

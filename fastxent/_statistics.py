@@ -1,11 +1,11 @@
 """First trip through a unit's vectors: its statistics. The formulas are those of ``_maths``."""
 
 from numba import njit
-from numba.extending import overload
 
 from fastxent._across import add_halves, beside, max_across, repeat, sum_across
 from fastxent._elementary import Shift, exp_of, exp_up, reduce, shift_by
-from fastxent._inlined import INLINE
+from fastxent._gradient import keep
+from fastxent._inlined import INLINE, as_needed
 from fastxent._loadstore import itemsize, load, scratch, store, store_apart
 from fastxent._maths import (
     INF,
@@ -20,21 +20,11 @@ from fastxent._maths import (
     whole_logits,
 )
 from fastxent._pipeline import GROUP, alongside, nothing_seen, rest, together
-from fastxent._rows import g_step, tile_step, write
+from fastxent._rows import g_step, tile_step
 from fastxent._simd import LANES, WIDE, all_lanes, any_lane, splat, where, widen
 from fastxent._streaming import block_length, look_ahead
 
 HALVES = 128  # vectors of scratch for what is halfway to its exponential, where the registers are few
-
-
-@njit(**INLINE)
-def keep(task, unit, j, e, mask):
-    """The exponentials of vector j, to where the second trip looks for them."""
-    if task.keeps_e:
-        if task.split:
-            write(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, e, mask)
-        else:
-            store(unit.tile + j * tile_step(task, unit), e)
 
 
 @njit(**INLINE)
@@ -105,12 +95,6 @@ def add(total, lost, x):
 def whole(total, lost):
     """The sum; of an inf or nan nothing was lost, and inf - inf is nan."""
     return total + lost if lost == lost else total
-
-
-def as_needed(choose):
-    """A function of kernels that is what ``choose`` says, given the task's constants; types may differ."""
-    overload(choose, jit_options=INLINE, strict=False)(lambda task, x: choose(dict(task.constants)))
-    return choose
 
 
 @as_needed
