@@ -119,6 +119,41 @@ def test_in_a_pipeline_a_nan_spoils_its_own_row(all_is_large):
         np.testing.assert_array_equal(g[others], want_g[others])
 
 
+@pytest.mark.parametrize("option", ["index", "ignore smoothing", "probabilities weight"])
+def test_parts_of_a_very_long_row(option, all_is_large):
+    """50,001 classes are three parts, each with a maximum of its own: it rises, falls, is far below, or is -inf; and targets
+    around the ends of a part, before which the gradient is in the same vector as after it."""
+    case = make_case(FLOAT32, (64, 50_001), option)
+    logits, target = case.logits, case.target
+    part = 16 * 1048
+    logits[1] += np.linspace(0, 60, 50_001, dtype=np.float32)
+    logits[2] -= np.linspace(0, 300, 50_001, dtype=np.float32)
+    logits[3, :part] -= 75
+    logits[4, part : 2 * part] -= 900
+    logits[5, 2 * part :] += 95
+    if option == "index":
+        logits[6, : part + 7] = logits[7, -part:] = -np.inf
+    if target.ndim == 1:
+        target[8:40] = np.arange(part - 16, part + 16)
+        target[40:56] = 2 * part - np.arange(16)
+        target[7] = target[62] = 0
+        target[6] = target[63] = 50_000
+    truth, theirs = make_truth(case, "mean"), run_torch(case, "mean")
+    in_place = logits.copy()
+    fx.cross_entropy_value_and_grad(in_place, target, out=in_place, **case.options)
+    losses, gradients = Budget(), Budget()
+    for offset in (0, 1, 15):
+        out, memory = aligned(logits.shape, FLOAT32, offset)
+        loss, _ = fx.cross_entropy_value_and_grad(logits, target, out=out, **case.options)
+        losses.add(loss, truth.loss, theirs[0], truth.loss_scale, (option, offset))
+        gradients.add(out, truth.grad, theirs[1], truth.grad_scale, (option, offset))
+        np.testing.assert_array_equal(out, in_place)
+        out[...] = 7
+        assert (memory == 7).all(), "written past the gradient"
+    losses.check()
+    gradients.check()
+
+
 @pytest.mark.parametrize("n_classes", [20, 300])
 @pytest.mark.parametrize("dtype", EVERYDAY_DTYPES, ids=str)
 def test_neighbours_are_rows(dtype, n_classes, all_is_large):
