@@ -20,7 +20,7 @@ from fastxent._inlined import INLINE, unless_none
 from fastxent._loadstore import get, put, scratch, store, stream
 from fastxent._maths import INF, Factors, from_part, vector_max, whole_logits
 from fastxent._plan import MOST_KEPT
-from fastxent._rows import g_step, write
+from fastxent._rows import from_class, g_step, write
 from fastxent._simd import LANES, WIDE, all_lanes, first_lanes, iota, lane, maximum, splat, where, widen
 from fastxent._streaming import aligned, look_further, streams
 
@@ -34,8 +34,7 @@ SMALL = 2.0**-60  # a factor is 2^-24 and less: times that, and the weight of a 
 PART = 1024  # vectors of a part, or somewhat more: 64 KB of logits
 VECTORS_OF_NUMBERS = MOST_KEPT // PART // LANES  # that hold a number for each part
 
-Pipeline = namedtuple("Pipeline", "ahead behind")
-Ahead = namedtuple("Ahead", "unit start stop")  # vectors that are read next
+Pipeline = namedtuple("Pipeline", "ahead behind")  # a unit, that is read next; and:
 # A row, or a part of it, whose gradient is still to be written, some vectors together: the row from where g is aligned on; up
 # to which vector; the target class, counted from there, and the first of the vectors that are written together with its own.
 Behind = namedtuple("Behind", "unit f stop y y_at")
@@ -47,18 +46,18 @@ def together(task):
     return AT_A_TIME if WIDE or task.keeps_e or not task.across else 2 * AT_A_TIME
 
 
-@unless_none(otherwise=lambda task, pipeline, top, start, j: top)
-def alongside(task, pipeline, top, start, j):
-    """What is done beside the exponentials of vectors j, ..., the first of which is ``start``; the maximum ahead, so far."""
+@unless_none(otherwise=lambda task, pipeline, top, j: top)
+def alongside(task, pipeline, top, j):
+    """What is done beside the exponentials of vectors j, ...; the maximum ahead, so far."""
     write_behind(task, pipeline.behind, j)
-    return look_ahead_at(task, pipeline.ahead, top, j - start)
+    return look_ahead_at(task, pipeline.ahead, top, j)
 
 
-@unless_none(otherwise=lambda task, pipeline, top, start, stop: top)
-def rest(task, pipeline, top, start, stop):
-    """What is left to do if ``alongside`` was called for vectors ``start`` ... ``stop - 1``; the maximum ahead."""
+@unless_none(otherwise=lambda task, pipeline, top, stop: top)
+def rest(task, pipeline, top, stop):
+    """What is left to do if ``alongside`` was called for all vectors below ``stop``; the maximum ahead."""
     finish_behind(task, pipeline.behind, stop)
-    return max_ahead(task, pipeline.ahead, top, stop - start)
+    return max_ahead(task, pipeline.ahead, top, stop)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -87,13 +86,12 @@ def nothing_seen(task):
 
 
 @njit(**INLINE)
-def look_ahead_at(task, ahead, top, k):
-    """The maximum so far, and that of vectors k, ... ahead, if they are whole."""
-    at = ahead.start + k
-    if at + together(task) <= min(ahead.stop, ahead.unit.full):
-        top = max_of_some(task, ahead.unit, at, top)
+def look_ahead_at(task, ahead, top, j):
+    """The maximum so far, and that of vectors j, ... ahead, if they are whole."""
+    if j + together(task) <= ahead.full:
+        top = max_of_some(task, ahead, j, top)
         if together(task) > AT_A_TIME:
-            top = max_of_some(task, ahead.unit, at + AT_A_TIME, top)
+            top = max_of_some(task, ahead, j + AT_A_TIME, top)
     return top
 
 
@@ -107,11 +105,10 @@ def max_of_some(task, unit, at, top):
 
 
 @njit(**INLINE)
-def max_ahead(task, ahead, top, k):
-    """The maximum over all that is ahead, a number; ``top`` is that of what ``look_ahead_at`` could look at below vector k."""
-    n_whole = max(ahead.start, min(ahead.stop, ahead.unit.full)) - ahead.start
-    seen = min(k, n_whole // together(task) * together(task))
-    m = maximum(from_register(top), vector_max(task, ahead.unit, ahead.start + seen, ahead.stop))
+def max_ahead(task, ahead, top, j):
+    """The maximum over all that is ahead, a number; ``top`` is that of what ``look_ahead_at`` could look at below vector j."""
+    seen = min(j, ahead.full // together(task) * together(task))
+    m = maximum(from_register(top), vector_max(task, ahead, seen, ahead.stop))
     return lane(max_across(m), 0)
 
 
@@ -127,15 +124,16 @@ def max_of(task, ahead):
 
 
 @njit(**INLINE)
-def count_parts(task):
-    return max(1, task.n_vectors // PART) if task.large else 1
+def parts_of_row(task):
+    """How many parts a row has; vectors of each but the last, which may have less."""
+    n = max(1, task.n_vectors // PART) if task.large else 1
+    return n, ((task.n_vectors + n - 1) // n + GROUP - 1) // GROUP * GROUP
 
 
 @njit(**INLINE)
-def part_length(task):
-    """Vectors of a part, but the last, which has a few less."""
-    n = count_parts(task)
-    return ((task.n_vectors + n - 1) // n + GROUP - 1) // GROUP * GROUP
+def part_of_row(task, unit, k, length):
+    """Part k of a row, as a unit. (Counted from its beginning all vectors of the pipeline have the same number.)"""
+    return from_class(task, unit, k * length * LANES, min(length, unit.stop - k * length))
 
 
 @njit(**INLINE)
@@ -148,16 +146,17 @@ def part_numbers(task):
 def to_factors(task, unit, f, m, parts):
     """The parts' factors, in place of their maxima. If exp(m_k - m) is so small that a factor would lose digits in float32, the
     part's exponentials are made smaller instead."""
-    n_parts, length = count_parts(task), part_length(task)
+    n_parts, length = parts_of_row(task)
     if n_parts == 1:
         put(parts, 0, lane(f.wide_a, 0))
         return
     for k in range(n_parts):
         power, rest = from_part(task, get(parts, 8 * k), m)
         if lane(power, 0) < SMALL:
-            for j in range(k * length, min((k + 1) * length, unit.stop)):
-                mask = all_lanes() if j < unit.full else unit.reads
-                keep(task, unit, j, exponentials(task, unit, j, mask, f.shift, power) * power, mask)
+            part = part_of_row(task, unit, k, length)
+            for j in range(part.stop):
+                mask = all_lanes() if j < part.full else part.reads
+                keep(task, part, j, exponentials(task, part, j, mask, f.shift, power) * power, mask)
         else:
             rest = rest * widen(power)
         put(parts, 8 * k, lane(f.wide_a * rest, 0))
@@ -192,7 +191,8 @@ def follow(task, unit, f, m, parts):
     stop = n_whole // AT_A_TIME * AT_A_TIME
     g = gradient_vector(task, unit, 0, head, factors_of_part(f, parts, 0))
     write(task, task.g + unit.g, unit.g_lanes, g, head)
-    f_last = factors_of_part(f, parts, count_parts(task) - 1)
+    n_parts, _ = parts_of_row(task)
+    f_last = factors_of_part(f, parts, n_parts - 1)
     for j in range(stop, n_whole + 1):
         mask = all_lanes() if j < n_whole else tail
         g = gradient_vector(task, body, j, mask, f_last)
@@ -208,22 +208,19 @@ def follow(task, unit, f, m, parts):
 
 
 @njit(**INLINE)
-def part_of(task, row, parts, k):
+def part_behind(task, row, parts, k, length):
     """Part k of the row behind. Its first vectors are written, and its last ones, in which the next part may begin."""
-    length = part_length(task)
-    start = k * length
-    stop = min(start + length, row.stop)
-    f = factors_of_part(row.f, parts, k)
-    if stop < row.stop:
+    at, stop = k * length, min(length, row.stop - k * length)
+    unit, f, y = from_class(task, row.unit, at * LANES, stop), factors_of_part(row.f, parts, k), row.y - at * LANES
+    if at + length < row.stop:
         stop -= AT_A_TIME
-        f_next, border = factors_of_part(row.f, parts, k + 1), (start + length) * LANES - row.unit.first
+        f_next, border = factors_of_part(row.f, parts, k + 1), length * LANES - row.unit.first
         for j in range(stop, stop + AT_A_TIME):
-            g = gradient_vector(task, row.unit, j, all_lanes(), f)
-            g_next = gradient_vector(task, row.unit, j, all_lanes(), f_next)
+            g, g_next = gradient_vector(task, unit, j, all_lanes(), f), gradient_vector(task, unit, j, all_lanes(), f_next)
             c = iota() + j * LANES
-            put_whole(task, row.unit, j, where(c == row.y, row.f.g_y, where(c < border, g, g_next)))
-    behind = Behind(row.unit, f, stop, row.y, row.y_at)
-    for j in range(start - LEAD, start, AT_A_TIME):
+            put_whole(task, unit, j, where(c == y, f.g_y, where(c < border, g, g_next)))
+    behind = Behind(unit, f, stop, y, row.y_at - at)
+    for j in range(-LEAD, 0, AT_A_TIME):
         write_behind(task, behind, j)
     return behind
 

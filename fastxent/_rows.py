@@ -151,12 +151,15 @@ def t_step(task):
 
 
 @njit(**INLINE)
-def from_class(task, unit, first):
-    """The part of a row that begins with class ``first``, whose vectors are all whole or masked by the caller."""
+def from_class(task, unit, c, stop):
+    """The part of a row, or of a part of it, that begins with its class c: ``stop`` vectors. The masks are right if c is a
+    multiple of 16; else the last vector of a row is for the caller to mask."""
+    first = unit.first + c
     return Unit(
-        unit.x + first * itemsize(task.x), unit.g + first * itemsize(task.g), unit.t + first * itemsize(task.t), first,
+        unit.x + c * itemsize(task.x), unit.g + c * itemsize(task.g), unit.t + c * itemsize(task.t), first,
         unit.x_lanes, unit.g_lanes, unit.t_lanes, unit.row, unit.row_lanes, unit.y,
-        unit.tile + first * itemsize(unit.tile), unit.m, 0, unit.rows, unit.kept, 0, 0, 0, unit.reads, unit.writes,
+        unit.tile + c * itemsize(unit.tile), unit.m, 0, unit.rows, unit.kept,
+        0, stop, min(stop, (task.n_classes - first) // LANES), unit.reads, unit.writes,
     )  # fmt: skip
 
 

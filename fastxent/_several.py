@@ -12,16 +12,15 @@ from fastxent._kernels import deliver_loss, deliver_no_loss
 from fastxent._loadstore import put
 from fastxent._maths import factors, joined, label, of_none, raised
 from fastxent._pipeline import (
-    Ahead,
     Pipeline,
-    count_parts,
     finish_behind,
     follow,
     max_of,
     nothing_behind,
-    part_length,
+    part_behind,
     part_numbers,
-    part_of,
+    part_of_row,
+    parts_of_row,
 )
 from fastxent._rows import flush, locate, next_tile, of_no_row, unchanged
 from fastxent._segments import to_row
@@ -95,7 +94,8 @@ def value_and_grad_by_twos(task, tile, first, stop):
 
 @njit(**INLINE)
 def next_kept(task, tile, number, stop):
-    """The first row from ``number`` on that is not ignored, as number and unit; what is to be done for those before is done."""
+    """The first row from ``number`` on that is not ignored, as number and unit; what is to be done for those before is done.
+    If there is none, the unit is of no class."""
     unit = locate(task, tile, min(number, stop - 1))
     while number < stop and not any_lane(unit.kept):
         deliver_no_loss(task, unit)
@@ -103,27 +103,31 @@ def next_kept(task, tile, number, stop):
             write_zeros(task, unit)
         number += 1
         unit = locate(task, tile, min(number, stop - 1))
-    return number, unit
+    return number, unit if number < stop else of_no_row(unit)
+
+
+@njit(**INLINE)
+def part_ahead(task, unit, k, n_parts, length, next_unit):
+    """What is read after part k - 1 of a row: its part k, or the first one of the next row."""
+    return part_of_row(task, unit, k, length) if k < n_parts else part_of_row(task, next_unit, 0, length)
 
 
 @njit(**INLINE)
 def value_pipelined(task, tile, first, stop):
-    """Loss, block by block; ahead is the next block, be it of the next row."""
+    """Loss, block by block."""
     so_far = NOTHING_SO_FAR
     length = block_length(task)
+    n_blocks = (task.n_vectors + length - 1) // length
     number, unit = next_kept(task, tile, first, stop)
-    m = max_of(task, Ahead(unit, 0, min(unit.stop, length) if number < stop else 0))
+    m = max_of(task, part_of_row(task, unit, 0, length))
     while number < stop:
         next_number, next_unit = next_kept(task, tile, number + 1, stop)
         state = of_none(task, splat(task.x, m))
-        for at in range(0, unit.stop, length):
-            end = min(unit.stop, at + length)
-            ahead = Ahead(next_unit, 0, min(unit.stop, length) if next_number < stop else 0)
-            if end < unit.stop:
-                ahead = Ahead(unit, end, min(unit.stop, end + length))
+        for k in range(n_blocks):
+            block, ahead = part_of_row(task, unit, k, length), part_ahead(task, unit, k + 1, n_blocks, length, next_unit)
             state = raised(state, splat(task.x, m))
-            block, m = state_of(task, unit, at, end, state.m, Pipeline(ahead, None))
-            state = joined(state, block)
+            more, m = state_of(task, block, 0, block.stop, state.m, Pipeline(ahead, None))
+            state = joined(state, more)
         so_far = plus(task, so_far, *deliver_loss(task, unit, state, label(task, unit)))
         number, unit = next_number, next_unit
     return value_of(task, so_far)
@@ -133,28 +137,25 @@ def value_pipelined(task, tile, first, stop):
 def value_and_grad_pipelined(task, tile, first, stop):
     """Loss and gradient, part by part; behind is the same part of the row before."""
     so_far = NOTHING_SO_FAR
-    n_parts, length, parts = count_parts(task), part_length(task), part_numbers(task)
+    (n_parts, length), parts = parts_of_row(task), part_numbers(task)
     number, unit = next_kept(task, tile, first, stop)
-    m = max_of(task, Ahead(unit, 0, min(unit.stop, length) if number < stop else 0))
+    m = max_of(task, part_of_row(task, unit, 0, length))
     row = nothing_behind(task, unit)
     while number < stop:
         next_number, next_unit = next_kept(task, tile, number + 1, stop)
         look_at_border(task, unit)
         y, state = label(task, unit), of_none(task, splat(task.x, m))
         for k in range(n_parts):
-            at, end = k * length, min(unit.stop, (k + 1) * length)
-            ahead = Ahead(next_unit, 0, min(unit.stop, length) if next_number < stop else 0)
-            if end < unit.stop:
-                ahead = Ahead(unit, end, min(unit.stop, end + length))
-            behind = part_of(task, row, parts, k)
+            part, ahead = part_of_row(task, unit, k, length), part_ahead(task, unit, k + 1, n_parts, length, next_unit)
+            behind = part_behind(task, row, parts, k, length)
             state = raised(state, splat(task.x, m))
             put(parts, 8 * k, lane(widen(state.m), 0))
-            part, m = state_of(task, unit, at, end, state.m, Pipeline(ahead, behind))
-            state = joined(state, part)
+            more, m = state_of(task, part, 0, part.stop, state.m, Pipeline(ahead, behind))
+            state = joined(state, more)
         so_far = plus(task, so_far, *deliver_loss(task, unit, state, y))
         row = follow(task, unit, factors(task, unit, state, y, to_row(task, number, state)), state.m, parts)
         number, unit = next_number, next_unit
     if row.stop > 0:
         for k in range(n_parts):
-            finish_behind(task, part_of(task, row, parts, k), k * length)
+            finish_behind(task, part_behind(task, row, parts, k, length), 0)
     return value_of(task, so_far)

@@ -141,7 +141,7 @@ def wide_groups(task, unit, start, stop, m, shift, totals, pipeline):
     """The totals, with those of vectors start ... stop - 1, a multiple of eight; and the maximum ahead."""
     top = nothing_seen(task)
     for j in range(start, stop, GROUP):
-        top = alongside(task, pipeline, top, start, j)
+        top = alongside(task, pipeline, top, j)
         totals = add_sums(task, totals, eight(task, unit, j, m, shift))
     return totals, top
 
@@ -180,12 +180,12 @@ def pair(task, unit, j, m, r, power):
 
 
 @njit(**INLINE)
-def narrow_group(task, unit, start, first, end, m, r, power, totals, top, pipeline):
+def narrow_group(task, unit, first, end, m, r, power, totals, top, pipeline):
     """The totals, with those of vectors first ... end - 1, of which the first halves are done; and the maximum ahead."""
     nothing = splat(m, 0.0)
     sums = nothing, nothing, nothing, nothing
     for j in range(first, end, together(task)):  # sums of pairs lose fewer digits than a sum of all in a row
-        top = alongside(task, pipeline, top, start, j)
+        top = alongside(task, pipeline, top, j)
         at = (j - first) * LANES * itemsize(r)
         sums = both(sums, pair(task, unit, j, m, r + at, power + at))
         if together(task) > 2:
@@ -212,11 +212,11 @@ def narrow_groups(task, unit, start, stop, m, shift, totals, pipeline):
             at = (j - begin) * vector
             first_half(task, unit, j, shift, r + at, power + at)
         if task.across:  # the lanes' rounding errors make up for each other
-            totals, top = narrow_group(task, unit, start, begin, end, m, r, power, totals, top, pipeline)
+            totals, top = narrow_group(task, unit, begin, end, m, r, power, totals, top, pipeline)
         else:
             for first in range(begin, end, GROUP):
                 at, last = (first - begin) * vector, min(first + GROUP, end)
-                totals, top = narrow_group(task, unit, start, first, last, m, r + at, power + at, totals, top, pipeline)
+                totals, top = narrow_group(task, unit, first, last, m, r + at, power + at, totals, top, pipeline)
     return totals, top
 
 
@@ -243,7 +243,9 @@ def block_max(task, unit, start, stop):
 
 @njit(**INLINE)
 def state_of(task, unit, start, stop, m, pipeline):
-    """The statistics of vectors start ... stop - 1, seen from m, their maximum or a larger one; and the maximum ahead."""
+    """The statistics of vectors start ... stop - 1, seen from m, their maximum or a larger one; and the maximum ahead.
+
+    If there is a pipeline, start is 0."""
     shift = shift_by(m)
     finite = where(m == -INF, splat(m, 0.0), m)
     none = splat(task.w, 0.0)
@@ -257,7 +259,7 @@ def state_of(task, unit, start, stop, m, pipeline):
     if is_near:
         grouped = start + (n_whole - start) // together(task) * together(task)
         totals, top = groups(task, unit, start, grouped, finite, near, totals, pipeline)
-    top = rest(task, pipeline, top, start, grouped)
+    top = rest(task, pipeline, top, grouped)
     if WIDE and is_near:
         paired = grouped + (n_whole - grouped) // 2 * 2
         totals = wide_pairs(task, unit, grouped, paired, finite, near, totals)

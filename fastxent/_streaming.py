@@ -89,9 +89,9 @@ def aligned(task, unit):
         return first_lanes(0), unit, task.n_vectors, first_lanes(0)
     vector = LANES * itemsize(task.g)
     before = min(task.n_classes, (-address(task.g + unit.g)) % vector // itemsize(task.g))
-    n_whole = (task.n_classes - before) // LANES
-    tail = task.n_classes - before - n_whole * LANES
-    return first_lanes(before), from_class(task, unit, before), n_whole, first_lanes(tail)
+    body = from_class(task, unit, before, task.n_vectors)
+    tail = task.n_classes - before - body.full * LANES
+    return first_lanes(before), body, body.full, first_lanes(tail)
 
 
 @njit(**INLINE)
