@@ -19,7 +19,6 @@ from fastxent._parallel import PackedTask
 from fastxent._validate import Array
 
 _FASTCALL = 0x80  # METH_FASTCALL
-_tile, _at_tile = _parallel.tiles_for(1)  # of the one that holds the GIL
 
 
 class _MethodDef(ctypes.Structure):
@@ -27,10 +26,11 @@ class _MethodDef(ctypes.Structure):
 
 
 class Table:
-    """Small calls that are known, and ``answer``, the builtin that runs them. It only grows: nothing it points to is let go."""
+    """Calls that are known, and ``answer``, the builtin that runs them. It only grows: nothing it points to is let go."""
 
     def __init__(self, writes: bool) -> None:
         self.words = _words(_task.MOST_ENTRIES, writes)
+        self.openmp = _parallel._openmp()
         self.owners: list[object] = []  # of what the entries point to
         self.answer = _builtin("answer", self.words)
 
@@ -40,10 +40,17 @@ class Table:
         if nth < _task.MOST_ENTRIES:
             block = _own_block(task)
             kinds = (n for a in (x, y) for n in (id(a.dtype), a.ndim, *a.shape, *[0] * (_task.MOST_AXES - a.ndim)))
-            entry = np.array([block.ctypes.data, x.nbytes, y.nbytes, *kinds, *map(id, options)])
+            entry = np.array([block.ctypes.data, task.useful, x.nbytes, y.nbytes, *kinds, *map(id, options)])
             self.owners.append((block, x.dtype, y.dtype, options))
             self.words[_task.HEAD + nth * _task.ENTRY :][: _task.ENTRY] = entry
             self.words[_task.COUNT] = nth + 1
+
+    def team(self) -> int:
+        """See `_parallel.team_at_once`."""
+        if self.openmp is not (openmp := _parallel._openmp()):  # PyTorch has come
+            self.words[[_task.PARALLEL, _task.THREAD_NUMBER]] = _parallel.entries_of(openmp)
+            self.openmp = openmp
+        return _parallel.team_at_once(None)
 
 
 def table(writes: bool) -> Table | None:
@@ -51,8 +58,8 @@ def table(writes: bool) -> Table | None:
     return Table(writes) if _all_is_in_its_place() else None
 
 
-def at_addresses(task: PackedTask) -> Callable[[int, int, int, int], bool] | None:
-    """``run(x, g, y, loss)``, addresses all, for a small task: writes the loss, or says that a class index is out of range."""
+def at_addresses(task: PackedTask) -> Callable[..., bool] | None:
+    """``run(team, x, g, y, loss)``, the number of threads and addresses: writes the loss; is every class index in range?"""
     run_at = _run_at()
     return None if run_at is None else partial(run_at, _own_block(task), task.plan.variant.acc == "f64")
 
@@ -63,18 +70,26 @@ def _run_at() -> Callable[..., bool] | None:
 
 
 def _words(n_entries: int, writes: bool) -> Array:
-    """A table without entries."""
+    """A table without entries, for the OpenMP runtime that is there now."""
     words = np.zeros(_task.HEAD + n_entries * _task.ENTRY, np.int64)
     words[: _task.HEAD] = (
         0, writes, *map(id, (np.ndarray, int, float, str)), _parallel.kernel("launch").address,
         *map(_address_of, ("PyFloat_FromDouble", "PyBool_FromLong", "PyLong_AsLongLong", "PyObject_RichCompareBool")),
+        *_parallel.entries_of(_parallel._openmp()),
     )  # fmt: skip
     return words
 
 
+@lru_cache
+def _tiles() -> tuple[Array, int]:
+    """Those of the team of the one who holds the GIL."""
+    return _parallel.tiles_for(_parallel.MOST_THREADS)
+
+
 def _own_block(task: PackedTask) -> Array:
     """An argument block for the builtins alone, but for what they write."""
-    block = task.new_block(_at_tile)
+    _, tiles = _tiles()
+    block = task.new_block(tiles)
     _task.START.pack_into(block, 0, 0, 0, 1)
     return np.frombuffer(block, np.uint8)  # type: ignore[call-overload]  # ctypes arrays are buffers
 

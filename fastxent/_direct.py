@@ -1,9 +1,10 @@
-"""Small calls, in machine code from the arguments of a Python call to its result.
+"""Calls that are not large, in machine code from the arguments of a Python call to its result.
 
 Python takes microseconds to see that arrays look like those of an earlier call, and to hand their addresses on; the work on 32
-rows of 10 takes one. So here are two functions that CPython calls as builtins of its own (``METH_FASTCALL``): their arguments
-are addresses of objects, and the GIL is held, so an argument block is nobody else's. ``_task`` says where things are in the
-table that they read, ``_builtin`` makes and fills it. All addresses are numbers here; memory is counted in words of 8 bytes.
+rows of 10 takes one, that on a row of 128,256 a dozen. So here are two functions that CPython calls as builtins of its own
+(``METH_FASTCALL``): their arguments are addresses of objects, and the GIL is held, so an argument block is nobody else's.
+``_task`` says where things are in the table that they read, ``_builtin`` makes and fills it. All addresses are numbers here;
+memory is counted in words of 8 bytes.
 """
 
 from llvmlite import ir
@@ -16,7 +17,7 @@ from fastxent._inlined import INLINE
 from fastxent._simd import I8, I64, SCALAR, call_llvm
 
 _SLOT = {name: _task.FIRST_SLOT + nth for nth, (name, _) in enumerate(_task.FIELDS)}
-ROUND, X, G, Y = (_SLOT[name] for name in ("round", "x", "g", "y"))
+ROUND, OWN_NUMBER, TEAM, X, G, Y = (_SLOT[name] for name in ("round", "thread_number", "team", "x", "g", "y"))
 SUM, BAD_AT, DIVISOR_AT = (
     (_task.BLOCK.size + offset) // 8 for offset in (8 * _task.WORK, _task.BAD, _task.DIVISOR)
 )  # behind the block: see ``_parallel``
@@ -74,15 +75,22 @@ def call_with(typingctx, function, *values):
 
 
 @njit(**INLINE)
-def run(table, block, x, g, y):
-    """Run a task; is every class index in range? If not, nothing has been written."""
+def run(table, block, team, x, g, y):
+    """Run a task on so many threads; is every class index in range? If not, nothing has been written."""
     clear(block)
     set_word(block, ROUND, word(block, ROUND) + _task.PHASES)
     set_word(block, X, x)
     set_word(block, G, g)
     set_word(block, Y, y)
     set_word(block, BAD_AT, 0.0)
-    call_with(word(table, _task.LAUNCH), block)
+    set_word(block, TEAM, team)
+    launch = word(table, _task.LAUNCH)
+    if team > 1:
+        set_word(block, OWN_NUMBER, word(table, _task.THREAD_NUMBER))
+        call_with(word(table, _task.PARALLEL), launch, block, team, 0)
+    else:
+        set_word(block, OWN_NUMBER, 0)
+        call_with(launch, block)
     return number(block, BAD_AT) == 0.0
 
 
@@ -123,9 +131,9 @@ def is_same(table, option, known):
 @njit(**INLINE)
 def is_known(table, entry, args):
     """Is this a call like the entry's, and may the gradient be written where it is to go?"""
-    logits, target, out = word(args, 0), word(args, 1), word(args, 2)
+    logits, target, out = word(args, 1), word(args, 2), word(args, 3)
     for nth in range(_task.N_OPTIONS):
-        if not is_same(table, word(args, 3 + nth), word(entry, _task.OPTIONS + nth)):
+        if not is_same(table, word(args, 4 + nth), word(entry, _task.OPTIONS + nth)):
             return False
     x_kind, y_kind = entry + 8 * _task.X_KIND, entry + 8 * _task.Y_KIND
     if not is_like(table, logits, x_kind, _task.CONTIGUOUS_AND_ALIGNED):
@@ -144,13 +152,18 @@ def is_known(table, entry, args):
 
 
 @njit(**INLINE)
+def argument(table, args, nth):
+    return call_with(word(table, _task.FROM_INT), word(args, nth))
+
+
+@njit(**INLINE)
 def answered(table, args):
     entry = table + 8 * _task.HEAD
     for _ in range(word(table, _task.COUNT)):
         if is_known(table, entry, args):
-            x, y, g = word(word(args, 0), _task.DATA), word(word(args, 1), _task.DATA), word(word(args, 2), _task.DATA)
-            block = word(entry, _task.BLOCK_AT)
-            if run(table, block, x, g, y):
+            x, y, g = word(word(args, 1), _task.DATA), word(word(args, 2), _task.DATA), word(word(args, 3), _task.DATA)
+            block, team = word(entry, _task.BLOCK_AT), min(word(entry, _task.USEFUL), argument(table, args, 0))
+            if run(table, block, team, x, g, y):
                 return call_with(word(table, _task.TO_FLOAT), loss_of(block))
             break
         entry += 8 * _task.ENTRY
@@ -158,15 +171,10 @@ def answered(table, args):
 
 
 @njit(**INLINE)
-def argument(table, args, nth):
-    return call_with(word(table, _task.FROM_INT), word(args, nth))
-
-
-@njit(**INLINE)
 def ran(table, args):
-    block, is_double = word(word(args, 0), _task.DATA), argument(table, args, 1)
-    x, g, y, loss = argument(table, args, 2), argument(table, args, 3), argument(table, args, 4), argument(table, args, 5)
-    good = run(table, block, x, g, y)
+    block, is_double, team = word(word(args, 0), _task.DATA), argument(table, args, 1), argument(table, args, 2)
+    x, g, y, loss = argument(table, args, 3), argument(table, args, 4), argument(table, args, 5), argument(table, args, 6)
+    good = run(table, block, team, x, g, y)
     if is_double != 0:
         set_word(loss, 0, loss_of(block))
     else:
@@ -175,7 +183,7 @@ def ran(table, args):
 
 
 def answer(self, args, n_args):
-    """Python's ``answer(logits, target, out, axis, ignore_index, label_smoothing, reduction)``: the loss, or False.
+    """Python's ``answer(team, logits, target, out, axis, ignore_index, label_smoothing, reduction)``: the loss, or False.
 
     ``self`` is the table's array. False: no entry has these options, and arrays like these; or a class index is
     out of range. Where the table says that no gradient is written, ``out`` may be any array.
@@ -184,5 +192,5 @@ def answer(self, args, n_args):
 
 
 def run_at(self, args, n_args):
-    """Python's ``run_at(block, double, x, g, y, loss)``, an array, a bool and addresses: writes the loss; is all in range?"""
+    """Python's ``run_at(block, double, team, x, g, y, loss)``, array, numbers, addresses: writes the loss; is all in range?"""
     return ran(word(self, _task.DATA), args)

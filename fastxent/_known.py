@@ -1,7 +1,7 @@
 """Calls that come again: the checks of a small one cost more than its work, so arrays that look as checked ones did pass.
 
-Small ones, C-contiguous, are recognised by a builtin function (``_direct``) in a tenth of a microsecond, all others in some
-microseconds by Python. Class indices are never taken on trust: the task checks them, before it writes anything.
+Those that are not large, and C-contiguous, are recognised by a builtin function (``_direct``) in a tenth of a microsecond, all
+others in some microseconds by Python. Class indices are never taken on trust: the task checks them, before it writes anything.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy import float32, float64, ndarray
 
 from fastxent import _builtin
-from fastxent._parallel import WORTH_A_THREAD, PackedTask
+from fastxent._parallel import MOST_DIRECT, WORTH_A_THREAD, PackedTask
 from fastxent._plan import over
 from fastxent._task import MOST_AXES
 from fastxent._validate import Array, Problem, address, new_gradient
@@ -60,11 +60,15 @@ def recall(
     if type(logits) is not ndarray or type(target) is not ndarray or (out is not None and type(out) is not ndarray):
         return None
     table = _tables[name]
-    if table is not None and n_threads is None and logits.size < WORTH_A_THREAD:
-        place = logits if name == "value" else np.empty_like(logits) if out is None else out
-        loss = table.answer(logits, target, place, *options)
-        if loss is not False:
-            return (float64 if logits.itemsize == 8 else float32)(loss), place
+    if table is not None and n_threads is None and logits.size <= MOST_DIRECT:
+        small = logits.size < WORTH_A_THREAD
+        if team := 1 if small else table.team():
+            place = logits if name == "value" else out
+            if place is None:
+                place = np.empty_like(logits) if small else new_gradient(logits, 0)
+            loss = table.answer(team, logits, target, place, *options)
+            if loss is not False:
+                return (float64 if logits.itemsize == 8 else float32)(loss), place
     if n_threads is not None and (type(n_threads) is not int or n_threads < 1):
         return None
     try:
@@ -109,7 +113,7 @@ def remember(
         known_calls.clear()
     task = PackedTask(name, plan, average=options[-1] == "mean", **p.numbers)
     known_calls[_kind_of(name, x, target, out, options)] = Known(task, p.acc.type, x.nbytes, target.nbytes, p.axis)
-    if task.small and x.flags.c_contiguous and (g is None or g.flags.c_contiguous) and x.ndim <= MOST_AXES:
+    if task.direct and x.flags.c_contiguous and (g is None or g.flags.c_contiguous) and x.ndim <= MOST_AXES:
         _enter(name, task, x, target, options)
 
 

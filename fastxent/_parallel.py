@@ -31,9 +31,11 @@ from fastxent._plan import KEEPERS, PAIRERS, TILE, Plan, Variant
 
 # Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
 WORTH_A_THREAD = 16384
+# Elements of a call that a builtin may run, which keeps the GIL: some hundred microseconds on one thread.
+MOST_DIRECT = 1 << 20
 MOST_THREADS_A_CPU = 4  # whatever a caller asks for: a system refuses thousands, and the OpenMP runtime then ends the process
 
-_MOST_THREADS = MOST_THREADS_A_CPU * (os.cpu_count() or 1)  # of all CPUs, whichever are allowed now
+MOST_THREADS = MOST_THREADS_A_CPU * (os.cpu_count() or 1)  # of all CPUs, whichever are allowed now
 
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -103,7 +105,7 @@ def _take_tiles() -> tuple[np.ndarray[Any, Any], int]:
     try:
         return _State.tiles.pop()
     except IndexError:
-        return tiles_for(_MOST_THREADS)
+        return tiles_for(MOST_THREADS)
 
 
 def argument_block(
@@ -158,8 +160,9 @@ class PackedTask:
 
     def __init__(self, name: str, plan: Plan, **arguments: Any) -> None:
         self.name, self.plan, self.arguments, self.launch = name, plan, arguments, kernel("launch")
-        self.small = plan.elements < WORTH_A_THREAD
+        self.small, self.direct = plan.elements < WORTH_A_THREAD, plan.elements <= MOST_DIRECT and not plan.variant.large
         self.alone = _is_for_one_thread(plan)
+        self.useful = 1 if self.alone else _useful(plan)
         self.blocks: list[tuple[ctypes.Array[ctypes.c_char], int]] = []  # those that no thread is using; their addresses
 
     def new_block(self, tiles: int = 0) -> ctypes.Array[ctypes.c_char]:
@@ -195,24 +198,37 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
     if _is_for_one_thread(plan) or _State.forked:
         _alone(task, block)
         return
-    useful = min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD, _MOST_THREADS)
     call = object()
     try:
         _State.calls.add(call)
         # Calls in flight at once share the cores.
-        team = min(useful, max(1, (n_threads or get_num_threads()) // len(_State.calls)))
-        if team > MOST_THREADS_A_CPU:  # else there is no need to ask the system
-            team = min(team, MOST_THREADS_A_CPU * available_cpus())
+        team = _allowed(min(_useful(plan), max(1, (n_threads or get_num_threads()) // len(_State.calls))))
         openmp = _openmp()
         if team == 1:
             _alone(task, block)
         elif openmp is not None:
-            _start(block, 0, next(_rounds), _thread_number(openmp), team)
+            _start(block, 0, next(_rounds), entries_of(openmp)[1], team)
             openmp.GOMP_parallel(task.address, block, team, 0)
         else:
             _run_on_threads(task, block, plan, team)
     finally:
         _State.calls.discard(call)
+
+
+def _useful(plan: Plan) -> int:
+    """How many threads have something to do."""
+    return min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD, MOST_THREADS)
+
+
+def _allowed(team: int) -> int:
+    return team if team <= MOST_THREADS_A_CPU else min(team, MOST_THREADS_A_CPU * available_cpus())
+
+
+def team_at_once(n_threads: int | None) -> int:
+    """Threads for a call that a builtin runs; 0: it has to go the longer way."""
+    if _State.forked:
+        return 1
+    return 0 if _State.calls or _openmp() is None else _allowed(n_threads or get_num_threads())
 
 
 def _alone(task: Kernel, block: ctypes.Array[ctypes.c_char]) -> None:
@@ -299,10 +315,13 @@ def _openmp() -> ctypes.CDLL | None:
     return _find_openmp("torch" in sys.modules)
 
 
-@lru_cache(maxsize=2)
-def _thread_number(openmp: ctypes.CDLL) -> int:
-    """Where its function is that tells a thread its number in the team."""
-    return ctypes.cast(openmp.omp_get_thread_num, ctypes.c_void_p).value or 0
+@lru_cache(maxsize=3)
+def entries_of(openmp: ctypes.CDLL | None) -> tuple[int, int]:
+    """Where its functions are that run another in a team, and that tell a thread its number there; zeros without it."""
+    if openmp is None:
+        return 0, 0
+    parallel, number = (ctypes.cast(f, ctypes.c_void_p).value for f in (openmp.GOMP_parallel, openmp.omp_get_thread_num))
+    return parallel or 0, number or 0
 
 
 @lru_cache(maxsize=2)
@@ -382,11 +401,17 @@ def get_num_threads() -> int:
     openmp = _openmp()
     if openmp is not None:
         limit = int(openmp.omp_get_max_threads())
-        return limit if "OMP_NUM_THREADS" in os.environ else min(limit, available_cpus())
+        return limit if _is_told() else min(limit, available_cpus())
     try:
         return max(1, int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
     except (KeyError, ValueError):
         return available_cpus()
+
+
+@lru_cache(maxsize=1)
+def _is_told() -> bool:
+    """Is the limit of the OpenMP runtime a user's? It has read this once, too."""
+    return "OMP_NUM_THREADS" in os.environ
 
 
 def setting() -> int | None:

@@ -86,14 +86,17 @@ BLOCK = struct.Struct(_ZEROS + "".join("d" if kind == "float" else "q" for _, ki
 START, START_ALONE = struct.Struct(_ZEROS + "3q"), struct.Struct(_ZEROS + "3q6q")  # RUN; and the operands
 TOTAL = struct.Struct("=16x3d")  # sum of the losses, BAD, DIVISOR
 
-# The table of small calls that are known: words of 8 bytes, all numbers; see ``_direct``.
+# The table of calls that are known, and not large: words of 8 bytes, all numbers; see ``_direct``.
 MOST_AXES, MOST_ENTRIES = 4, 256
-# Its head: number of entries; is a gradient written?; types of arrays and of options; ``launch``, functions of Python's
+# Its head: number of entries; is a gradient written?; types of arrays and of options; ``launch``, functions of Python's and of
+# the OpenMP runtime's
 COUNT, WRITES, NDARRAY_TYPE, INT_TYPE, FLOAT_TYPE, STR_TYPE, LAUNCH, TO_FLOAT, TO_BOOL, FROM_INT, COMPARE = range(11)
-HEAD = 11
+PARALLEL, THREAD_NUMBER = range(11, 13)
+HEAD = 13
 EQUAL = 2  # Py_EQ
-# An entry: the argument block; bytes of the logits and of the class indices; dtype, number of axes and shape of both; options
-BLOCK_AT, X_BYTES, Y_BYTES, X_KIND = range(4)
+# An entry: the argument block; how many threads have something to do; bytes of the logits and of the class indices; dtype,
+# number of axes and shape of both; options
+BLOCK_AT, USEFUL, X_BYTES, Y_BYTES, X_KIND = range(5)
 Y_KIND = X_KIND + 2 + MOST_AXES
 OPTIONS, N_OPTIONS = Y_KIND + 2 + MOST_AXES, 4
 ENTRY = OPTIONS + N_OPTIONS

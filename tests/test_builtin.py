@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastxent as fx
-from fastxent import _builtin, _known, _task
+from fastxent import _builtin, _known, _parallel, _task
 
 DEFAULTS = (-1, -100, 0.0, "mean")
 AXIS, IGNORE, SMOOTHING, REDUCTION = DEFAULTS
@@ -29,9 +29,9 @@ def arrays(shape: tuple[int, ...] = (6, 4), dtype: Any = np.float32, seed: int =
     return rng.standard_normal(shape).astype(dtype), np.asarray(rng.integers(0, shape[-1], shape[:-1]))
 
 
-def answer(name: str, *args: Any, options: tuple[Any, ...] = DEFAULTS) -> Any:
+def answer(name: str, *args: Any, options: tuple[Any, ...] = DEFAULTS, team: int = 1) -> Any:
     table = _known._tables[name]
-    return table is not None and table.answer(*args, *options)
+    return table is not None and table.answer(team, *args, *options)
 
 
 @pytest.mark.parametrize("shape", [(4,), (6, 4), (1, 1), (300, 10), (3, 5, 4), (2, 3, 2, 4), (1, 16000)], ids=str)
@@ -49,8 +49,46 @@ def test_it_answers_with_the_same_bits(shape, dtype):
     assert loss.dtype.type(answer("value_and_grad", other, z, other)) == loss and np.array_equal(other, g)
 
 
-def test_the_public_functions_ask_it(monkeypatch):
-    x, y = arrays()
+@pytest.mark.parametrize("shape", [(40, 1000), (3, 40000), (5000, 10), (1, 17000)], ids=str)
+def test_a_team_gives_the_same_bits(shape):
+    x, y = arrays(shape)
+    loss, g = fx.cross_entropy_value_and_grad(x, y, n_threads=1)
+    assert fx.cross_entropy(x, y) == loss
+    for team in (1, 2, 3, 4, 2):
+        out = np.full_like(x, 7)
+        assert loss.dtype.type(answer("value_and_grad", x, y, out, team=team)) == loss and np.array_equal(out, g)
+        assert loss.dtype.type(answer("value", x, y, x, team=team)) == loss
+    wrong, out = y.copy(), np.full_like(x, 7)
+    wrong[-1] = shape[1]
+    assert answer("value_and_grad", x, wrong, out, team=2) is False and (out == 7).all()
+
+
+def test_a_team_is_of_whom_there_is(monkeypatch):
+    """The threads that are asked for; none but the caller after a fork; the longer way where calls share the cores, or there is
+    no OpenMP. With another OpenMP runtime, that one's functions are called."""
+    x, y = arrays((40, 1000))
+    want = fx.cross_entropy(x, y, n_threads=1)
+    table = _known._tables["value"]
+    assert table is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(_parallel._State, "setting", 3)
+        assert table.team() == 3 and fx.cross_entropy(x, y) == want
+        patch.setattr(_parallel._State, "forked", True)
+        assert table.team() == 1 and fx.cross_entropy(x, y) == want
+    with monkeypatch.context() as patch:
+        patch.setattr(_parallel._State, "calls", {object()})
+        assert table.team() == 0 and fx.cross_entropy(x, y) == want
+    before = table.words.copy()
+    with monkeypatch.context() as patch:
+        patch.setattr(_parallel, "_openmp", lambda: None)
+        assert table.team() == 0 and not table.words[[_task.PARALLEL, _task.THREAD_NUMBER]].any()
+        assert fx.cross_entropy(x, y) == want
+    assert table.team() > 0 and np.array_equal(table.words, before)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (40, 1000)], ids=str)
+def test_the_public_functions_ask_it(shape, monkeypatch):
+    x, y = arrays(shape)
     fx.cross_entropy(x, y)
     fx.cross_entropy_value_and_grad(x, y)
     monkeypatch.setattr(_known, "known_calls", {})

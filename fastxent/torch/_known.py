@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from fastxent._builtin import at_addresses
 from fastxent._known import MOST_KNOWN, has_constant_options
-from fastxent._parallel import PackedTask
+from fastxent._parallel import PackedTask, team_at_once
 from fastxent._plan import over
 from fastxent.torch import _calls
 from fastxent.torch._calls import MEAN, NONE, Options, gradient_like, may_be_overwritten, out_of_bounds, reach, walkable
@@ -192,7 +192,15 @@ def _tasks_for(input: Tensor, target: Tensor, options: Options) -> Known | None:
 
 def _ready(task: PackedTask) -> Run:
     """The task as a function of four addresses."""
-    return (at_addresses(task) if task.small else None) or partial(_run, task)
+    run = at_addresses(task) if task.direct else None
+    if run is None:
+        return partial(_run, task)
+    return partial(run, 1) if task.small else partial(_run_at_once, run, task)
+
+
+def _run_at_once(run: Callable[..., bool], task: PackedTask, x: int, g: int, y: int, loss: int) -> bool:
+    team = team_at_once(_calls.threads())
+    return run(min(team, task.useful), x, g, y, loss) if team else _run(task, x, g, y, loss)
 
 
 def _run(task: PackedTask, x: int, g: int, y: int, loss: int) -> bool:
