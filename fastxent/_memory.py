@@ -70,11 +70,13 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 def _take(nbytes: int) -> _Buffer | None:
-    """The smallest free buffer that is large enough, out of the store."""
-    fitting = [b for b in _Store.kept if nbytes <= b.nbytes <= nbytes + nbytes // 4 and b.references() == FREE]
-    for buffer in sorted(fitting, key=lambda b: b.nbytes):
-        with suppress(ValueError):  # somebody else has just taken it
-            _Store.kept.remove(buffer)
+    """The latest free buffer that is large enough, and not much larger, out of the store."""
+    for buffer in reversed(_Store.kept):
+        if nbytes <= buffer.nbytes <= nbytes + nbytes // 4 and buffer.references() == FREE:
+            try:
+                _Store.kept.remove(buffer)
+            except ValueError:  # somebody else has just taken it
+                continue
             if buffer.references() == FREE:  # still: they may have put it back, in use
                 return buffer
             _Store.kept.append(buffer)
