@@ -21,7 +21,7 @@ from fastxent._loadstore import get, put, scratch, store, stream
 from fastxent._maths import INF, Factors, from_part, vector_max, whole_logits
 from fastxent._plan import MOST_KEPT
 from fastxent._rows import from_class, g_step, write
-from fastxent._simd import LANES, WIDE, all_lanes, first_lanes, iota, lane, maximum, splat, where, widen
+from fastxent._simd import LANES, WIDE, absolute, all_lanes, first_lanes, iota, lane, maximum, splat, where, widen
 from fastxent._streaming import aligned, look_further, streams
 
 GROUP = 8  # vectors whose float32 terms are added up before they go to the float64 totals
@@ -29,7 +29,7 @@ AT_A_TIME = GROUP if WIDE else 2  # vectors whose exponentials are made beside e
 # Vectors between the gradient that is written and the logits that are read at the same time. Rows are often 4 KB apart, or a
 # multiple of that; and a load waits for a store that is 4 KB away, for all that a processor looks at is the address in a page.
 LEAD = 2 * GROUP if WIDE else GROUP
-SMALL = 2.0**-60  # a factor is 2^-24 and less: times that, and the weight of a row, it is far from 2^-126
+SMALLEST = 2.0**-126  # normal float32
 
 PART = 1024  # vectors of a part, or somewhat more: 64 KB of logits
 VECTORS_OF_NUMBERS = MOST_KEPT // PART // LANES  # that hold a number for each part
@@ -132,7 +132,7 @@ def parts_of_row(task):
 
 @njit(**INLINE)
 def part_of_row(task, unit, k, length):
-    """Part k of a row, as a unit. (Counted from its beginning all vectors of the pipeline have the same number.)"""
+    """Part k of a row, as a unit: so what is ahead, here, and behind at a time are vectors of the same number."""
     return from_class(task, unit, k * length * LANES, min(length, unit.stop - k * length))
 
 
@@ -144,22 +144,22 @@ def part_numbers(task):
 
 @njit(**INLINE)
 def to_factors(task, unit, f, m, parts):
-    """The parts' factors, in place of their maxima. If exp(m_k - m) is so small that a factor would lose digits in float32, the
-    part's exponentials are made smaller instead."""
+    """The parts' factors, in place of their maxima. If one were so small that float32 would lose digits of it, the part's
+    exponentials are made smaller instead."""
     n_parts, length = parts_of_row(task)
     if n_parts == 1:
         put(parts, 0, lane(f.wide_a, 0))
         return
     for k in range(n_parts):
         power, rest = from_part(task, get(parts, 8 * k), m)
-        if lane(power, 0) < SMALL:
+        a = f.wide_a * rest * widen(power)
+        if 0.0 < lane(absolute(a), 0) < SMALLEST:
             part = part_of_row(task, unit, k, length)
             for j in range(part.stop):
                 mask = all_lanes() if j < part.full else part.reads
                 keep(task, part, j, exponentials(task, part, j, mask, f.shift, power) * power, mask)
-        else:
-            rest = rest * widen(power)
-        put(parts, 8 * k, lane(f.wide_a * rest, 0))
+            a = f.wide_a * rest
+        put(parts, 8 * k, lane(a, 0))
 
 
 @njit(**INLINE)

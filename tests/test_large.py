@@ -119,7 +119,7 @@ def test_in_a_pipeline_a_nan_spoils_its_own_row(all_is_large):
         np.testing.assert_array_equal(g[others], want_g[others])
 
 
-@pytest.mark.parametrize("option", ["index", "ignore smoothing", "probabilities weight"])
+@pytest.mark.parametrize("option", ["index", "ignore smoothing", "probabilities weight", "sample_weight"])
 def test_parts_of_a_very_long_row(option, all_is_large):
     """50,001 classes are three parts, each with a maximum of its own: it rises, falls, is far below, or is -inf; and targets
     around the ends of a part, before which the gradient is in the same vector as after it."""
@@ -131,6 +131,8 @@ def test_parts_of_a_very_long_row(option, all_is_large):
     logits[3, :part] -= 75
     logits[4, part : 2 * part] -= 900
     logits[5, 2 * part :] += 95
+    if option == "sample_weight":  # then a part's factor is small sooner
+        case.options["sample_weight"][:8] *= np.float32(1e-12)
     if option == "index":
         logits[6, : part + 7] = logits[7, -part:] = -np.inf
     if target.ndim == 1:
