@@ -132,7 +132,7 @@ def test_parts_of_a_very_long_row(option, all_is_large):
     logits[4, part : 2 * part] -= 900
     logits[5, 2 * part :] += 95
     if option == "sample_weight":  # then a part's factor is small sooner
-        case.options["sample_weight"][:8] *= np.float32(1e-12)
+        case.options["sample_weight"][:8] *= np.float32(1e-16)
     if option == "index":
         logits[6, : part + 7] = logits[7, -part:] = -np.inf
     if target.ndim == 1:
