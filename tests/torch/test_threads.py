@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from torch_cases import REDUCTIONS, make_case, run_script
 
 import fastxent
-from fastxent import _parallel
-from fastxent.torch import cross_entropy, installed
+from fastxent import _builtin, _parallel
+from fastxent.torch import _known, cross_entropy, installed
 
 ROWS, CLASSES = 512, 1024  # enough work for a dozen threads
 
@@ -26,17 +27,18 @@ def threads_as_before() -> Iterator[None]:
 
 
 class Watched:
-    """The OpenMP library, noting the size of each team that is started."""
+    """The OpenMP library, noting the size of each team that is started, be it by Python or by a builtin."""
 
-    def __init__(self, library: object, teams: list[int]) -> None:
-        self.library, self.teams = library, teams
+    def __init__(self, library: ctypes.CDLL, teams: list[int]) -> None:
+        def run(function: int, block: int, team: int, flags: int) -> None:
+            teams.append(team)
+            library.GOMP_parallel(function, block, team, flags)
+
+        self.library = library
+        self.GOMP_parallel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(run)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.library, name)
-
-    def GOMP_parallel(self, function: object, block: object, team: int, flags: int) -> None:
-        self.teams.append(team)
-        self.library.GOMP_parallel(function, block, team, flags)  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -45,11 +47,18 @@ def teams() -> Iterator[list[int]]:
     seen: list[int] = []
     library = _parallel._openmp()
     assert library is not None, "PyTorch for Linux brings its libgomp"
-    find, _parallel._openmp = _parallel._openmp, lambda: Watched(library, seen)
+    find, watched = _parallel._openmp, Watched(library, seen)
+
+    def use(openmp: Callable[[], object]) -> None:
+        _parallel._openmp = openmp  # type: ignore[assignment]
+        _builtin._run_at.cache_clear()  # and whoever holds one
+        _known.forget()
+
+    use(lambda: watched)
     try:
         yield seen
     finally:
-        _parallel._openmp = find
+        use(find)
 
 
 def step(reduction: str = "mean") -> None:
@@ -65,6 +74,14 @@ def test_as_many_threads_as_pytorch_has(reduction, threads):
         step(reduction)
     assert set(seen) == ({threads} if threads > 1 else set())  # one thread: no team at all
     assert torch.get_num_threads() == threads
+
+
+def test_a_call_that_is_known_has_them_too():
+    with teams() as seen:
+        for threads in (2, 3, 3, 1, 4):
+            torch.set_num_threads(threads)
+            step()
+    assert seen == [2, 3, 3, 4]
 
 
 def test_our_own_setting_goes_first():
