@@ -62,13 +62,14 @@ def recall(
     table = _tables[name]
     if table is not None and n_threads is None and logits.size <= MOST_DIRECT:
         small = logits.size < WORTH_A_THREAD
-        if team := 1 if small else table.team():
+        if team := 1 if small else table.team() if logits.flags.c_contiguous else 0:
             place = logits if name == "value" else out
             if place is None:
                 place = np.empty_like(logits) if small else new_gradient(logits, 0)
             loss = table.answer(team, logits, target, place, *options)
             if loss is not False:
                 return (float64 if logits.itemsize == 8 else float32)(loss), place
+            del place  # if it is new: it would be there beside the next one
     if n_threads is not None and (type(n_threads) is not int or n_threads < 1):
         return None
     try:
