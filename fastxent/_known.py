@@ -60,7 +60,7 @@ def recall(
     if type(logits) is not ndarray or type(target) is not ndarray or (out is not None and type(out) is not ndarray):
         return None
     table = _tables[name]
-    if table is not None and n_threads is None and logits.size <= MOST_DIRECT:
+    if table is not None and n_threads is None and logits.nbytes <= MOST_DIRECT:
         small = logits.size < WORTH_A_THREAD
         if team := 1 if small else table.team() if logits.flags.c_contiguous else 0:
             place = logits if name == "value" else out

@@ -31,8 +31,8 @@ from fastxent._plan import KEEPERS, PAIRERS, TILE, Plan, Variant
 
 # Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
 WORTH_A_THREAD = 16384
-# Elements of a call that a builtin may run, which keeps the GIL: some hundred microseconds on one thread.
-MOST_DIRECT = 1 << 20
+# Bytes of the logits of a call that a builtin may run, which keeps the GIL: 0.2 ms on one thread, of two classes 2 ms.
+MOST_DIRECT = 1 << 22
 MOST_THREADS_A_CPU = 4  # whatever a caller asks for: a system refuses thousands, and the OpenMP runtime then ends the process
 
 MOST_THREADS = MOST_THREADS_A_CPU * (os.cpu_count() or 1)  # of all CPUs, whichever are allowed now
@@ -134,11 +134,16 @@ def argument_block(
         block, 0, 0, 0, 0, x, g, h, t, y, tiles, *plan.planned, *kernels,
         ctypes.addressof(plan.table), at_partial, at_taken, at_segments, at_total,
         w, u, loss, lse, entropy, target_prob, prediction, target_rank,
-        w != 0, u != 0, loss != 0, g != x and g % plan.itemsize == 0, ignore, keep, spread, factor, average, z, cap,
+        w != 0, u != 0, loss != 0, g != x and _is_aligned(g, plan), ignore, keep, spread, factor, average, z, cap,
         _give_way(),
     )  # fmt: skip
     _set_totals(block, _AT_TOTAL, 0.0, 0.0, divisor or math.nan)
     return block
+
+
+def _is_aligned(g: int, plan: Plan) -> bool:
+    """Do all rows of a gradient begin where one of its elements may? Else none can be written past the caches."""
+    return all(at % plan.itemsize == 0 for at in (g, *plan.axes[2::5]))  # the row axes' strides in g
 
 
 def _first_chunk(block: ctypes.Array[ctypes.c_char]) -> int:
@@ -160,7 +165,8 @@ class PackedTask:
 
     def __init__(self, name: str, plan: Plan, **arguments: Any) -> None:
         self.name, self.plan, self.arguments, self.launch = name, plan, arguments, kernel("launch")
-        self.small, self.direct = plan.elements < WORTH_A_THREAD, plan.elements <= MOST_DIRECT and not plan.variant.large
+        self.small = plan.elements < WORTH_A_THREAD
+        self.direct = plan.elements * plan.itemsize <= MOST_DIRECT and not plan.variant.large
         self.alone = _is_for_one_thread(plan)
         self.useful = 1 if self.alone else _useful(plan)
         self.blocks: list[tuple[ctypes.Array[ctypes.c_char], int]] = []  # those that no thread is using; their addresses
@@ -221,6 +227,7 @@ def _useful(plan: Plan) -> int:
 
 
 def _allowed(team: int) -> int:
+    """At most so many; a team so small that it is allowed anywhere spares asking the system."""
     return team if team <= MOST_THREADS_A_CPU else min(team, MOST_THREADS_A_CPU * available_cpus())
 
 
@@ -410,7 +417,7 @@ def get_num_threads() -> int:
 
 @lru_cache(maxsize=1)
 def _is_told() -> bool:
-    """Is the limit of the OpenMP runtime a user's? It has read this once, too."""
+    """Is the limit of the OpenMP runtime a user's? The runtime, too, has looked only once."""
     return "OMP_NUM_THREADS" in os.environ
 
 

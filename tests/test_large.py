@@ -119,6 +119,21 @@ def test_in_a_pipeline_a_nan_spoils_its_own_row(all_is_large):
         np.testing.assert_array_equal(g[others], want_g[others])
 
 
+@pytest.mark.parametrize("gap", [1, 2, 3, 5])
+def test_rows_that_begin_between_elements(gap, all_is_large):
+    """A gradient whose rows lie a few bytes more than its classes apart cannot be written past the caches."""
+    case = make_case(FLOAT32, (70, 4133))
+    want = fx.cross_entropy_value_and_grad(case.logits, case.target)
+    memory = np.full(70 * (4 * 4133 + gap) + 64, 7, np.uint8)
+    start = -memory.ctypes.data % 64
+    out = np.ndarray((70, 4133), np.float32, memory, start, (4 * 4133 + gap, 4))
+    loss, _ = fx.cross_entropy_value_and_grad(case.logits, case.target, out=out)
+    assert loss == want[0]
+    np.testing.assert_array_equal(out, want[1])
+    rows = np.ndarray((70, 4 * 4133 + gap), np.uint8, memory, start)
+    assert (rows[:, 4 * 4133 :] == 7).all() and (memory[start + rows.size :] == 7).all()
+
+
 @pytest.mark.parametrize("option", ["index", "ignore smoothing", "probabilities weight", "sample_weight"])
 def test_parts_of_a_very_long_row(option, all_is_large):
     """50,001 classes are three parts, each with a maximum of its own: it rises, falls, is far below, or is -inf; and targets

@@ -191,7 +191,7 @@ def _tasks_for(input: Tensor, target: Tensor, options: Options) -> Known | None:
 
 
 def _ready(task: PackedTask) -> Run:
-    """The task as a function of four addresses."""
+    """The task as a function of four addresses: by a builtin, if it is not large."""
     run = at_addresses(task) if task.direct else None
     if run is None:
         return partial(_run, task)
