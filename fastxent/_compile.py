@@ -30,7 +30,7 @@ def pipelined(name: str, variant: Variant) -> bool:
 
 def task_type(name: str, variant: Variant) -> _simd.Task:
     """The Numba type of the argument block: which slot is what, and what the compiler may take for granted."""
-    acc = variant.acc
+    acc, keeps_e = variant.acc, variant.kept and name in KEEPERS
     kinds: dict[str, Any] = {
         "int": "int",
         "float": "float",
@@ -50,8 +50,8 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "entropic": name == "stats",
         "capped": variant.capped,
         "tiled": variant.tiled,
-        "keeps_e": variant.kept and name in KEEPERS,
-        "e_in_g": variant.kept and pipelined(name, variant) and variant.large and variant.logits == "f32",
+        "keeps_e": keeps_e,
+        "e_in_g": keeps_e and pipelined(name, variant) and variant.large and variant.logits == "f32",
         "whole_rows": variant.whole_rows,
         "paired": variant.paired,
         "adjacent": variant.adjacent,

@@ -62,7 +62,11 @@ def recall(
     table = _tables[name]
     if table is not None and n_threads is None and logits.nbytes <= MOST_DIRECT:
         small = logits.size < WORTH_A_THREAD
-        if team := 1 if small else table.team() if logits.flags.c_contiguous else 0:
+        if small:
+            team = 1
+        else:
+            team = table.team() if logits.flags.c_contiguous else 0
+        if team > 0:
             place = logits if name == "value" else out
             if place is None:
                 place = np.empty_like(logits) if small else new_gradient(logits, 0)

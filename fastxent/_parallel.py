@@ -4,6 +4,7 @@ A compiled function, ``launch``, takes one argument block, runs the kernels that
 the block's counters say that nothing is left. So the three ways to run it differ in who calls it: ``GOMP_parallel`` calls it in
 every thread of the team that PyTorch uses too; threads of our own call it where there is no libgomp; or the caller alone calls
 it, and no parallel runtime is entered at all: small work, one thread, and any forked child (libgomp hangs after fork).
+Calls that are known and not large do the first or the last of these without Python: see ``_direct``.
 
 ``prange`` is not used: it resets ``torch.get_num_threads()``, freezes multiprocessing's start method, aborts when two threads
 call it and kills forked children (DESIGN.md, section 5).
@@ -324,7 +325,8 @@ def _openmp() -> ctypes.CDLL | None:
 
 @lru_cache(maxsize=3)
 def entries_of(openmp: ctypes.CDLL | None) -> tuple[int, int]:
-    """Where its functions are that run another in a team, and that tell a thread its number there; zeros without it."""
+    """Where its functions are that run another in a team, and that tell a thread its number there; zeros for no runtime, which
+    is the third there may be: see ``_find_openmp``."""
     if openmp is None:
         return 0, 0
     parallel, number = (ctypes.cast(f, ctypes.c_void_p).value for f in (openmp.GOMP_parallel, openmp.omp_get_thread_num))

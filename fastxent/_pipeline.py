@@ -17,7 +17,7 @@ from fastxent._across import max_across, max_of_halves, repeat
 from fastxent._elementary import shift_by
 from fastxent._gradient import exponentials, gradient_vector, keep, put_label
 from fastxent._inlined import INLINE, unless_none
-from fastxent._loadstore import get, put, scratch, store, stream
+from fastxent._loadstore import get, itemsize, put, scratch, store, stream
 from fastxent._maths import INF, Factors, from_part, vector_max, whole_logits
 from fastxent._plan import MOST_KEPT
 from fastxent._rows import from_class, g_step, write
@@ -32,7 +32,7 @@ LEAD = 2 * GROUP if WIDE else GROUP
 SMALLEST = 2.0**-126  # normal float32
 
 PART = 1024  # vectors of a part, or somewhat more: 64 KB of logits
-VECTORS_OF_NUMBERS = MOST_KEPT // PART // LANES  # that hold a number for each part
+VECTORS_OF_NUMBERS = -(-MOST_KEPT // (PART * LANES))  # that hold a number for each part
 
 Pipeline = namedtuple("Pipeline", "ahead behind")  # a unit, that is read next; and:
 # A row, or a part of it, whose gradient is still to be written, some vectors together: the row from where g is aligned on; up
@@ -125,14 +125,15 @@ def max_of(task, ahead):
 
 @njit(**INLINE)
 def parts_of_row(task):
-    """How many parts a row has; vectors of each but the last, which may have less."""
+    """How many parts a row has; vectors of each but the last, which has at most 8 less for each part. Parts are of a thousand:
+    so it is never empty, and all that is left over at the end of a row is in it."""
     n = max(1, task.n_vectors // PART) if task.large else 1
     return n, ((task.n_vectors + n - 1) // n + GROUP - 1) // GROUP * GROUP
 
 
 @njit(**INLINE)
 def part_of_row(task, unit, k, length):
-    """Part k of a row, as a unit: so what is ahead, here, and behind at a time are vectors of the same number."""
+    """Part k of a row, as a unit: so vectors that are ahead, here, and behind at a time have the same number."""
     return from_class(task, unit, k * length * LANES, min(length, unit.stop - k * length))
 
 
@@ -147,11 +148,11 @@ def to_factors(task, unit, f, m, parts):
     """The parts' factors, in place of their maxima. If one were so small that float32 would lose digits of it, the part's
     exponentials are made smaller instead."""
     n_parts, length = parts_of_row(task)
-    if n_parts == 1:
+    if n_parts == 1:  # seen from m
         put(parts, 0, lane(f.wide_a, 0))
         return
     for k in range(n_parts):
-        power, rest = from_part(task, get(parts, 8 * k), m)
+        power, rest = from_part(task, get(parts, k * itemsize(parts)), m)
         a = f.wide_a * rest * widen(power)
         if 0.0 < lane(absolute(a), 0) < SMALLEST:
             part = part_of_row(task, unit, k, length)
@@ -159,13 +160,13 @@ def to_factors(task, unit, f, m, parts):
                 mask = all_lanes() if j < part.full else part.reads
                 keep(task, part, j, exponentials(task, part, j, mask, f.shift, power) * power, mask)
             a = f.wide_a * rest
-        put(parts, 8 * k, lane(a, 0))
+        put(parts, k * itemsize(parts), lane(a, 0))
 
 
 @njit(**INLINE)
 def factors_of_part(f, parts, k):
     """Each is a number, and takes one register then."""
-    a, b, g_y = splat(f.a, get(parts, 8 * k)), splat(f.b, lane(f.b, 0)), splat(f.g_y, lane(f.g_y, 0))
+    a, b, g_y = splat(f.a, get(parts, k * itemsize(parts))), splat(f.b, lane(f.b, 0)), splat(f.g_y, lane(f.g_y, 0))
     return Factors(f.shift, f.power, a, f.wide_a, b, f.inverse_s, g_y)
 
 

@@ -152,7 +152,7 @@ def t_step(task):
 
 @njit(**INLINE)
 def from_class(task, unit, c, stop):
-    """The part of a row, or of a part of it, that begins with its class c: ``stop`` vectors. The masks are right if c is a
+    """The unit's vectors from class c on, counted from its own first class: ``stop`` of them. The masks are right if c is a
     multiple of 16; else the last vector of a row is for the caller to mask."""
     first = unit.first + c
     return Unit(

@@ -9,7 +9,7 @@ from numba import njit
 from fastxent._gradient import write_gradient
 from fastxent._inlined import INLINE
 from fastxent._kernels import deliver_loss, deliver_no_loss
-from fastxent._loadstore import put
+from fastxent._loadstore import itemsize, put
 from fastxent._maths import factors, joined, label, of_none, raised
 from fastxent._pipeline import (
     Pipeline,
@@ -149,7 +149,7 @@ def value_and_grad_pipelined(task, tile, first, stop):
             part, ahead = part_of_row(task, unit, k, length), part_ahead(task, unit, k + 1, n_parts, length, next_unit)
             behind = part_behind(task, row, parts, k, length)
             state = raised(state, splat(task.x, m))
-            put(parts, 8 * k, lane(widen(state.m), 0))
+            put(parts, k * itemsize(parts), lane(widen(state.m), 0))
             more, m = state_of(task, part, 0, part.stop, state.m, Pipeline(ahead, behind))
             state = joined(state, more)
         so_far = plus(task, so_far, *deliver_loss(task, unit, state, y))
