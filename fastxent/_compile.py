@@ -10,7 +10,7 @@ from numba import types
 from numba.core.registry import cpu_target
 
 from fastxent import _direct, _inlined, _kernels, _machine_code, _several, _simd, _task
-from fastxent._plan import KEEPERS, Variant
+from fastxent._plan import KEEPERS, PAIRERS, Variant
 from fastxent._walk import one_by_one
 
 
@@ -20,6 +20,8 @@ def pipelined(name: str, variant: Variant) -> bool:
     Past the cache, but for gradients in bfloat16: rounding to it takes what side by side would gain. In the cache with AVX-512:
     there a row waits longer for the statistics of the one before than for the units of its processor.
     """
+    if variant.overlapped:
+        return name in PAIRERS
     kept = name == "value_and_grad" and variant.kept
     if not variant.across or variant.split or variant.acc != "f32" or not (kept or name == "value"):
         return False
@@ -51,7 +53,7 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "capped": variant.capped,
         "tiled": variant.tiled,
         "keeps_e": keeps_e,
-        "e_in_g": keeps_e and pipelined(name, variant) and variant.large and variant.logits == "f32",
+        "e_in_g": keeps_e and variant.across and pipelined(name, variant) and variant.large and variant.logits == "f32",
         "whole_rows": variant.whole_rows,
         "paired": variant.paired,
         "adjacent": variant.adjacent,
@@ -73,7 +75,9 @@ def c_function(name: str, variant: Variant) -> tuple[Any, str]:
         return _inlined.c_function(_kernels.launch, types.void(task))
     function = _kernels.check
     if name != "check":  # ``kernel``, with the function of this name as its ``work``
-        if pipelined(name, variant):
+        if variant.overlapped and pipelined(name, variant):
+            work = _several.by_strips
+        elif pipelined(name, variant):
             work = getattr(_several, f"{name}_pipelined")
         elif variant.paired:
             work = getattr(_several, f"{name}_by_twos")

@@ -4,10 +4,10 @@ from numba import njit
 
 from fastxent._elementary import exp_up
 from fastxent._inlined import INLINE
-from fastxent._loadstore import itemsize, load, load_masked, put, scatter, store, store_first, stream
+from fastxent._loadstore import itemsize, load, load_masked, put, store, store_first, stream
 from fastxent._maths import logits, target_weights, through_cap
 from fastxent._rows import g_step, raw_logits, read, tile_step, write, write_out
-from fastxent._simd import LANES, all_lanes, every_lane, iota, lane, splat, where
+from fastxent._simd import LANES, all_lanes, every_lane, lane, splat, where
 from fastxent._streaming import aligned, look_at_next_row, streams
 
 
@@ -28,13 +28,10 @@ def holds_label(task, unit):
 
 @njit(**INLINE)
 def put_label(task, unit, f):
-    """g_y, over what the sweep wrote there: into the gradient of one row, or into the tile, unless `flush` does it."""
+    """Across: g_y, over what the sweep wrote there. (Into what was put into a tile, `flush` does it.)"""
     if task.labelled and task.across:
         if holds_label(task, unit):
             put(task.g + unit.g, lane(unit.y, 0) * itemsize(task.g), lane(f.g_y, 0))
-    if task.labelled and task.tiled and not task.whole_rows:  # an ignored row's gradient is 0 everywhere, as is its g_y
-        y = where(unit.kept, unit.y, 0)
-        scatter(unit.tile, iota() * itemsize(unit.tile) + y * tile_step(task, unit), f.g_y, all_lanes())
 
 
 @njit(**INLINE)
@@ -79,7 +76,7 @@ def write_gradient(task, unit, f):
         if streams(task, unit):
             stream_gradient(task, unit, f)
             return one, f.g_y
-    if task.whole_rows and task.keeps_e and not task.dense:  # g = a e, and e is in the tile
+    if task.tiled and task.keeps_e and not task.dense:  # g = a e, and e is in the tile
         return f.a, f.g_y
     for j in range(unit.start, min(unit.stop, unit.full)):
         look_at_next_row(task, unit, j)

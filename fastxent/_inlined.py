@@ -81,12 +81,15 @@ def c_function(function, signature):
 # ----------------------------------------------------------------------------------------------------
 
 
-def unless_none(otherwise):
-    """A function of kernels that is ``otherwise`` where its second argument is None: no code is made for what is not there."""
+def unless_none(otherwise, **others):
+    """A function of kernels that is ``otherwise`` where its second argument is None: no code is made for what is not there.
+    ``others``: what it is where that is a named tuple of this name."""
 
     def decorate(function):
         def choose(task, there, *more):
-            return otherwise if isinstance(there, types.NoneType) else function
+            if isinstance(there, types.NoneType):
+                return otherwise
+            return others.get(there.instance_class.__name__, function) if isinstance(there, types.BaseNamedTuple) else function
 
         overload(function, jit_options=INLINE, strict=False)(choose)
         return function

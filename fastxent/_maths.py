@@ -36,8 +36,8 @@ from fastxent._across import fold
 from fastxent._elementary import exp_up, log, sech_squared, shift_by, split_exponent, tanh, up
 from fastxent._inlined import INLINE
 from fastxent._loadstore import gather, get, itemsize, load_masked
-from fastxent._rows import INF, multiply_rows, raw_logits, raw_whole, read, row_values, sum_rows, t_step, x_step
-from fastxent._simd import LANES, WIDE, any_lane, as_numbers, fma, lane, maximum, narrow, splat, where, widen
+from fastxent._rows import INF, multiply_rows, raw_logits, raw_whole, read, row_values, sum_rows, t_step, tile_step, x_step
+from fastxent._simd import LANES, WIDE, any_lane, as_numbers, fma, iota, lane, maximum, narrow, splat, where, widen
 from fastxent._task import DIVISOR
 
 # ----------------------------------------------------------------------------------------------------
@@ -193,6 +193,8 @@ def at_labels(task, unit):
                 x_y = where(y == c, raw_whole(task, unit, j), x_y)
                 c = c + 1.0
             return x_y
+    if task.tiled and task.neighbours:  # their lines have left the nearest caches
+        return gather(unit.tile, iota() * itemsize(unit.tile) + unit.y * tile_step(task, unit), unit.kept)
     return gather(task.x + unit.x, unit.x_lanes + unit.y * x_step(task), unit.kept)
 
 

@@ -135,16 +135,17 @@ def argument_block(
         block, 0, 0, 0, 0, x, g, h, t, y, tiles, *plan.planned, *kernels,
         ctypes.addressof(plan.table), at_partial, at_taken, at_segments, at_total,
         w, u, loss, lse, entropy, target_prob, prediction, target_rank,
-        w != 0, u != 0, loss != 0, g != x and _is_aligned(g, plan), ignore, keep, spread, factor, average, z, cap,
+        w != 0, u != 0, loss != 0, _may_bypass(x, g, plan), ignore, keep, spread, factor, average, z, cap,
         _give_way(),
     )  # fmt: skip
     _set_totals(block, _AT_TOTAL, 0.0, 0.0, divisor or math.nan)
     return block
 
 
-def _is_aligned(g: int, plan: Plan) -> bool:
-    """Do all rows of a gradient begin where one of its elements may? Else none can be written past the caches."""
-    return all(at % plan.itemsize == 0 for at in (g, *plan.axes[2::5]))  # the row axes' strides in g
+def _may_bypass(x: int, g: int, plan: Plan) -> bool:
+    """May a large gradient be written past the caches? In place its lines are there already, but not those of strips in hand
+    (see ``_strips``). And all rows have to begin where an element may."""
+    return (g != x or plan.variant.overlapped) and all(at % plan.itemsize == 0 for at in (g, *plan.axes[2::5]))  # the row axes' strides in g
 
 
 def _first_chunk(block: ctypes.Array[ctypes.c_char]) -> int:
@@ -471,8 +472,8 @@ def check_threads(n: object, name: str) -> int:
 
 def kernel(name: str, variant: Variant = _ANY) -> Kernel:
     """The compiled kernel ``name`` for ``variant``: from memory, from the disk cache, or compiled now."""
-    if variant.paired and name not in PAIRERS:  # one kernel for both
-        variant = variant._replace(paired=False)
+    if (variant.paired or variant.overlapped) and name not in PAIRERS:  # one kernel for both
+        variant = variant._replace(paired=False, overlapped=False)
     try:
         return _kernels[name, variant]
     except KeyError:

@@ -23,6 +23,7 @@ from fastxent._plan import MOST_KEPT
 from fastxent._rows import from_class, g_step, write
 from fastxent._simd import LANES, WIDE, absolute, all_lanes, first_lanes, iota, lane, maximum, splat, where, widen
 from fastxent._streaming import aligned, look_further, streams
+from fastxent._strips import rest_beside, step_beside
 
 GROUP = 8  # vectors whose float32 terms are added up before they go to the float64 totals
 AT_A_TIME = GROUP if WIDE else 2  # vectors whose exponentials are made beside each other
@@ -46,14 +47,24 @@ def together(task):
     return AT_A_TIME if WIDE or task.keeps_e or not task.across else 2 * AT_A_TIME
 
 
-@unless_none(otherwise=lambda task, pipeline, top, j: top)
+def _step_of_strips(task, beside, top, j):
+    step_beside(task, beside, beside.first + j // AT_A_TIME)
+    return top
+
+
+def _rest_of_strips(task, beside, top, stop):
+    rest_beside(task, beside, stop // AT_A_TIME)
+    return top
+
+
+@unless_none(otherwise=lambda task, pipeline, top, j: top, Beside=_step_of_strips)
 def alongside(task, pipeline, top, j):
     """What is done beside the exponentials of vectors j, ...; the maximum ahead, so far."""
     write_behind(task, pipeline.behind, j)
     return look_ahead_at(task, pipeline.ahead, top, j)
 
 
-@unless_none(otherwise=lambda task, pipeline, top, stop: top)
+@unless_none(otherwise=lambda task, pipeline, top, stop: top, Beside=_rest_of_strips)
 def rest(task, pipeline, top, stop):
     """What is left to do if ``alongside`` was called for all vectors below ``stop``; the maximum ahead."""
     finish_behind(task, pipeline.behind, stop)

@@ -23,9 +23,9 @@ KEEPERS = ("value_and_grad", "softmax", "keep_segment")
 # room in the nearest cache. Past the caches more than a few classes are held up by the memory.
 MOST_PAIRED, MOST_PAIRED_LARGE = 112, 16
 PAIRERS = ("value", "value_and_grad")
-# Units of neighbouring rows that are copied to the tile together. An odd number: then the classes are spread over all sets of a
-# cache.
-STRIP = 7
+# Units of neighbouring rows that are copied to the tile together; of so many classes, and more than these units side by side,
+# they are read and written while others are worked on: see ``_strips``.
+STRIP, FEWEST_OVERLAPPED = 16, 8
 # Elements handed to a thread at a time: long enough to hide the counter, short enough to share out evenly.
 CHUNK = 16384
 # Where class indices are checked, a unit is of this many, and so many units are handed out at a time.
@@ -57,6 +57,7 @@ class Variant(NamedTuple):
     tiled: bool = False  # rows in lanes, put together once in a tile, class by class
     whole_rows: bool = False  # what goes into the tile are rows with their classes side by side
     paired: bool = False  # two units of such rows are worked on at a time, by the kernels that do
+    overlapped: bool = False  # neighbours in a tile are read and written while others are worked on, by the kernels that do
     adjacent: bool = False  # rows in lanes, numbered one by one
     capped: bool = False  # softcap
     split: bool = False  # a unit is a segment of a row
@@ -183,7 +184,7 @@ def make_plan(
         n_vectors = n_classes
         units_per_line = -(-innermost.extent // LANES)
         if tiled and neighbours:  # whole strips, the last of which may have empty units
-            strip = min(STRIP, units_per_line)
+            strip = -(-units_per_line // -(-units_per_line // STRIP))
             units_per_line = -(-units_per_line // strip) * strip
         n_units = units_per_line * (n_rows // innermost.extent)
         per_unit = n_classes * LANES
@@ -192,6 +193,8 @@ def make_plan(
     kept = not capped and (tiled or (across and (unrounded if split else n_vectors <= MOST_KEPT)))
     large = past_caches and (neighbours or whole_rows) and not split
     paired = whole_rows and n_classes <= (MOST_PAIRED_LARGE if large else MOST_PAIRED)
+    overlapped = large and tiled and neighbours and kept and precision(logits, target) == "f32"
+    overlapped = overlapped and n_classes >= FEWEST_OVERLAPPED and units_per_line > strip
     chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
     together = 2 if paired else strip  # units that belong into one chunk
     chunk = -(-chunk // together) * together
@@ -200,8 +203,9 @@ def make_plan(
         n_rows, n_classes, n_vectors, n_units, units_per_line, strip, chunk, segment, n_segments, len(axes), *steps,
     )  # fmt: skip
     variant = Variant(
-        logits, target, labelled, smooth, across, neighbours, tiled, whole_rows, paired, adjacent, capped, split, kept, large
-    )
+        logits, target, labelled, smooth, across, neighbours, tiled, whole_rows, paired, overlapped, adjacent, capped, split,
+        kept, large,
+    )  # fmt: skip
     table = tuple(value for a in axes for value in a)
     return Plan(variant, planned, table, n_units, n_chunks, n_rows * n_classes)
 

@@ -27,7 +27,19 @@ from fastxent._loadstore import (
     store_first,
     stream,
 )
-from fastxent._simd import LANES, all_lanes, count_lanes, every_lane, first_lanes, iota, lane, maximum, splat, where
+from fastxent._simd import LANES, all_lanes, any_lane, count_lanes, every_lane, first_lanes, iota, lane, maximum, splat, where
+from fastxent._strips import (
+    MAXIMA,
+    Strip,
+    before_aligned,
+    class_step,
+    numbers,
+    put_numbers,
+    read_strip,
+    shift_numbers,
+    strip_at,
+    write_strip,
+)
 from fastxent._task import LINE
 from fastxent._transpose import BY_MASK, SQUARE, load_transposed, store_transposed
 
@@ -68,23 +80,15 @@ def place_of_e(constants):
 
 
 @njit(**INLINE)
-def locate(task, tile, number):
-    """Unit ``number``: its digits in the row axes, innermost first, give its offsets."""
-    start, stop = 0, task.n_vectors
-    if task.split:
-        segment = number % task.n_segments
-        number = number // task.n_segments
-        start = segment * task.segment
-        stop = min(stop, start + task.segment)
+def offsets(task, number):
+    """Where unit ``number`` is, if units are not segments: its first row's place in its line, its byte offsets, its number."""
     axes = task.axes  # (n_axes, 5) in: extent, strides in x, g, t, rows
     line, first = 0, number
     if task.n_axes > 1:
         line = number // task.units_per_line
         first = number - line * task.units_per_line
-    n = 1
     if not task.across:
         first *= LANES
-        n = min(LANES, fixed(axes, 0) - first)
     x, g, t, row = first * fixed(axes, 8), first * fixed(axes, 16), first * fixed(axes, 24), first * fixed(axes, 32)
     for axis in range(1, task.n_axes):
         at = 40 * axis
@@ -95,6 +99,21 @@ def locate(task, tile, number):
         g += digit * fixed(axes, at + 16)
         t += digit * fixed(axes, at + 24)
         row += digit * fixed(axes, at + 32)
+    return first, x, g, t, row
+
+
+@njit(**INLINE)
+def locate(task, tile, number):
+    """Unit ``number``: its digits in the row axes, innermost first, give its offsets."""
+    start, stop = 0, task.n_vectors
+    if task.split:
+        segment = number % task.n_segments
+        number = number // task.n_segments
+        start = segment * task.segment
+        stop = min(stop, start + task.segment)
+    first, x, g, t, row = offsets(task, number)
+    axes = task.axes
+    n = 1 if task.across else min(LANES, fixed(axes, 0) - first)
 
     lanes = iota()
     row_lanes = lanes * fixed(axes, 32)
@@ -115,19 +134,37 @@ def locate(task, tile, number):
     if task.tiled:
         if task.neighbours:
             nth = number % task.strip
-            begin = first - nth * LANES
-            in_strip = min(task.strip * LANES, fixed(axes, 0) - begin)
-            if nth == 0:
-                fill_strip(task, tile, task.x + x, in_strip)
+            if not task.pipelined and nth == 0:
+                read_strip(task, strip_of(task, tile, number, False))
             if nth == task.strip - 1:
-                ending = in_strip
+                ending = min(task.strip * LANES, fixed(axes, 0) - (first - nth * LANES))
             tile = tile + nth * LANES * itemsize(tile)
+            m = where(reads, load(numbers(task, tile, MAXIMA)), -INF)
+            if task.pipelined and any_lane(kept) and not every_lane(kept):
+                m, full = clear(task, tile, m, kept), task.n_vectors
         else:
             m = fill(task, tile, task.x + x, n, x_lanes, reads)
     return Unit(
         x, g, t, 0, x_lanes, lanes * fixed(axes, 16), lanes * fixed(axes, 24),
         row, row_lanes, y, tile, m, ending, rows, kept, start, stop, full, reads, writes,
     )  # fmt: skip
+
+
+@njit(**INLINE)
+def clear(task, tile, m, kept):
+    """Zeros for logits that nobody asks for: so vectors with such lanes are like all others. Returns the maxima then."""
+    for j in range(task.n_vectors):
+        p = tile + j * class_step(task, tile)
+        store(p, where(kept, load(p), 0.0))
+    return where(kept, m, 0.0)
+
+
+@njit(**INLINE)
+def strip_of(task, tile, number, follows):
+    """The strip whose first unit is this one; its last units may be of no row. ``follows``: was the one before worked on?"""
+    first, x, g, _, _ = offsets(task, number)
+    n = min(task.strip * LANES, fixed(task.axes, 0) - first)
+    return strip_at(task, tile, task.x + x, task.g + g, n, follows and first > 0)
 
 
 # Bytes from vector j of a unit to vector j + 1; where lanes are classes the compiler knows them.
@@ -205,35 +242,6 @@ def fill(task, tile, p, n, lanes, mask):
     return where(mask, m, -INF)
 
 
-# Rows that are neighbours, with few classes: an image's pixels, whose classes lie planes apart, often a power of two, so that
-# a cache holds few of them at once. A strip of ``task.strip`` units is copied to the tile, plane by plane, before it is worked
-# on, and its gradient is copied back in the same way: a longer piece of a plane at a time, and no line waits for the next unit.
-
-
-@njit(**INLINE)
-def fill_strip(task, tile, p, n):
-    """The logits of n neighbouring rows, class by class, a vector for each of the strip's units."""
-    vector, step = LANES * itemsize(tile), LANES * itemsize(p)
-    n_whole = n // LANES
-    tail = first_lanes(n - n_whole * LANES)
-    for j in range(task.n_vectors):
-        line, here = p + j * x_step(task), tile + j * task.strip * vector
-        for k in range(n_whole):
-            store(here + k * vector, load(line + k * step))
-        if n_whole < task.strip:
-            store(here + n_whole * vector, load_masked(line + n_whole * step, tail))
-
-
-@njit(**INLINE)
-def flush_strip(task, unit):
-    """The other way round, past the caches if the gradient is."""
-    before = task.strip - 1
-    vector, step = LANES * itemsize(unit.tile), LANES * itemsize(task.g)
-    tile, p = unit.tile + -before * vector, task.g + (unit.g - before * step)
-    for j in range(task.n_vectors):
-        put_neighbours(task, p + j * g_step(task), tile + j * task.strip * vector, unit.ending)
-
-
 @njit(**INLINE)
 def put_neighbours(task, p, place, n):
     """Copy n elements to the gradient, past the caches if it is."""
@@ -257,8 +265,9 @@ def put_neighbours(task, p, place, n):
 @njit(**INLINE)
 def tile_step(task, unit):
     """Bytes from vector j to vector j + 1 in the tile."""
-    step = LANES * itemsize(unit.tile)
-    return step * task.strip if task.tiled and task.neighbours else step
+    if task.tiled and task.neighbours:
+        return class_step(task, unit.tile)
+    return LANES * itemsize(unit.tile)
 
 
 @njit(**INLINE)
@@ -319,18 +328,27 @@ def flush_rows(task, unit, tile, p, factor, g_y):
 
 @njit(**INLINE)
 def flush(task, unit, factor, g_y):
-    """What ``write_out`` has put into the tile goes to g; of whole rows times ``factor``, and then g_y."""
+    """What is in the tile goes to g, times ``factor``; and g_y."""
     if task.tiled:
         tile, p = unit.tile, task.g + unit.g
         vector = LANES * itemsize(tile)
         if task.neighbours:
-            if unit.ending > 0:
-                flush_strip(task, unit)
+            put_numbers(task, tile, factor, where(unit.kept, unit.y, -1), g_y)
+            if not task.pipelined and unit.ending > 0:
+                before = (task.strip - 1) * LANES
+                first_tile, first_g = tile + -before * itemsize(tile), p + -before * itemsize(p)
+                head = before_aligned(task, first_g, unit.ending)
+                strip = Strip(task.x + unit.x, first_g, unit.ending, first_tile, head, False)
+                shift_numbers(task, strip)
+                write_strip(task, strip, strip, strip)
         elif task.whole_rows:
             flush_rows(task, unit, tile, p, factor, g_y)
         else:
             for j in range(task.n_vectors):
-                scatter(p + j * g_step(task), unit.g_lanes, load(tile + j * vector), unit.rows)
+                g = load(tile + j * vector) * factor
+                if task.labelled:
+                    g = where(unit.y == j, g_y, g)
+                scatter(p + j * g_step(task), unit.g_lanes, g, unit.rows)
 
 
 @njit(**INLINE)

@@ -22,11 +22,22 @@ from fastxent._pipeline import (
     part_of_row,
     parts_of_row,
 )
-from fastxent._rows import flush, locate, next_tile, of_no_row, unchanged
+from fastxent._rows import flush, locate, next_tile, of_no_row, strip_of, unchanged
 from fastxent._segments import to_row
-from fastxent._simd import any_lane, lane, splat, widen
+from fastxent._simd import LANES, any_lane, lane, splat, widen
 from fastxent._statistics import span_state, state_of
 from fastxent._streaming import block_length, look_at_border, write_zeros
+from fastxent._strips import (
+    Beside,
+    finish_beside,
+    of_no_rows,
+    read_strip,
+    rest_beside,
+    share,
+    shift_numbers,
+    tile_in_hand,
+    write_strip,
+)
 from fastxent._walk import NOTHING_SO_FAR, plus, value_of
 
 # ----------------------------------------------------------------------------------------------------
@@ -84,6 +95,55 @@ def value_and_grad_by_twos(task, tile, first, stop):
         if number + 1 < stop:
             flush(task, b, *b_late)
             so_far = plus(task, so_far, *b_loss)
+    return value_of(task, so_far)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Short rows that are neighbours: see ``_strips``
+# ----------------------------------------------------------------------------------------------------
+
+
+@njit(**INLINE)
+def strip_in_hand(task, tile, first, number, stop):
+    """The strip that begins with unit ``number``; past the last unit one of no row."""
+    at = min(number, stop - task.strip)
+    strip = strip_of(task, tile_in_hand(task, tile, number // task.strip), at, number > first)
+    return strip if number < stop else of_no_rows(strip)
+
+
+@njit(**INLINE)
+def by_strips(task, tile, first, stop):
+    """Loss, with the gradient if exponentials are kept."""
+    so_far = NOTHING_SO_FAR
+    ahead = strip_in_hand(task, tile, first, first, stop)
+    read_strip(task, ahead)
+    here = behind = of_no_rows(ahead)
+    begin = first
+    while begin < stop:
+        before, behind, here, ahead = behind, here, ahead, strip_in_hand(task, tile, first, begin + task.strip, stop)
+        n_units = (here.n + LANES - 1) // LANES
+        for nth in range(n_units):
+            beside = Beside(ahead, here, behind, before, nth * share(task))
+            unit = locate(task, here.tile, begin + nth)
+            loss, late = (0.0, 1.0), unchanged(task)
+            if any_lane(unit.kept):
+                y = label(task, unit)
+                state, _ = state_of(task, unit, 0, unit.stop, unit.m, beside)
+                loss = deliver_loss(task, unit, state, y)
+                if task.keeps_e:
+                    late = write_gradient(task, unit, factors(task, unit, state, y, to_row(task, begin + nth, state)))
+            else:
+                rest_beside(task, beside, 0)
+                loss = deliver_no_loss(task, unit)
+                write_zeros(task, unit)
+            flush(task, unit, *late)
+            so_far = plus(task, so_far, *loss)
+        finish_beside(task, Beside(ahead, here, behind, before, n_units * share(task)))
+        if task.keeps_e:
+            shift_numbers(task, here)
+        begin += task.strip
+    if task.keeps_e:
+        write_strip(task, behind, here, of_no_rows(here))
     return value_of(task, so_far)
 
 

@@ -235,7 +235,7 @@ def total_over_classes(task, total):
 @njit(**INLINE)
 def block_max(task, unit, start, stop):
     """The maximum over vectors start ... stop - 1."""
-    if task.tiled and not task.neighbours and not task.capped:  # the whole row, as it is stored: known already
+    if task.tiled and not task.capped:  # the whole row, as it is stored: known already
         return unit.m
     m = vector_max(task, unit, start, stop)
     return max_across(m) if task.across else m

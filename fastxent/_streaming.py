@@ -26,7 +26,7 @@ def further(task):
 @njit(**INLINE)
 def look_ahead(task, unit, j):
     """While the exponentials of vector j are computed, ask for what is read a block, a row, or 16 rows later."""
-    if task.pipelined:  # the logits are asked for where they are read first: see ``look_further``
+    if task.pipelined and task.across:  # the logits are asked for where they are read first: see ``look_further``
         if task.soft:
             prefetch_near(task.t + unit.t, j * t_step(task) + further(task))
         return
