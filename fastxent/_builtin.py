@@ -59,7 +59,8 @@ def table(writes: bool) -> Table | None:
 
 
 def at_addresses(task: PackedTask) -> Callable[..., bool] | None:
-    """``run(team, x, g, y, loss)``, the number of threads and addresses: writes the loss; is every class index in range?"""
+    """``run(team, x, g, y, loss)``, the number of threads and addresses: writes the loss; is every class index in range?
+    More addresses, or 0, where the task has such operands: t, w, u, and the rows' losses."""
     run_at = _run_at()
     return None if run_at is None else partial(run_at, _own_block(task), task.plan.variant.acc == "f64")
 

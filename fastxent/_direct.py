@@ -18,6 +18,8 @@ from fastxent._simd import I8, I64, SCALAR, call_llvm
 
 _SLOT = {name: _task.FIRST_SLOT + nth for nth, (name, _) in enumerate(_task.FIELDS)}
 ROUND, OWN_NUMBER, TEAM, X, G, Y = (_SLOT[name] for name in ("round", "thread_number", "team", "x", "g", "y"))
+T, W, U, LOSS = (_SLOT[name] for name in ("t", "w", "u", "loss"))
+FEWEST = 7  # arguments of ``run_at``
 SUM, BAD_AT, DIVISOR_AT = (
     (_task.BLOCK.size + offset) // 8 for offset in (8 * _task.WORK, _task.BAD, _task.DIVISOR)
 )  # behind the block: see ``_parallel``
@@ -171,8 +173,13 @@ def answered(table, args):
 
 
 @njit(**INLINE)
-def ran(table, args):
+def ran(table, args, n_args):
     block, is_double, team = word(word(args, 0), _task.DATA), argument(table, args, 1), argument(table, args, 2)
+    if n_args > FEWEST:
+        set_word(block, T, argument(table, args, FEWEST))
+        set_word(block, W, argument(table, args, FEWEST + 1))
+        set_word(block, U, argument(table, args, FEWEST + 2))
+        set_word(block, LOSS, argument(table, args, FEWEST + 3))
     x, g, y, loss = argument(table, args, 3), argument(table, args, 4), argument(table, args, 5), argument(table, args, 6)
     good = run(table, block, team, x, g, y)
     if is_double != 0:
@@ -192,5 +199,6 @@ def answer(self, args, n_args):
 
 
 def run_at(self, args, n_args):
-    """Python's ``run_at(block, double, team, x, g, y, loss)``, array, numbers, addresses: writes the loss; is all in range?"""
-    return ran(word(self, _task.DATA), args)
+    """Python's ``run_at(block, double, team, x, g, y, loss)``, array, numbers, addresses: writes the loss; is all in range?
+    More addresses, if there are more: class probabilities, class weights, sample weights, the rows' losses."""
+    return ran(word(self, _task.DATA), args, n_args)

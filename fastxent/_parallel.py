@@ -132,9 +132,9 @@ def argument_block(
     at_total, at_taken = ctypes.addressof(block) + _AT_TOTAL, ctypes.addressof(block) + _first_chunk(block)
     at_partial, at_segments = at_taken + 8, at_taken + _task.LINE * plan.most_chunks
     _task.BLOCK.pack_into(
-        block, 0, 0, 0, 0, x, g, h, t, y, tiles, *plan.planned, *kernels,
+        block, 0, 0, 0, 0, x, g, h, t, y, w, u, loss, tiles, *plan.planned, *kernels,
         ctypes.addressof(plan.table), at_partial, at_taken, at_segments, at_total,
-        w, u, loss, lse, entropy, target_prob, prediction, target_rank,
+        lse, entropy, target_prob, prediction, target_rank,
         w != 0, u != 0, loss != 0, _may_bypass(x, g, plan), ignore, keep, spread, factor, average, z, cap,
         _give_way(),
     )  # fmt: skip
@@ -145,7 +145,8 @@ def argument_block(
 def _may_bypass(x: int, g: int, plan: Plan) -> bool:
     """May a large gradient be written past the caches? In place its lines are there already, but not those of strips in hand
     (see ``_strips``). And all rows have to begin where an element may."""
-    return (g != x or plan.variant.overlapped) and all(at % plan.itemsize == 0 for at in (g, *plan.axes[2::5]))  # the row axes' strides in g
+    steps = plan.axes[2::5]  # the row axes' strides in g
+    return (g != x or plan.variant.overlapped) and all(at % plan.itemsize == 0 for at in (g, *steps))
 
 
 def _first_chunk(block: ctypes.Array[ctypes.c_char]) -> int:
@@ -163,7 +164,7 @@ def _give_way() -> int:
 
 
 class PackedTask:
-    """A task over class indices, called again and again: all but three addresses is packed once."""
+    """A task that is called again and again: all but the operands is packed once, and of an operand whether there is one."""
 
     def __init__(self, name: str, plan: Plan, **arguments: Any) -> None:
         self.name, self.plan, self.arguments, self.launch = name, plan, arguments, kernel("launch")
@@ -176,7 +177,9 @@ class PackedTask:
     def new_block(self, tiles: int = 0) -> ctypes.Array[ctypes.c_char]:
         return argument_block(self.name, self.plan, tiles=tiles, **self.arguments)
 
-    def __call__(self, x: int, g: int, y: int, n_threads: int | None = None) -> tuple[float, float, float]:
+    def __call__(
+        self, x: int, g: int, y: int, n_threads: int | None = None, t: int = 0, w: int = 0, u: int = 0, loss: int = 0
+    ) -> tuple[float, float, float]:
         """As `run`."""
         try:
             block, at = self.blocks.pop()
@@ -185,7 +188,7 @@ class PackedTask:
             at = ctypes.addressof(block)
         tiles = _take_tiles()
         try:
-            _start_alone(block, 0, next(_rounds), 0, 1, x, g, 0, 0, y, tiles[1])
+            _start_alone(block, 0, next(_rounds), 0, 1, x, g, 0, t, y, w, u, loss, tiles[1])
             if self.alone:
                 self.launch.call(at)
             else:

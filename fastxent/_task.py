@@ -30,6 +30,9 @@ OPERANDS = (
     ("h", "x"),  # (rows, C) out: Hessian diagonal, with the strides of g
     ("t", "t"),  # (rows, C) in: class probabilities
     ("y", "i64"),  # (rows,) in: class indices
+    ("w", "f64"),  # (C,) in: class weights
+    ("u", "f64"),  # (rows,) in: sample weights
+    ("loss", "acc"),  # (rows,) out
     ("tiles", "acc"),  # (threads, TILE bytes) scratch
 )
 # What the plan knows
@@ -58,9 +61,6 @@ CALLED = (
     ("taken", "i64"),  # (n_chunks,) in/out, LINE bytes apart: number of the last phase in which a thread took this chunk
     ("segments", "f64"),  # (n_units, 6) in/out, LINE bytes apart: statistics of the segments of split rows
     ("total", "f64"),  # (5,) out: sum of the kept rows' weights, of nothing, of the losses; in/out: see BAD, DIVISOR
-    ("w", "f64"),  # (C,) in: class weights
-    ("u", "f64"),  # (rows,) in: sample weights
-    ("loss", "acc"),  # (rows,) out
     ("lse", "acc"),  # (rows,) out
     ("entropy", "acc"),  # (rows,) out
     ("target_prob", "acc"),  # (rows,) out
@@ -83,7 +83,7 @@ FIELDS = RUN + OPERANDS + PLANNED + CALLED
 FIRST_SLOT = 40
 _ZEROS = f"={8 * FIRST_SLOT}x"  # the counters begin at 0
 BLOCK = struct.Struct(_ZEROS + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
-START, START_ALONE = struct.Struct(_ZEROS + "3q"), struct.Struct(_ZEROS + "3q6q")  # RUN; and the operands
+START, START_ALONE = struct.Struct(_ZEROS + "3q"), struct.Struct(_ZEROS + "3q9q")  # RUN; and the operands
 TOTAL = struct.Struct("=16x3d")  # sum of the losses, BAD, DIVISOR
 
 # The table of calls that are known, and not large: words of 8 bytes, all numbers; see ``_direct``.

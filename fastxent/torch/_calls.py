@@ -57,8 +57,8 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
     x = input.detach().resolve_neg() if input.is_neg() else input
     if not walkable(x, axis):
         x = x.detach().movedim(axis, -1).contiguous().movedim(-1, axis)
-    w = None if weight is None else weight.detach().to(torch.float64).resolve_neg().contiguous()
-    u = None if sample_weight is None else sample_weight.detach().to(torch.float64).resolve_neg().contiguous()
+    w = None if weight is None else as_float64(weight)
+    u = None if sample_weight is None else as_float64(sample_weight)
     n_threads = threads()
     double = (
         x.dtype == torch.float64
@@ -88,10 +88,15 @@ def check_memory(*tensors: Tensor | None) -> None:
     for t in tensors:
         if t is None or t.numel() == 0:
             continue
-        if t.data_ptr() == 0 or t.untyped_storage().nbytes() < t.storage_offset() * t.element_size() + reach(t):
+        if not is_there(t, reach(t)):
             raise RuntimeError(
                 "The tensor has a non-zero number of elements, but its data is not allocated yet, or not any more."
             )
+
+
+def is_there(t: Tensor, nbytes: int) -> bool:
+    """Are so many bytes from a tensor's first element on in its memory?"""
+    return t.data_ptr() != 0 and t.untyped_storage().nbytes() >= t.storage_offset() * t.itemsize + nbytes
 
 
 def reach(t: Tensor) -> int:
@@ -99,6 +104,12 @@ def reach(t: Tensor) -> int:
     if t.numel() == 0:
         return 0
     return int(1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
+
+
+def as_float64(t: Tensor) -> Tensor:
+    """As the kernels take weights."""
+    t = t.detach() if t.requires_grad else t
+    return t.to(torch.float64).resolve_neg().contiguous()
 
 
 def as_int64(target: Tensor) -> Tensor:
@@ -113,7 +124,7 @@ def out_of_bounds(target: Tensor, n_classes: int, ignore_index: int) -> IndexErr
     return IndexError(f"Target {target[tuple(where)].item()} is out of bounds.")
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -149,8 +160,8 @@ def _run(name: str, call: _Call, g: Tensor, options: Options, factor: float = 1.
     plan = plan_of(x.shape, strides, call.axis, x.dtype, None if t is None else t.dtype, labelled, smooth, options.softcap != 0)
     average = options.reduction == MEAN
     total, bad, divisor = _parallel.run(
-        name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=_address(t),
-        y=_address(call.y), w=_address(call.w), u=_address(call.u), loss=_address(loss), factor=factor,
+        name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=address(t),
+        y=address(call.y), w=address(call.w), u=address(call.u), loss=address(loss), factor=factor,
         divisor=call.divisor if average else 1.0, average=average,
         **numbers(options, x.shape[call.axis]),
     )  # fmt: skip

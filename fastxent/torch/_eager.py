@@ -10,9 +10,9 @@ from torch import Tensor
 from fastxent.torch._calls import NONE, SUM, Options, check_memory, value, value_and_grad
 from fastxent.torch._formula import differentiable_backward
 
-# What the node is made of, the loss and its gradient (None for reduction none) first; one argument, since each costs autograd a
-# check. Only the logits are differentiated here.
-Made = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Options, bool]
+# What the node is made of, the loss and its gradient (None for reduction none) first, a call that is known last; one argument,
+# since each costs autograd a check. Only the logits are differentiated here.
+Made = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Options, bool, Any]
 
 
 class _Eager(torch.autograd.Function):
@@ -20,7 +20,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, made: Made) -> Tensor:
-        loss, ctx.grad, target, weight, sample_weight, ctx.options, ctx.inplace = made
+        loss, ctx.grad, target, weight, sample_weight, ctx.options, ctx.inplace, ctx.known = made
         ctx.set_materialize_grads(False)
         if ctx.inplace and ctx.grad is not None:
             torch.autograd.graph.increment_version(input)
@@ -70,9 +70,11 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
     check_memory(sample_weight)
     if grad_output._is_zerotensor():  # it has no memory
         grad_output = torch.zeros(grad_output.shape, dtype=grad_output.dtype, device="cpu")
-    rows = grad_output if sample_weight is None else grad_output * sample_weight
     out = input.detach() if ctx.inplace else None
-    _, grad = value_and_grad(input, target, weight, rows, ctx.options._replace(reduction=SUM), out)
+    grad = None if ctx.known is None else ctx.known.gradient_of_rows(input, target, weight, grad_output, out)
+    if grad is None:
+        rows = grad_output if sample_weight is None else grad_output * sample_weight
+        _, grad = value_and_grad(input, target, weight, rows, ctx.options._replace(reduction=SUM), out)
     if ctx.inplace:
         torch.autograd.graph.increment_version(input)
     return grad
@@ -93,7 +95,7 @@ def attach(
         loss = value(input, target, weight, sample_weight, options)
     else:
         loss, grad = value_and_grad(input, target, weight, sample_weight, options, input.detach() if inplace else None)
-    return apply(input, (loss, grad, target, weight, sample_weight, options, inplace))
+    return apply(input, (loss, grad, target, weight, sample_weight, options, inplace, None))
 
 
 def _is_batched(t: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Calls that come again, without weights: what was checked once is recognised, and goes straight to its task.
+"""Calls that come again, without sample weights: what was checked once is recognised, and goes straight to its task.
 
 Class indices are never taken on trust: the task checks them, before it writes anything.
 """
@@ -19,33 +19,96 @@ from fastxent._known import MOST_KNOWN, has_constant_options
 from fastxent._parallel import PackedTask, team_at_once
 from fastxent._plan import over
 from fastxent.torch import _calls
-from fastxent.torch._calls import MEAN, NONE, Options, gradient_like, may_be_overwritten, out_of_bounds, reach, walkable
+from fastxent.torch._calls import (
+    MEAN,
+    NONE,
+    Options,
+    address,
+    as_float64,
+    check_memory,
+    gradient_like,
+    is_there,
+    may_be_overwritten,
+    out_of_bounds,
+    reach,
+    walkable,
+)
 from fastxent.torch._eager import apply
+from fastxent.torch._formula import loss_dtype
 
-Run = Callable[[int, int, int, int], bool]  # (x, g, y, loss), addresses: writes the loss; False: a class index is out of range
+# (x, g, y, loss), and (t, w, u, losses of the rows) where there are such: addresses. Writes the loss; False: a class index is
+# out of range.
+Run = Callable[..., bool]
+
+
+class Tasks(NamedTuple):
+    value: PackedTask
+    gradient: PackedTask
+    rows: PackedTask | None  # the gradient of reduction none, from what comes back for each row
 
 
 class Known:
     """A kind of call that was met before."""
 
-    def __init__(
-        self, value: PackedTask, gradient: PackedTask, options: Options, input: Tensor, target: Tensor, in_place: bool
-    ) -> None:
-        self.value: Run = partial(self._first_run, "value", value)
-        self.gradient: Run = partial(self._first_run, "gradient", gradient)
-        self.small = value.small
+    def __init__(self, tasks: Tasks, options: Options, loss: Tensor, in_place: bool, *tensors: Tensor | None) -> None:
+        input, target, weight = tensors
+        assert input is not None and target is not None
+        self.value: Run = partial(self._first_run, "value", tasks.value)
+        self.gradient: Run = partial(self._first_run, "gradient", tasks.gradient)
+        if tasks.rows is not None:
+            self.rows: Run = partial(self._first_run, "rows", tasks.rows)
+        self.small = tasks.value.small
         self.options = options
-        self.loss = torch.empty((), dtype=input.dtype, device="cpu")
-        self.input_bytes, self.target_bytes, self.itemsize = reach(input), reach(target), input.itemsize
+        self.loss = loss
+        self.input_bytes, self.target_bytes, self.weight_bytes = (
+            reach(input),
+            reach(target),
+            0 if weight is None else reach(weight),
+        )
+        self.itemsize, self.target_itemsize = input.itemsize, target.itemsize
         self.in_place = in_place  # may the gradient be written where the logits are?
+        self.labelled = target.dtype == torch.int64
+        # With class indices, float32 or float64, and no more, the loss is what the task writes to one address
+        self.plain = self.labelled and weight is None and options.reduction != NONE and input.itemsize > 2
+        self.kind = kind_of(input, target, weight, options)
 
-    def _first_run(self, which: str, task: PackedTask, x: int, g: int, y: int, loss: int) -> bool:
+    def _first_run(self, which: str, task: PackedTask, *addresses: int) -> bool:
         """Only a task that is run is compiled."""
         run = _ready(task)
         setattr(self, which, run)
-        return run(x, g, y, loss)
+        return run(*addresses)
+
+    def room_for_gradient(self, input: Tensor) -> Tensor:
+        return torch.empty_like(input) if self.small else gradient_like(input)
+
+    def run(
+        self, run: Run, input: Tensor, g: Tensor, target: Tensor, weight: Tensor | None, u: Tensor | None, loss: Tensor | None
+    ) -> bool:
+        """A task with operands of any kind."""
+        if weight is not None and not is_there(weight, self.weight_bytes):
+            check_memory(weight)
+        y, t = (target.data_ptr(), 0) if self.labelled else (0, target.data_ptr())
+        w = None if weight is None else as_float64(weight)
+        total, rows = (_nowhere, loss) if self.options.reduction == NONE else (loss, None)
+        return run(input.data_ptr(), g.data_ptr(), y, address(total), t, address(w), address(u), address(rows))
+
+    def gradient_of_rows(
+        self, input: Tensor, target: Tensor, weight: Tensor | None, grad_output: Tensor, out: Tensor | None
+    ) -> Tensor | None:
+        """Of reduction none, times ``grad_output``; None if the tensors are not as they were."""
+        if (
+            kind_of(input, target, weight, self.options) != self.kind
+            or grad_output.shape != self.loss.shape
+            or not (is_there(input, self.input_bytes) and is_there(target, self.target_bytes))
+        ):
+            return None
+        grad, u = self.room_for_gradient(input) if out is None else out, as_float64(grad_output)
+        if not self.run(self.rows, input, grad, target, weight, u, None):
+            raise out_of_bounds(target, input.shape[input.dim() > 1], self.options.ignore_index)
+        return grad
 
 
+_nowhere = torch.empty(1, dtype=torch.float64, device="cpu")  # for a sum that nobody asks for
 known_calls: dict[tuple[Any, ...], Known | None] = {}
 
 
@@ -90,32 +153,34 @@ def _is_out_of_the_ordinary() -> bool:
     )
 
 
-def kind_of(input: Tensor, target: Tensor, options: tuple[Any, ...]) -> tuple[Any, ...]:
-    """All that a call without weights is sorted by. Tensors that are odd in other ways have no strides, storage or address.
+def kind_of(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All that a call is sorted by. Tensors that are odd in other ways have no strides, storage or address.
 
     The type of ignore_index is there because True == 1 == 1.0; the other options may be of any type.
     """
     return (
         type(input), input.shape, input.stride(), input.dtype, input.is_cpu, input.is_neg(),
-        type(target), target.shape, target.stride(), target.dtype, target.is_cpu, target.is_neg(), options, type(options[1]),
+        type(target), target.shape, target.stride(), target.dtype, target.is_cpu, target.is_neg(), target.requires_grad,
+        options, type(options[1]), None if weight is None else
+        (type(weight), weight.shape, weight.stride(), weight.dtype, weight.is_cpu, weight.is_neg(), weight.requires_grad),
     )  # fmt: skip
 
 
-def recall(input: Tensor, target: Tensor, options: tuple[Any, ...], inplace: bool) -> Tensor | None:
+def recall(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...], inplace: bool) -> Tensor | None:
     """The loss; None where all has to be checked."""
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:  # what a guard does not notice
         return None
     try:
-        for call in _Latest.guarded:
+        for call in _Latest.guarded if weight is None else ():
             if call.is_like(input, target) and call.options == options and type(call.options[1]) is type(options[1]):
                 known: Known | None = call.known
                 break
         else:
-            known = _look_up(input, target, options)
+            known = _look_up(input, target, weight, options)
         if (
             known is None
             or input.untyped_storage().nbytes() < known.input_bytes + input.storage_offset() * known.itemsize
-            or target.untyped_storage().nbytes() < known.target_bytes + target.storage_offset() * 8
+            or target.untyped_storage().nbytes() < known.target_bytes + target.storage_offset() * known.target_itemsize
         ):
             return None
         x, y = input.data_ptr(), target.data_ptr()
@@ -123,26 +188,36 @@ def recall(input: Tensor, target: Tensor, options: tuple[Any, ...], inplace: boo
         return None
     if x == 0 or y == 0:  # zero tensors, and those that stand for others
         return None
+    differentiate = torch.is_grad_enabled() and input.requires_grad
     grad = None
-    if torch.is_grad_enabled() and input.requires_grad:
-        inplace = inplace and may_be_overwritten(input, target)
+    if differentiate:
+        inplace = inplace and may_be_overwritten(input, target, weight)
         if inplace and not known.in_place:
             return None
-        grad = input.detach() if inplace else torch.empty_like(input) if known.small else gradient_like(input)
+        if known.options.reduction != NONE:
+            grad = input.detach() if inplace else known.room_for_gradient(input)
     loss = torch.empty_like(known.loss)
-    run, g = (known.value, x) if grad is None else (known.gradient, grad.data_ptr())
-    if not run(x, g, y, loss.data_ptr()):
+    if known.plain:
+        run, g = (known.value, x) if grad is None else (known.gradient, grad.data_ptr())
+        good = run(x, g, y, loss.data_ptr())
+    else:
+        run = known.value if grad is None else known.gradient
+        good = known.run(run, input, input if grad is None else grad, target, weight, None, loss)
+        if known.itemsize == 2:
+            loss = loss.to(loss_dtype(input, target, weight))
+    if not good:
         raise out_of_bounds(target, input.shape[input.dim() > 1], known.options.ignore_index)
-    return loss if grad is None else apply(input, (loss, grad, target, None, None, known.options, inplace))
+    return apply(input, (loss, grad, target, weight, None, known.options, inplace, known)) if differentiate else loss
 
 
-def _look_up(input: Tensor, target: Tensor, options: tuple[Any, ...]) -> Known | None:
+def _look_up(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...]) -> Known | None:
     if _is_out_of_the_ordinary():
         return None
-    known = known_calls.get(kind_of(input, target, options))
-    if known is not None and known is _Latest.looked_up and (is_like := guard(input, target)) is not None:
-        _Latest.guarded = (Guarded(is_like, options, known), *_Latest.guarded[: MOST_GUARDED - 1])
-    _Latest.looked_up = known
+    known = known_calls.get(kind_of(input, target, weight, options))
+    if weight is None:
+        if known is not None and known is _Latest.looked_up and (is_like := guard(input, target)) is not None:
+            _Latest.guarded = (Guarded(is_like, options, known), *_Latest.guarded[: MOST_GUARDED - 1])
+        _Latest.looked_up = known
     return known
 
 
@@ -152,59 +227,69 @@ def forget() -> None:
     _Latest.guarded, _Latest.looked_up = (), None
 
 
-def remember(input: Tensor, target: Tensor, options: Options) -> None:
+def remember(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> None:
     """Keep the tasks of a call that was found good, or None if they cannot take its tensors as they lie."""
     if _is_out_of_the_ordinary() or not has_constant_options(options):
         return
-    kind = kind_of(input, target, options)
+    kind = kind_of(input, target, weight, options)
     if kind in known_calls:
         return
     if len(known_calls) >= MOST_KNOWN:
         forget()
-    known_calls[kind] = _tasks_for(input, target, options)
+    known_calls[kind] = _known(input, target, weight, options)
 
 
-def _tasks_for(input: Tensor, target: Tensor, options: Options) -> Known | None:
+def _known(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Known | None:
     axis = 0 if input.dim() == 1 else 1
+    labelled = target.dtype == torch.int64 and target.shape != input.shape
+    others = [target] if weight is None else [target, weight]
     if (
-        input.dtype not in (torch.float32, torch.float64)
-        or target.dtype != torch.int64
-        or not target.is_contiguous()
-        or options.reduction == NONE
+        (not (labelled and target.is_contiguous()) and target.dtype != input.dtype)
+        or any(t.is_neg() or t.requires_grad for t in others)
         or input.is_neg()
-        or target.is_neg()
+        or (weight is not None and weight.dtype != input.dtype)
         or not walkable(input, axis)
-    ):
+    ):  # fmt: skip
         return None
     g = torch.empty_like(input, device="meta")  # its strides are those of `gradient_like`
-    if not _calls.lies_well(g, input, axis):
+    if not _calls.lies_well(g, input, axis) or not (labelled or _calls.lies_well(target, input, axis)):
         return None
-    strides = (input.stride(), g.stride(), input.stride())
+    t = input if labelled else target
     plan = _calls.plan_of(
-        input.shape, strides, axis, input.dtype, None, True, options.label_smoothing > 0, options.softcap != 0
-    )
+        input.shape, (input.stride(), g.stride(), t.stride()), axis, input.dtype, None if labelled else target.dtype,
+        labelled, labelled and options.label_smoothing > 0, options.softcap != 0,
+    )  # fmt: skip
     if plan.variant.large:  # it has more to pack, and takes longer anyway
         return None
-    arguments = _calls.numbers(options, input.shape[axis]) | {"average": options.reduction == MEAN}
-    value, gradient = (PackedTask(name, plan, **arguments) for name in ("value", "value_and_grad"))
-    return Known(value, gradient, options, input, target, g.stride() == input.stride())
+    rows = input.shape[:axis] + input.shape[axis + 1 :]
+    none, mean = options.reduction == NONE, options.reduction == MEAN
+    there: dict[str, float] = {"t": not labelled, "w": weight is not None}  # their addresses come with each call
+    there |= _calls.numbers(options, input.shape[axis]) | {"average": mean, "divisor": float(rows.numel()) if mean else 1.0}
+    tasks = Tasks(
+        PackedTask("value", plan, loss=none, **there),
+        PackedTask("value_and_grad", plan, **there),
+        PackedTask("value_and_grad", plan, u=1, **there) if none else None,
+    )
+    acc = torch.float64 if plan.variant.acc == "f64" else torch.float32
+    loss = torch.empty(rows if none else (), dtype=acc, device="cpu")
+    return Known(tasks, options, loss, g.stride() == input.stride(), input, target, weight)
 
 
 def _ready(task: PackedTask) -> Run:
-    """The task as a function of four addresses: by a builtin, if it is not large."""
+    """The task as a function of addresses: by a builtin, if it is not large."""
     run = at_addresses(task) if task.direct else None
     if run is None:
         return partial(_run, task)
     return partial(run, 1) if task.small else partial(_run_at_once, run, task)
 
 
-def _run_at_once(run: Callable[..., bool], task: PackedTask, x: int, g: int, y: int, loss: int) -> bool:
+def _run_at_once(run: Callable[..., bool], task: PackedTask, *addresses: int) -> bool:
     team = team_at_once(_calls.threads())
-    return run(min(team, task.useful), x, g, y, loss) if team else _run(task, x, g, y, loss)
+    return run(min(team, task.useful), *addresses) if team else _run(task, *addresses)
 
 
-def _run(task: PackedTask, x: int, g: int, y: int, loss: int) -> bool:
-    total, bad, divisor = task(x, g, y, _calls.threads())
+def _run(task: PackedTask, x: int, g: int, y: int, loss: int, *others: int) -> bool:
+    total, bad, divisor = task(x, g, y, _calls.threads(), *others)
     number = ctypes.c_double if task.plan.variant.acc == "f64" else ctypes.c_float
     number.from_address(loss).value = over(total, divisor)
     return not bad

@@ -19,8 +19,7 @@ def route(
     input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, numbers: tuple[Any, ...], inplace: bool
 ) -> Tensor:
     """``numbers``: those of `Options`."""
-    plain = weight is None and sample_weight is None
-    if plain and (known := recall(input, target, numbers, inplace)) is not None:
+    if sample_weight is None and (known := recall(input, target, weight, numbers, inplace)) is not None:
         return known
     options = Options(*numbers)
     if options.label_smoothing < 0.0:
@@ -40,8 +39,8 @@ def route(
         loss = attach(input, target, weight, sample_weight, options, inplace)
     else:
         loss = value(input, target, weight, sample_weight, options)
-    if plain:
-        remember(input, target, options)
+    if sample_weight is None:
+        remember(input, target, weight, options)
     dtype = loss_dtype(input, target, weight)
     return loss if loss.dtype == dtype else loss.to(dtype)
 
