@@ -1,0 +1,163 @@
+"""Calls of the PyTorch adapter that come again: with all options they are as right as the first ones, and as careful."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastxent.torch as ft
+from fastxent.torch import _known, _route
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known():
+    _known.forget()
+    yield
+    _known.forget()
+
+
+@pytest.fixture
+def all_is_known(monkeypatch):
+    """Call it, and from then on who is not known fails."""
+    return lambda: monkeypatch.setattr(_route, "_takes", None)
+
+
+def make_call(shape, dtype, probabilities=False, weighted=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=g).to(dtype).requires_grad_()
+    if probabilities:
+        y = torch.softmax(torch.randn(*shape, generator=g), 1).to(dtype)
+    else:
+        y = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=g)
+        y.view(-1)[1] = -100
+    return x, y, (torch.rand(shape[1], generator=g) + 0.5).to(dtype) if weighted else None
+
+
+def gradient_of(loss, x, upstream):
+    return torch.autograd.grad(loss, x, upstream.to(loss.dtype))[0]
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (300, 130), (3, 5, 4, 6), (4, 40_000)], ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_later_calls_with_other_values(shape, dtype, reduction, all_is_known):
+    kinds = list(itertools.product((False, True), (False, True), (0.0, 0.1)))
+    for seed in range(3):
+        for probabilities, weighted, smoothing in kinds:
+            x, y, weight = make_call(shape, dtype, probabilities, weighted, seed)
+            options = {"reduction": reduction, "label_smoothing": smoothing}
+            loss = ft.cross_entropy(x, y, weight, **options)
+            upstream = torch.linspace(0.5, 2, loss.numel(), dtype=torch.float64).reshape(loss.shape)
+            grad = gradient_of(loss, x, upstream)
+            true_x = x.detach().double().requires_grad_()
+            truth = F.cross_entropy(
+                true_x, y.double() if probabilities else y, None if weight is None else weight.double(), **options
+            )
+            true_grad = gradient_of(truth, true_x, upstream)
+            tolerance = TOLERANCE[dtype]
+            assert loss.dtype == dtype
+            torch.testing.assert_close(loss.double(), truth, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(grad.double(), true_grad, rtol=tolerance, atol=tolerance * float(true_grad.abs().max()))
+            with torch.no_grad():
+                torch.testing.assert_close(ft.cross_entropy(x, y, weight, **options), loss.detach())
+        if seed == 0:
+            all_is_known()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_class_indices_are_checked_every_time(reduction):
+    x, y, weight = make_call((7, 5), torch.float32, weighted=True)
+    for _ in range(3):
+        ft.cross_entropy(x, y, weight, reduction=reduction)
+    y[3] = 5
+    with pytest.raises(IndexError, match=r"Target 5 is out of bounds\."):
+        ft.cross_entropy(x, y, weight, reduction=reduction)
+
+
+def test_class_indices_that_change_before_the_backward():
+    """They are saved, so PyTorch notices; not so if they change behind its back: then no address is formed of them."""
+    x, y, _ = make_call((7, 5), torch.float32)
+    for _ in range(3):
+        loss = ft.cross_entropy(x, y, reduction="none")
+    y.numpy()[3] = 2**40
+    with pytest.raises(IndexError, match="out of bounds"):
+        loss.sum().backward()
+
+
+@pytest.mark.parametrize("which", ["input", "target", "weight"])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_memory_that_was_cut_short(which, probabilities):
+    x, y, weight = make_call((7, 5), torch.float32, probabilities, weighted=True)
+    for _ in range(2):
+        ft.cross_entropy(x, y, weight)
+        losses = ft.cross_entropy(x, y, weight, reduction="none")
+    {"input": x, "target": y, "weight": weight}[which].untyped_storage().resize_(4)
+    with pytest.raises(RuntimeError, match="not allocated"):
+        ft.cross_entropy(x, y, weight)
+    with pytest.raises(RuntimeError, match="not allocated"):
+        losses.sum().backward()
+
+
+def test_a_tensor_that_needs_a_gradient_now():
+    """Of probabilities the kernels have none: a call is another one then."""
+    x, y, _ = make_call((7, 5), torch.float64, probabilities=True)
+    for _ in range(2):
+        ft.cross_entropy(x, y)
+    y.requires_grad_()
+    with torch.no_grad():
+        ft.cross_entropy(x, y)
+    (grad,) = torch.autograd.grad(ft.cross_entropy(x, y), y)
+    (theirs,) = torch.autograd.grad(F.cross_entropy(x, y), y)
+    torch.testing.assert_close(grad, theirs)
+
+
+def test_autocast_comes_and_goes():
+    """Under it the loss of half precision is float32."""
+    x, y, _ = make_call((7, 5), torch.bfloat16)
+    for _ in range(3):
+        assert ft.cross_entropy(x, y).dtype == torch.bfloat16
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert ft.cross_entropy(x, y).dtype == F.cross_entropy(x, y).dtype == torch.float32
+
+
+def test_saved_tensors_that_come_back_otherwise():
+    """Hooks may keep them in another form; the gradient is computed from what comes back."""
+    x, y, _ = make_call((7, 5), torch.float32)
+    for _ in range(3):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t.detach(), lambda t: t.t().contiguous().t() if t.ndim == 2 else t
+        ):
+            losses = ft.cross_entropy(x, y, reduction="none")
+        theirs = F.cross_entropy(x, y, reduction="none")
+        torch.testing.assert_close(*(gradient_of(loss, x, torch.arange(7.0)) for loss in (losses, theirs)))
+
+
+@pytest.mark.parametrize("upstream", ["expanded", "half", "negative view", "zeros"])
+def test_whatever_comes_back_for_the_rows(upstream):
+    x, y, weight = make_call((7, 5), torch.float32, weighted=True)
+    for _ in range(2):
+        ours, theirs = (f(x, y, weight, reduction="none") for f in (ft.cross_entropy, F.cross_entropy))
+        rows = {
+            "expanded": torch.tensor(0.5).expand(7),
+            "half": torch.arange(14.0)[::2],
+            "negative view": torch._neg_view(torch.arange(7.0)),
+            "zeros": torch._efficientzerotensor(7),
+        }[upstream]
+        torch.testing.assert_close(*(torch.autograd.grad(loss, x, rows)[0] for loss in (ours, theirs)))
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_in_place_with_all_operands(probabilities, reduction, all_is_known):
+    for seed in range(3):
+        leaf, y, weight = make_call((40, 30), torch.float32, probabilities, weighted=True, seed=seed)
+        logits = leaf * 1.0
+        ft.cross_entropy(logits, y, weight, reduction=reduction, inplace=True).sum().backward()
+        expected = torch.autograd.grad(F.cross_entropy(leaf, y, weight, reduction=reduction).sum(), leaf)[0]
+        torch.testing.assert_close(leaf.grad, expected)
+        torch.testing.assert_close(logits.detach(), expected)
+        if seed == 0:
+            all_is_known()
