@@ -35,8 +35,20 @@ from numba import njit
 from fastxent._across import fold
 from fastxent._elementary import exp_up, log, sech_squared, shift_by, split_exponent, tanh, up
 from fastxent._inlined import INLINE
-from fastxent._loadstore import gather, get, itemsize, load_masked
-from fastxent._rows import INF, multiply_rows, raw_logits, raw_whole, read, row_values, sum_rows, t_step, tile_step, x_step
+from fastxent._loadstore import gather, get, itemsize, load, load_masked
+from fastxent._rows import (
+    INF,
+    multiply_rows,
+    raw_logits,
+    raw_whole,
+    read,
+    row_values,
+    sum_rows,
+    t_step,
+    target_tile,
+    tile_step,
+    x_step,
+)
 from fastxent._simd import LANES, WIDE, any_lane, as_numbers, fma, iota, lane, maximum, narrow, splat, where, widen
 from fastxent._task import DIVISOR
 
@@ -73,7 +85,10 @@ def whole_logits(task, unit, j):
 def target_weights(task, unit, j, mask):
     """q / ``share``, vector j: w ((1 - eps) t + eps / C), or w. What a class index adds at y is not in it: see ``Label``."""
     if task.soft:
-        t = read(task, task.t + (unit.t + j * t_step(task)), unit.t_lanes, mask)
+        if task.whole_rows:
+            t = load(target_tile(task, unit.tile) + j * tile_step(task, unit))
+        else:
+            t = read(task, task.t + (unit.t + j * t_step(task)), unit.t_lanes, mask)
         q = fma(t, task.keep, splat(t, task.spread))
     else:
         q = splat(task.x, 1.0)

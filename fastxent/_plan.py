@@ -157,7 +157,7 @@ def make_plan(
 
     past_caches = n_rows * n_classes * sizes[0] >= LARGE
     most_tiled = MOST_TILED_LARGE if past_caches else MOST_TILED
-    most_together = most_tiled if target is None and n_rows >= LANES else FEW_CLASSES
+    most_together = most_tiled if (target is None or steps[2] == sizes[2]) and n_rows >= LANES else FEW_CLASSES
     across = n_classes > most_together and steps == sizes
     split = tiled = whole_rows = adjacent = False
     segment = n_segments = strip = 1
@@ -179,7 +179,7 @@ def make_plan(
         axes.insert(0, innermost)
         neighbours = (innermost.x, innermost.g, innermost.t) == sizes
         tiled = n_classes <= most_tiled
-        whole_rows = tiled and not neighbours and steps[:2] == sizes[:2]
+        whole_rows = tiled and not neighbours and steps == sizes
         adjacent = innermost.row == 1
         n_vectors = n_classes
         units_per_line = -(-innermost.extent // LANES)

@@ -144,6 +144,8 @@ def locate(task, tile, number):
                 m, full = clear(task, tile, m, kept), task.n_vectors
         else:
             m = fill(task, tile, task.x + x, n, x_lanes, reads)
+            if task.soft and task.whole_rows:
+                fill_weights(task, target_tile(task, tile), task.t + t, n, lanes * fixed(axes, 24), reads)
     return Unit(
         x, g, t, 0, x_lanes, lanes * fixed(axes, 16), lanes * fixed(axes, 24),
         row, row_lanes, y, tile, m, ending, rows, kept, start, stop, full, reads, writes,
@@ -243,6 +245,20 @@ def fill(task, tile, p, n, lanes, mask):
 
 
 @njit(**INLINE)
+def fill_weights(task, tile, p, n, lanes, mask):
+    """The class probabilities of 16 rows, in the same way."""
+    vector = LANES * itemsize(tile)
+    if n == LANES:
+        for c in range(0, task.n_classes, LANES):
+            first = first_of(task, c)
+            at = p + first * itemsize(p)
+            load_transposed(at, fixed(task.axes, 24), min(LANES, task.n_classes), tile + first * vector, 0)
+    else:
+        for j in range(task.n_vectors):
+            store(tile + j * vector, gather(p + j * task.t_step, lanes, mask))
+
+
+@njit(**INLINE)
 def put_neighbours(task, p, place, n):
     """Copy n elements to the gradient, past the caches if it is."""
     step, from_step = LANES * itemsize(p), LANES * itemsize(place)
@@ -277,9 +293,16 @@ def tile_bytes(task, tile):
 
 
 @njit(**INLINE)
+def target_tile(task, tile):
+    """Where the class probabilities of a unit of whole rows are, class by class."""
+    return tile + 2 * tile_bytes(task, tile)
+
+
+@njit(**INLINE)
 def next_tile(task, tile):
     """The tile of a second unit of whole rows: behind all that the first one has, and elsewhere in its page."""
-    return tile + ((2 * tile_bytes(task, tile) + PAGE - 1) // PAGE * PAGE + PAGE // 2)
+    own = 3 if task.soft else 2
+    return tile + ((own * tile_bytes(task, tile) + PAGE - 1) // PAGE * PAGE + PAGE // 2)
 
 
 @njit(**INLINE)
