@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from benchmarks.cases import GRAD, HEADLINE, LARGE, LOSS, OPTIONS, SCALING, SHAPES, VARIANTS, Case
+from benchmarks.cases import GRAD, HEADLINE, LARGE, LOSS, OPTIONS, SCALING, SHAPES, SMALL_VARIANTS, VARIANTS, Case
 from benchmarks.measure import Group, Spread, beside_name, ratio, spread
 
 OUT, IN_PLACE, TORCH, TORCH_IN_PLACE = "fastxent out=", "fastxent in place", "fastxent torch", "fastxent torch in place"
@@ -179,6 +179,9 @@ def _bars() -> Iterator[Bar]:
         if case.n_rows == 32:
             yield Bar("small", f"NumPy, {case.shape}", speedup(case.key, OUT, ("scikit-learn",)), 2, None)
             yield Bar("small", f"NumPy, {case.shape}, microseconds", value(case.key, OUT, 1e6), None, 4, False, "us")
+    for case in SMALL_VARIANTS:
+        what = case.dtype if case.option == "plain" else case.option
+        yield Bar("small", f"torch, {case.shape}, {what}", speedup(case.key, TORCH, ("PyTorch eager",)), 1, None)
     for case in VARIANTS:
         yield from _variant(case)
     segmentation = next(c for c in SHAPES if len(c.extents) == 4)

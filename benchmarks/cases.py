@@ -108,6 +108,7 @@ class Case:
 
 HEADLINE = Case((4096, 8192), "a batch of tokens, a small vocabulary: 134 MB, past every cache")
 SCALING = Case((1024, 1000), "ImageNet, 1024 images: 4 MB, in the last-level cache")
+SMALL = Case((32, 10), "a batch of digits: the cost of a call")
 LARGE = (
     HEADLINE,
     Case((2048, 32000), "Llama 2's vocabulary"),
@@ -115,7 +116,7 @@ LARGE = (
 )
 SHAPES = (
     Case((1, 10), "one sample: nothing but the cost of a call"),
-    Case((32, 10), "a batch of digits: the cost of a call"),
+    SMALL,
     Case((128, 1000), "ImageNet, 128 images: 0.5 MB, in the second-level cache"),
     SCALING,
     Case((8192, 100), "CIFAR-100: six vectors and a tail a row"),
@@ -130,7 +131,8 @@ VARIANTS = (
     *(replace(HEADLINE, dtype=dtype) for dtype in ("bfloat16", "float16")),
     *(replace(HEADLINE, option=option) for option in OPTIONS if option != "plain"),
 )
-CASES = (*SHAPES, *(replace(case, mode=LOSS) for case in LARGE), *VARIANTS)
+SMALL_VARIANTS = (replace(SMALL, dtype="bfloat16"), *(replace(SMALL, option=option) for option in ("probabilities", "weights")))
+CASES = (*SHAPES, *(replace(case, mode=LOSS) for case in LARGE), *VARIANTS, *SMALL_VARIANTS)
 
 # What is measured if nothing is asked for: a small, a wide, a narrow and a large one.
 SHORT = tuple(c for c in SHAPES if c.extents in ((32, 10), (1024, 1000), (65536, 10), (4096, 8192)))

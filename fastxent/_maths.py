@@ -45,10 +45,10 @@ from fastxent._rows import (
     row_values,
     sum_rows,
     t_step,
-    target_tile,
     tile_step,
     x_step,
 )
+from fastxent._short_rows import target_tile
 from fastxent._simd import LANES, WIDE, any_lane, as_numbers, fma, iota, lane, maximum, narrow, splat, where, widen
 from fastxent._task import DIVISOR
 

@@ -22,8 +22,9 @@ from fastxent._pipeline import (
     part_of_row,
     parts_of_row,
 )
-from fastxent._rows import flush, locate, next_tile, of_no_row, strip_of, unchanged
+from fastxent._rows import flush, locate, of_no_row, strip_of, unchanged
 from fastxent._segments import to_row
+from fastxent._short_rows import next_tile
 from fastxent._simd import LANES, any_lane, lane, splat, widen
 from fastxent._statistics import span_state, state_of
 from fastxent._streaming import block_length, look_at_border, write_zeros

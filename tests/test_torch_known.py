@@ -101,6 +101,15 @@ def test_memory_that_was_cut_short(which, probabilities):
         losses.sum().backward()
 
 
+def test_weights_without_memory_are_pytorchs():
+    x, y, weight = make_call((7, 5), torch.float32, weighted=True)
+    for w in (torch._efficientzerotensor(5), torch._to_functional_tensor(weight)):
+        first = ft.cross_entropy(x, y, w, reduction="sum")
+        for _ in range(3):
+            ft.cross_entropy(x, y, weight, reduction="sum")
+        torch.testing.assert_close(ft.cross_entropy(x, y, w, reduction="sum"), first)
+
+
 def test_a_tensor_that_needs_a_gradient_now():
     """Of probabilities the kernels have none: a call is another one then."""
     x, y, _ = make_call((7, 5), torch.float64, probabilities=True)

@@ -25,7 +25,6 @@ from fastxent.torch._calls import (
     Options,
     address,
     as_float64,
-    check_memory,
     gradient_like,
     is_there,
     may_be_overwritten,
@@ -50,21 +49,18 @@ class Tasks(NamedTuple):
 class Known:
     """A kind of call that was met before."""
 
-    def __init__(self, tasks: Tasks, options: Options, loss: Tensor, in_place: bool, *tensors: Tensor | None) -> None:
-        input, target, weight = tensors
-        assert input is not None and target is not None
+    def __init__(
+        self, tasks: Tasks, options: Options, input: Tensor, target: Tensor, weight: Tensor | None, loss: Tensor, in_place: bool
+    ) -> None:
         self.value: Run = partial(self._first_run, "value", tasks.value)
         self.gradient: Run = partial(self._first_run, "gradient", tasks.gradient)
         if tasks.rows is not None:
             self.rows: Run = partial(self._first_run, "rows", tasks.rows)
         self.small = tasks.value.small
         self.options = options
-        self.loss = loss
-        self.input_bytes, self.target_bytes, self.weight_bytes = (
-            reach(input),
-            reach(target),
-            0 if weight is None else reach(weight),
-        )
+        self.loss = loss  # one like it, without memory of its own
+        self.input_bytes, self.target_bytes = reach(input), reach(target)
+        self.weight_bytes = 0 if weight is None else reach(weight)
         self.itemsize, self.target_itemsize = input.itemsize, target.itemsize
         self.in_place = in_place  # may the gradient be written where the logits are?
         self.labelled = target.dtype == torch.int64
@@ -85,8 +81,6 @@ class Known:
         self, run: Run, input: Tensor, g: Tensor, target: Tensor, weight: Tensor | None, u: Tensor | None, loss: Tensor | None
     ) -> bool:
         """A task with operands of any kind."""
-        if weight is not None and not is_there(weight, self.weight_bytes):
-            check_memory(weight)
         y, t = (target.data_ptr(), 0) if self.labelled else (0, target.data_ptr())
         w = None if weight is None else as_float64(weight)
         total, rows = (_nowhere, loss) if self.options.reduction == NONE else (loss, None)
@@ -100,6 +94,7 @@ class Known:
             kind_of(input, target, weight, self.options) != self.kind
             or grad_output.shape != self.loss.shape
             or not (is_there(input, self.input_bytes) and is_there(target, self.target_bytes))
+            or not (weight is None or is_there(weight, self.weight_bytes))
         ):
             return None
         grad, u = self.room_for_gradient(input) if out is None else out, as_float64(grad_output)
@@ -181,6 +176,7 @@ def recall(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[
             known is None
             or input.untyped_storage().nbytes() < known.input_bytes + input.storage_offset() * known.itemsize
             or target.untyped_storage().nbytes() < known.target_bytes + target.storage_offset() * known.target_itemsize
+            or not (weight is None or is_there(weight, known.weight_bytes))
         ):
             return None
         x, y = input.data_ptr(), target.data_ptr()
@@ -249,7 +245,7 @@ def _known(input: Tensor, target: Tensor, weight: Tensor | None, options: Option
         or input.is_neg()
         or (weight is not None and weight.dtype != input.dtype)
         or not walkable(input, axis)
-    ):  # fmt: skip
+    ):
         return None
     g = torch.empty_like(input, device="meta")  # its strides are those of `gradient_like`
     if not _calls.lies_well(g, input, axis) or not (labelled or _calls.lies_well(target, input, axis)):
@@ -271,8 +267,8 @@ def _known(input: Tensor, target: Tensor, weight: Tensor | None, options: Option
         PackedTask("value_and_grad", plan, u=1, **there) if none else None,
     )
     acc = torch.float64 if plan.variant.acc == "f64" else torch.float32
-    loss = torch.empty(rows if none else (), dtype=acc, device="cpu")
-    return Known(tasks, options, loss, g.stride() == input.stride(), input, target, weight)
+    loss = torch.empty((), dtype=acc, device="cpu").expand(rows if none else ())
+    return Known(tasks, options, input, target, weight, loss, g.stride() == input.stride())
 
 
 def _ready(task: PackedTask) -> Run:
