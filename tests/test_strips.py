@@ -5,7 +5,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import BFLOAT16, FLOAT16, FLOAT32
+from conftest import FLOAT16, FLOAT32, FLOAT64
 from test_large import aligned
 
 import fastxent as fx
@@ -35,8 +35,15 @@ def gradient_in(out, logits, target, **options):
 
 
 @pytest.mark.parametrize("shape", IMAGES, ids=str)
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16, np.dtype(np.float64)], ids=str)
-@pytest.mark.parametrize("option", ["index", "smoothing", "weight", "ignore"])
+@pytest.mark.parametrize(
+    ("dtype", "option"),
+    [
+        (FLOAT32, "smoothing"),
+        (FLOAT32, "weight"),
+        *itertools.product([FLOAT32, FLOAT16, np.dtype(np.float64)], ["index", "ignore"]),
+    ],
+    ids=str,
+)
 def test_strips_past_the_cache(shape, dtype, option, all_is_large):
     """Whatever of a line of 64 bytes a strip begins with, in place, at any number of threads; nothing is written beside it."""
     logits, target = make_image(shape, dtype)

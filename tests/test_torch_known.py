@@ -40,11 +40,14 @@ def gradient_of(loss, x, upstream):
     return torch.autograd.grad(loss, x, upstream.to(loss.dtype))[0]
 
 
-@pytest.mark.parametrize("shape", [(7, 5), (300, 130), (3, 5, 4, 6), (4, 40_000)], ids=str)
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((7, 5), dtype) for dtype in TOLERANCE] + [((3, 5, 4, 6), torch.float32), ((4, 40_000), torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_later_calls_with_other_values(shape, dtype, reduction, all_is_known):
-    kinds = list(itertools.product((False, True), (False, True), (0.0, 0.1)))
+    kinds = list(itertools.product((False, True), (False, True), (0.0, 0.1) if dtype == torch.float32 else (0.0,)))
     for seed in range(3):
         for probabilities, weighted, smoothing in kinds:
             x, y, weight = make_call(shape, dtype, probabilities, weighted, seed)
