@@ -5,7 +5,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import FLOAT16, FLOAT32, FLOAT64
+from conftest import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from test_large import aligned
 
 import fastxent as fx
@@ -37,7 +37,11 @@ def gradient_in(out, logits, target, **options):
 @pytest.mark.parametrize("shape", IMAGES, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "option"),
-    [(FLOAT32, "index"), (FLOAT32, "smoothing"), (FLOAT32, "weight"), *((d, "ignore") for d in (FLOAT32, FLOAT16, FLOAT64))],
+    [
+        *itertools.product([FLOAT32], ["index", "smoothing", "weight", "ignore"]),
+        (BFLOAT16, "ignore"),
+        *(pytest.param(d, "ignore", marks=pytest.mark.slow) for d in (FLOAT16, FLOAT64)),
+    ],
     ids=str,
 )
 def test_strips_past_the_cache(shape, dtype, option, all_is_large):

@@ -42,7 +42,12 @@ def gradient_of(loss, x, upstream):
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((7, 5), dtype) for dtype in TOLERANCE] + [((3, 5, 4, 6), torch.float32), ((4, 40_000), torch.float32)],
+    [
+        *(((7, 5), dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)),
+        pytest.param((7, 5), torch.float16, marks=pytest.mark.slow),
+        ((3, 5, 4, 6), torch.float32),
+        pytest.param((4, 40_000), torch.float32, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
