@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
-from test_large import aligned
+from test_large import aligned, planned_with
 
 import fastxent as fx
 from fastxent import _parallel, _plan
@@ -17,10 +17,7 @@ IMAGES = [(3, 20, 40, 33), (2, 49, 5, 103), (5, 8, 16, 17), (2, 3, 40, 33), (4, 
 
 @pytest.fixture
 def all_is_large(monkeypatch):
-    monkeypatch.setattr(_plan, "LARGE", 1)
-    _plan.make_plan.cache_clear()
-    yield
-    _plan.make_plan.cache_clear()
+    yield from planned_with(monkeypatch, "LARGE")
 
 
 def make_image(shape, dtype):
