@@ -11,7 +11,7 @@ import pytest
 from conftest import BFLOAT16, EVERYDAY_DTYPES, FLOAT16, FLOAT32, Budget, make_case, make_truth, run_torch
 
 import fastxent as fx
-from fastxent import _plan
+from fastxent import _known, _plan
 
 SHAPES = {
     (5, 300): "rows that begin anywhere in a cache line",
@@ -24,7 +24,9 @@ OPTIONS = ["index", "weight ignore smoothing sample_weight", "probabilities weig
 
 
 def planned_with(monkeypatch, limit: str) -> Iterator[None]:
-    """Plans as if one of their limits were 0."""
+    """Plans as if one of their limits were 0; calls that were known before have other ones."""
+    monkeypatch.setattr(_known, "known_calls", {})
+    monkeypatch.setattr(_known, "_tables", dict.fromkeys(_known._tables))
     monkeypatch.setattr(_plan, limit, 0)
     _plan.make_plan.cache_clear()
     yield
