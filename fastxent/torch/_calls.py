@@ -109,7 +109,8 @@ def reach(t: Tensor) -> int:
 def as_float64(t: Tensor) -> Tensor:
     """As the kernels take weights."""
     t = t.detach() if t.requires_grad else t
-    return t.to(torch.float64).resolve_neg().contiguous()
+    t = (t.resolve_neg() if t.is_neg() else t).double()
+    return t if t.is_contiguous() else t.contiguous()
 
 
 def as_int64(target: Tensor) -> Tensor:

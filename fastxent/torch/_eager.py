@@ -5,33 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C._autograd import _get_current_graph_task_keep_graph
 
-from fastxent.torch._calls import NONE, SUM, Options, check_memory, value, value_and_grad
+from fastxent.torch._calls import NONE, SUM, Options, check_memory, value_and_grad
 from fastxent.torch._formula import differentiable_backward
 
-# What the node is made of, the loss and its gradient (None for reduction none) first, a call that is known last; one argument,
-# since each costs autograd a check. Only the logits are differentiated here.
-Made = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Options, bool, Any]
+# What a node knows besides tensors: the options, was the gradient written where the logits were, the call if it is known.
+Kept = tuple[Options, bool, Any]
 
 
 class _Eager(torch.autograd.Function):
     """The node of eager mode. Its gradient is no saved tensor: the first backward hands it over."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, made: Made) -> Tensor:
-        loss, ctx.grad, target, weight, sample_weight, ctx.options, ctx.inplace, ctx.known = made
-        ctx.set_materialize_grads(False)
-        if ctx.inplace and ctx.grad is not None:
-            torch.autograd.graph.increment_version(input)
-        else:
-            ctx.save_for_backward(input, target, weight, sample_weight)
+    def forward(ctx: Any, input: Tensor, made: tuple[Tensor, Tensor | None, tuple[Tensor | None, ...], Kept]) -> Tensor:
+        """``made``: the loss, its gradient (None for reduction none), the tensors to be saved, the rest. One argument, since
+        each costs autograd a check. Only the logits are differentiated here."""
+        loss, ctx.grad, ctx.to_save, ctx.kept = made
+        ctx.materialize_grads = False
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None]:
         grad = ctx.grad
-        if grad is None or grad_output is None or torch.is_grad_enabled():
+        if grad is None or grad_output is None or is_grad_enabled():
             return _backward(ctx, grad_output), None
         try:
             factor = grad_output.item()
@@ -39,63 +37,69 @@ class _Eager(torch.autograd.Function):
             if not _is_batched(grad_output):
                 raise
             return grad * grad_output, None
-        ours = not torch._C._autograd._get_current_graph_task_keep_graph()
+        ours = not _get_current_graph_task_keep_graph()
         if ours:
             ctx.grad = None
         if factor == 1.0:  # kept for another backward, it must not become somebody's .grad, which is added to in place
             return (grad if ours else grad.clone()), None
-        if grad.element_size() == 2 and not ctx.inplace:
+        options, inplace, _ = ctx.kept
+        if grad.element_size() == 2 and not inplace:
             # Half precision: a gradient that has been rounded once, perhaps to 0, cannot be scaled up any more.
-            input, target, weight, sample_weight = ctx.saved_tensors
+            input, target, weight, sample_weight = _saved(ctx)
             out = grad if ours else None
-            return value_and_grad(input, target, weight, sample_weight, ctx.options, out, factor)[1], None
+            return value_and_grad(input, target, weight, sample_weight, options, out, factor)[1], None
         return (grad.mul_(factor) if ours else grad * factor), None
 
 
 def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
     """What the forward has not prepared: gradients of reduction none, and those that are to be differentiated again."""
-    reduced = ctx.options.reduction != NONE
     if grad_output is None:
         return None
-    if torch.is_grad_enabled() or (not reduced and _is_batched(grad_output)):
-        if ctx.inplace:
+    options, inplace, known = ctx.kept
+    reduced = options.reduction != NONE
+    if is_grad_enabled() or (not reduced and _is_batched(grad_output)):
+        if inplace:
             raise RuntimeError("inplace=True has overwritten the logits: there is no double backward through it")
-        return differentiable_backward(ctx.saved_tensors, ctx.options, grad_output)
+        return differentiable_backward(_saved(ctx), options, grad_output)
     if reduced:
         raise RuntimeError(
             "Trying to backward through the graph a second time: the gradient was handed over by the first backward. "
             "Specify retain_graph=True there."
         )
-    input, target, weight, sample_weight = ctx.saved_tensors
+    input, target, weight, sample_weight = _saved(ctx)
     check_memory(sample_weight)
     if grad_output._is_zerotensor():  # it has no memory
         grad_output = torch.zeros(grad_output.shape, dtype=grad_output.dtype, device="cpu")
-    out = input.detach() if ctx.inplace else None
-    grad = None if ctx.known is None else ctx.known.gradient_of_rows(input, target, weight, grad_output, out)
+    out = input.detach() if inplace else None
+    grad = None if known is None else known.gradient_of_rows(input, target, weight, grad_output, out)
     if grad is None:
         rows = grad_output if sample_weight is None else grad_output * sample_weight
-        _, grad = value_and_grad(input, target, weight, rows, ctx.options._replace(reduction=SUM), out)
-    if ctx.inplace:
+        _, grad = value_and_grad(input, target, weight, rows, options._replace(reduction=SUM), out)
+    if inplace:
         torch.autograd.graph.increment_version(input)
     return grad
 
 
-# Function.apply without its look for functorch's tensors: `route` has sent those elsewhere. And the engine calls the backward
-# itself, not a method that looks for it: half a microsecond of 23.
+# What stands in the graph: the engine calls the backward itself, not a method that looks for it; and slots spare a dict.
+_Eager._backward_cls = type(
+    "CrossEntropyBackward", (_Eager._backward_cls,), {"__slots__": ("grad", "kept"), "apply": _Eager.backward}
+)
+# Function.apply without its look for functorch's tensors: `route` has sent those elsewhere.
 apply = super(torch.autograd.Function, _Eager).apply
-_Eager._backward_cls.apply = _Eager.backward  # type: ignore[attr-defined]
 
 
-def attach(
-    input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options, inplace: bool
-) -> Tensor:
-    """The loss, with its node."""
-    grad = None
-    if options.reduction == NONE:
-        loss = value(input, target, weight, sample_weight, options)
-    else:
-        loss, grad = value_and_grad(input, target, weight, sample_weight, options, input.detach() if inplace else None)
-    return apply(input, (loss, grad, target, weight, sample_weight, options, inplace, None))
+def attach(input: Tensor, loss: Tensor, grad: Tensor | None, others: tuple[Tensor | None, ...], kept: Kept) -> Tensor:
+    """The loss, with its node. ``grad``: None for reduction none; ``others``: target, weight, sample weights."""
+    if grad is not None and kept[1]:
+        torch.autograd.graph.increment_version(input)
+        return apply(input, (loss, grad, (), kept))
+    return apply(input, (loss, grad, (input, *others), kept))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    """The logits, target, weight, sample weights."""
+    saved = ctx.saved_tensors
+    return [*saved, *[None] * (4 - len(saved))]
 
 
 def _is_batched(t: Tensor) -> bool:

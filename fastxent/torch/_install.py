@@ -12,6 +12,7 @@ from torch import Tensor
 from fastxent import __version__
 from fastxent.torch import _formula
 from fastxent.torch._calls import MEAN
+from fastxent.torch._known import recall
 from fastxent.torch._route import route
 
 _CACHE_TAG = f" fastxent {__version__}"  # Inductor's cache on disk must tell our code for F.cross_entropy from PyTorch's
@@ -85,7 +86,9 @@ def _in_place_of_aten(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    return route(input, target, weight, None, (reduction, ignore_index, label_smoothing, 0.0, 0.0), False)
+    options = (reduction, ignore_index, label_smoothing, 0.0, 0.0)
+    loss = recall(input, target, weight, options, False)
+    return route(input, target, weight, None, options, False) if loss is None else loss
 
 
 def _forget_compiled_code() -> None:

@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like, is_grad_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from fastxent._builtin import at_addresses
 from fastxent._known import MOST_KNOWN, has_constant_options
@@ -32,18 +33,24 @@ from fastxent.torch._calls import (
     reach,
     walkable,
 )
-from fastxent.torch._eager import apply
+from fastxent.torch._eager import Kept, apply, attach
 from fastxent.torch._formula import loss_dtype
 
 # (x, g, y, loss), and (t, w, u, losses of the rows) where there are such: addresses. Writes the loss; False: a class index is
 # out of range.
 Run = Callable[..., bool]
+# Are these tensors like those of a call?
+Guard = Callable[..., bool]
 
 
 class Tasks(NamedTuple):
     value: PackedTask
     gradient: PackedTask
     rows: PackedTask | None  # the gradient of reduction none, from what comes back for each row
+
+
+# What is raised by tensors that stand for others, and by what is no tensor
+_NO_MEMORY = AttributeError, TypeError, RuntimeError
 
 
 class Known:
@@ -64,9 +71,9 @@ class Known:
         self.itemsize, self.target_itemsize = input.itemsize, target.itemsize
         self.in_place = in_place  # may the gradient be written where the logits are?
         self.labelled = target.dtype == torch.int64
-        # With class indices, float32 or float64, and no more, the loss is what the task writes to one address
-        self.plain = self.labelled and weight is None and options.reduction != NONE and input.itemsize > 2
+        self.kept: Kept = (options, False, self)
         self.kind = kind_of(input, target, weight, options)
+        self.is_like: Guard | None = None
 
     def _first_run(self, which: str, task: PackedTask, *addresses: int) -> bool:
         """Only a task that is run is compiled."""
@@ -74,8 +81,38 @@ class Known:
         setattr(self, which, run)
         return run(*addresses)
 
+    def answer(self, input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) -> Tensor | None:
+        """The loss; None if the tensors' memory is not as it was."""
+        try:
+            if not (
+                is_there(input, self.input_bytes)
+                and is_there(target, self.target_bytes)
+                and (weight is None or is_there(weight, self.weight_bytes))
+            ):
+                return None
+        except _NO_MEMORY:
+            return None
+        differentiate = input.requires_grad and is_grad_enabled()
+        grad = None
+        if differentiate:
+            inplace = inplace and may_be_overwritten(input, target, weight)
+            if inplace and not self.in_place:
+                return None
+            if self.options.reduction != NONE:
+                grad = input.detach() if inplace else self.room_for_gradient(input)
+        loss = empty_like(self.loss)
+        run = self.value if grad is None else self.gradient
+        if not self.run(run, input, input if grad is None else grad, target, weight, None, loss):
+            raise self.out_of_bounds(input, target)
+        if self.itemsize == 2:
+            loss = loss.to(loss_dtype(input, target, weight))
+        return attach(input, loss, grad, (target, weight, None), (self.options, inplace, self)) if differentiate else loss
+
     def room_for_gradient(self, input: Tensor) -> Tensor:
-        return torch.empty_like(input) if self.small else gradient_like(input)
+        return empty_like(input) if self.small else gradient_like(input)
+
+    def out_of_bounds(self, input: Tensor, target: Tensor) -> IndexError:
+        return out_of_bounds(target, input.shape[input.dim() > 1], self.options.ignore_index)
 
     def run(
         self, run: Run, input: Tensor, g: Tensor, target: Tensor, weight: Tensor | None, u: Tensor | None, loss: Tensor | None
@@ -90,8 +127,12 @@ class Known:
         self, input: Tensor, target: Tensor, weight: Tensor | None, grad_output: Tensor, out: Tensor | None
     ) -> Tensor | None:
         """Of reduction none, times ``grad_output``; None if the tensors are not as they were."""
+        tensors = (input, target) if weight is None else (input, target, weight)
         if (
-            kind_of(input, target, weight, self.options) != self.kind
+            (
+                not (self.is_like is not None and self.is_like(*tensors))
+                and kind_of(input, target, weight, self.options) != self.kind
+            )
             or grad_output.shape != self.loss.shape
             or not (is_there(input, self.input_bytes) and is_there(target, self.target_bytes))
             or not (weight is None or is_there(weight, self.weight_bytes))
@@ -99,40 +140,60 @@ class Known:
             return None
         grad, u = self.room_for_gradient(input) if out is None else out, as_float64(grad_output)
         if not self.run(self.rows, input, grad, target, weight, u, None):
-            raise out_of_bounds(target, input.shape[input.dim() > 1], self.options.ignore_index)
+            raise self.out_of_bounds(input, target)
         return grad
+
+
+class Plain(Known):
+    """A call with class indices, float32 or float64 logits, a sum or mean, and no more: its loss is one number.
+
+    `answer` is in as few words as can be: of a call of 5 microseconds that is one."""
+
+    def answer(self, input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) -> Tensor | None:
+        if inplace:
+            return super().answer(input, target, weight, inplace)
+        try:
+            if (
+                input.untyped_storage().nbytes() < self.input_bytes + input.storage_offset() * self.itemsize
+                or target.untyped_storage().nbytes() < self.target_bytes + target.storage_offset() * self.target_itemsize
+            ):
+                return None
+            x, y = input.data_ptr(), target.data_ptr()
+        except _NO_MEMORY:
+            return None
+        if not (x and y):
+            return None
+        loss = empty_like(self.loss)
+        if input.requires_grad and is_grad_enabled():
+            grad = empty_like(input) if self.small else gradient_like(input)
+            if self.gradient(x, grad.data_ptr(), y, loss.data_ptr()):
+                return apply(input, (loss, grad, (input, target), self.kept))
+        elif self.value(x, x, y, loss.data_ptr()):
+            return loss
+        raise self.out_of_bounds(input, target)
 
 
 _nowhere = torch.empty(1, dtype=torch.float64, device="cpu")  # for a sum that nobody asks for
 known_calls: dict[tuple[Any, ...], Known | None] = {}
-
-
-class Guarded(NamedTuple):
-    """A known call that was made twice in a row, and may be made again."""
-
-    is_like: Callable[[Tensor, Tensor], bool]
-    options: tuple[Any, ...]
-    known: Known
-
-
-class _Latest:
-    guarded: tuple[Guarded, ...] = ()  # replaced as a whole, for threads may be looking through it
-    looked_up: Known | None = None
-
-
+# Known calls that were made twice in a row, and may be made again, without weights and with them: is one like it?; its options.
+# Replaced as a whole, for threads may be looking through them.
+_guarded: dict[bool, tuple[tuple[Guard, tuple[Any, ...], Known], ...]] = {}
 MOST_GUARDED = 2  # training and evaluation
 
 
-def guard(input: Tensor, target: Tensor) -> Callable[[Tensor, Tensor], bool] | None:
-    """Are two tensors like these in type, dispatch keys, dtype, shape, strides, ``requires_grad``, and is nobody transforming?
+class _Latest:
+    looked_up: Known | None = None
+
+
+def guard(*tensors: Tensor) -> Guard | None:
+    """Are tensors like these in type, dispatch keys, dtype, shape, strides, ``requires_grad``, and is nobody transforming?
 
     PyTorch's compiler asks that before it runs what it has compiled. It takes a fifth of `kind_of`.
     """
-    tensors = (input, target)
     sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
     try:
         new: Any = torch._C._dynamo.guards.TensorGuards
-        is_like: Callable[[Tensor, Tensor], bool] = new(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        is_like: Guard = new(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     except (AttributeError, TypeError):  # another version of PyTorch
         return None
     return is_like
@@ -163,64 +224,43 @@ def kind_of(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple
 
 def recall(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...], inplace: bool) -> Tensor | None:
     """The loss; None where all has to be checked."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:  # what a guard does not notice
+    if is_compiling() or forward_ad._current_level >= 0:  # what a guard does not notice
         return None
     try:
-        for call in _Latest.guarded if weight is None else ():
-            if call.is_like(input, target) and call.options == options and type(call.options[1]) is type(options[1]):
-                known: Known | None = call.known
+        for is_like, its_options, call in _guarded.get(weight is not None, ()):
+            if (
+                its_options == options
+                and type(its_options[1]) is type(options[1])  # True == 1 == 1.0
+                and (is_like(input, target) if weight is None else is_like(input, target, weight))
+            ):
+                known: Known | None = call
                 break
         else:
             known = _look_up(input, target, weight, options)
-        if (
-            known is None
-            or input.untyped_storage().nbytes() < known.input_bytes + input.storage_offset() * known.itemsize
-            or target.untyped_storage().nbytes() < known.target_bytes + target.storage_offset() * known.target_itemsize
-            or not (weight is None or is_there(weight, known.weight_bytes))
-        ):
-            return None
-        x, y = input.data_ptr(), target.data_ptr()
-    except (AttributeError, TypeError, RuntimeError):
+    except _NO_MEMORY:
         return None
-    if x == 0 or y == 0:  # zero tensors, and those that stand for others
-        return None
-    differentiate = torch.is_grad_enabled() and input.requires_grad
-    grad = None
-    if differentiate:
-        inplace = inplace and may_be_overwritten(input, target, weight)
-        if inplace and not known.in_place:
-            return None
-        if known.options.reduction != NONE:
-            grad = input.detach() if inplace else known.room_for_gradient(input)
-    loss = torch.empty_like(known.loss)
-    if known.plain:
-        run, g = (known.value, x) if grad is None else (known.gradient, grad.data_ptr())
-        good = run(x, g, y, loss.data_ptr())
-    else:
-        run = known.value if grad is None else known.gradient
-        good = known.run(run, input, input if grad is None else grad, target, weight, None, loss)
-        if known.itemsize == 2:
-            loss = loss.to(loss_dtype(input, target, weight))
-    if not good:
-        raise out_of_bounds(target, input.shape[input.dim() > 1], known.options.ignore_index)
-    return apply(input, (loss, grad, target, weight, None, known.options, inplace, known)) if differentiate else loss
+    return None if known is None else known.answer(input, target, weight, inplace)
 
 
 def _look_up(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...]) -> Known | None:
     if _is_out_of_the_ordinary():
         return None
     known = known_calls.get(kind_of(input, target, weight, options))
-    if weight is None:
-        if known is not None and known is _Latest.looked_up and (is_like := guard(input, target)) is not None:
-            _Latest.guarded = (Guarded(is_like, options, known), *_Latest.guarded[: MOST_GUARDED - 1])
-        _Latest.looked_up = known
+    if known is not None and known is _Latest.looked_up:
+        weighted = weight is not None
+        is_like = guard(input, target) if weight is None else guard(input, target, weight)
+        if is_like is not None:
+            known.is_like = is_like
+            _guarded[weighted] = ((is_like, options, known), *_guarded.get(weighted, ())[: MOST_GUARDED - 1])
+    _Latest.looked_up = known
     return known
 
 
 def forget() -> None:
     """All known calls."""
     known_calls.clear()
-    _Latest.guarded, _Latest.looked_up = (), None
+    _guarded.clear()
+    _Latest.looked_up = None
 
 
 def remember(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> None:
@@ -268,7 +308,8 @@ def _known(input: Tensor, target: Tensor, weight: Tensor | None, options: Option
     )
     acc = torch.float64 if plan.variant.acc == "f64" else torch.float32
     loss = torch.empty((), dtype=acc, device="cpu").expand(rows if none else ())
-    return Known(tasks, options, input, target, weight, loss, g.stride() == input.stride())
+    plain = labelled and weight is None and not none and input.itemsize > 2
+    return (Plain if plain else Known)(tasks, options, input, target, weight, loss, g.stride() == input.stride())
 
 
 def _ready(task: PackedTask) -> Run:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastxent.torch._calls import INTEGERS, NONE, STORAGE, Options, as_int64, may_be_overwritten, value
+from fastxent.torch._calls import INTEGERS, NONE, STORAGE, Options, as_int64, may_be_overwritten, value, value_and_grad
 from fastxent.torch._eager import attach
 from fastxent.torch._formula import formula, loss_dtype, stock
-from fastxent.torch._known import recall, remember
+from fastxent.torch._known import remember
 from fastxent.torch._operators import value_and_grad_op, value_op
 
 
@@ -19,8 +19,6 @@ def route(
     input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, numbers: tuple[Any, ...], inplace: bool
 ) -> Tensor:
     """``numbers``: those of `Options`."""
-    if sample_weight is None and (known := recall(input, target, weight, numbers, inplace)) is not None:
-        return known
     options = Options(*numbers)
     if options.label_smoothing < 0.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
@@ -36,7 +34,12 @@ def route(
             loss = value_op(input, target, weight, sample_weight, *options)
     elif differentiate:
         inplace = inplace and may_be_overwritten(input, target, weight, sample_weight)
-        loss = attach(input, target, weight, sample_weight, options, inplace)
+        grad = None
+        if options.reduction == NONE:
+            loss = value(input, target, weight, sample_weight, options)
+        else:
+            loss, grad = value_and_grad(input, target, weight, sample_weight, options, input.detach() if inplace else None)
+        loss = attach(input, loss, grad, (target, weight, sample_weight), (options, inplace, None))
     else:
         loss = value(input, target, weight, sample_weight, options)
     if sample_weight is None:
