@@ -58,16 +58,29 @@ def table(writes: bool) -> Table | None:
     return Table(writes) if _all_is_in_its_place() else None
 
 
-def at_addresses(task: PackedTask) -> Callable[..., bool] | None:
-    """``run(team, x, g, y, loss)``, the number of threads and addresses: writes the loss; is every class index in range?
-    More addresses, or 0, where the task has such operands: t, w, u, and the rows' losses."""
-    run_at = _run_at()
-    return None if run_at is None else partial(run_at, _own_block(task), task.plan.variant.acc == "f64")
+# Of each operand its name, the bytes that must be there, and those of an element
+Operands = tuple[tuple[str, int, int], ...]
+
+
+def on_tensors(
+    task: PackedTask, operands: Operands, n_narrow: int, c_interface: tuple[int, ...] | None
+) -> Callable[..., int] | None:
+    """``run(team, loss, *operands)``, the number of threads and tensors, or None where there is none; those that the task has
+    not may be left out. 1: the loss has been written; 0: a class index is out of range; -1: memory is not as it must be.
+
+    ``n_narrow``: class weights that come as float32; ``c_interface``: see ``torch._handles``."""
+    if c_interface is None or not _all_is_in_its_place():
+        return None
+    is_double = task.plan.variant.acc == "f64"
+    parts = [n for name, *rest in operands for n in (_task.SLOT[name], *rest)]
+    call = np.array([is_double, n_narrow, 0, *parts, *[0] * n_narrow])  # behind them is room for the weights
+    call[_task.WIDE_AT] = call[_task.FIRST_OPERAND + len(parts) :].ctypes.data
+    return partial(_run_on(c_interface), _own_block(task), call)
 
 
 @lru_cache
-def _run_at() -> Callable[..., bool] | None:
-    return _builtin("run_at", _words(0, writes=True)) if _all_is_in_its_place() else None
+def _run_on(c_interface: tuple[int, ...]) -> Callable[..., int]:
+    return _builtin("run_on", np.concatenate([_words(0, writes=True), [*c_interface, 0, id(None)]]))
 
 
 def _words(n_entries: int, writes: bool) -> Array:
@@ -75,7 +88,8 @@ def _words(n_entries: int, writes: bool) -> Array:
     words = np.zeros(_task.HEAD + n_entries * _task.ENTRY, np.int64)
     words[: _task.HEAD] = (
         0, writes, *map(id, (np.ndarray, int, float, str)), _parallel.kernel("launch").address,
-        *map(_address_of, ("PyFloat_FromDouble", "PyBool_FromLong", "PyLong_AsLongLong", "PyObject_RichCompareBool")),
+        *map(_address_of, ("PyFloat_FromDouble", "PyBool_FromLong", "PyLong_FromLongLong", "PyLong_AsLongLong")),
+        _address_of("PyObject_RichCompareBool"),
         *_parallel.entries_of(_parallel._openmp()),
     )  # fmt: skip
     return words

@@ -68,7 +68,7 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
 
 def c_function(name: str, variant: Variant) -> tuple[Any, str]:
     """Kernel ``name``, or a function of ``_direct``, as a C function: see ``_inlined``."""
-    if name in ("answer", "run_at"):
+    if name in ("answer", "run_on"):
         return _inlined.c_function(getattr(_direct, name), types.int64(types.int64, types.int64, types.int64))
     task = task_type(name, variant)
     if name == "launch":

@@ -47,7 +47,7 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
     for dtype in dtypes:
         if dtype not in STORAGE:
             raise ValueError(f"dtypes holds {dtype!r}; allowed are {', '.join(STORAGE)}")
-    jobs = [(name, Variant("f32")) for name in ("launch", "check", "answer", "run_at")]
+    jobs = [(name, Variant("f32")) for name in ("launch", "check", "answer", "run_on")]
     for dtype in dtypes:
         jobs += [(name, _variant_for(shape, dtype)) for shape in _COMMON for name in ("value", "value_and_grad")]
     for done, (name, variant) in enumerate(jobs):

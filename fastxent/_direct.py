@@ -3,12 +3,13 @@
 Python takes microseconds to see that arrays look like those of an earlier call, and to hand their addresses on; the work on 32
 rows of 10 takes one, that on a row of 128,256 a dozen. So here are two functions that CPython calls as builtins of its own
 (``METH_FASTCALL``): their arguments are addresses of objects, and the GIL is held, so an argument block is nobody else's.
+One takes NumPy's arrays, and looks itself which call they are like; the other takes PyTorch's tensors, and is told.
 ``_task`` says where things are in the table that they read, ``_builtin`` makes and fills it. All addresses are numbers here;
 memory is counted in words of 8 bytes.
 """
 
 from llvmlite import ir
-from numba import float32, njit, types
+from numba import float32, float64, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -16,10 +17,7 @@ from fastxent import _task
 from fastxent._inlined import INLINE
 from fastxent._simd import I8, I64, SCALAR, call_llvm
 
-_SLOT = {name: _task.FIRST_SLOT + nth for nth, (name, _) in enumerate(_task.FIELDS)}
-ROUND, OWN_NUMBER, TEAM, X, G, Y = (_SLOT[name] for name in ("round", "thread_number", "team", "x", "g", "y"))
-T, W, U, LOSS = (_SLOT[name] for name in ("t", "w", "u", "loss"))
-FEWEST = 7  # arguments of ``run_at``
+ROUND, OWN_NUMBER, TEAM, X, G, Y, W = (_task.SLOT[name] for name in ("round", "thread_number", "team", "x", "g", "y", "w"))
 SUM, BAD_AT, DIVISOR_AT = (
     (_task.BLOCK.size + offset) // 8 for offset in (8 * _task.WORK, _task.BAD, _task.DIVISOR)
 )  # behind the block: see ``_parallel``
@@ -30,7 +28,7 @@ def _load(numba_type, llvm_type):
     def load(typingctx, address, nth):
         def codegen(context, builder, sig, args):
             at = builder.gep(builder.inttoptr(args[0], llvm_type.as_pointer()), [args[1]])
-            return builder.load(at, align=8)
+            return builder.load(at, align=4)
 
         return numba_type(types.int64, types.int64), codegen
 
@@ -38,6 +36,7 @@ def _load(numba_type, llvm_type):
 
 
 word, number = _load(types.int64, I64), _load(types.float64, SCALAR["f64"])  # the nth word at an address
+narrow_number = _load(types.float32, SCALAR["f32"])
 
 
 @intrinsic
@@ -77,13 +76,11 @@ def call_with(typingctx, function, *values):
 
 
 @njit(**INLINE)
-def run(table, block, team, x, g, y):
-    """Run a task on so many threads; is every class index in range? If not, nothing has been written."""
+def run(table, block, team):
+    """Run a task, whose operands are in its block, on so many threads; is every class index in range? If not, nothing has been
+    written."""
     clear(block)
     set_word(block, ROUND, word(block, ROUND) + _task.PHASES)
-    set_word(block, X, x)
-    set_word(block, G, g)
-    set_word(block, Y, y)
     set_word(block, BAD_AT, 0.0)
     set_word(block, TEAM, team)
     launch = word(table, _task.LAUNCH)
@@ -163,9 +160,11 @@ def answered(table, args):
     entry = table + 8 * _task.HEAD
     for _ in range(word(table, _task.COUNT)):
         if is_known(table, entry, args):
-            x, y, g = word(word(args, 1), _task.DATA), word(word(args, 2), _task.DATA), word(word(args, 3), _task.DATA)
             block, team = word(entry, _task.BLOCK_AT), min(word(entry, _task.USEFUL), argument(table, args, 0))
-            if run(table, block, team, x, g, y):
+            set_word(block, X, word(word(args, 1), _task.DATA))
+            set_word(block, Y, word(word(args, 2), _task.DATA))
+            set_word(block, G, word(word(args, 3), _task.DATA))
+            if run(table, block, team):
                 return call_with(word(table, _task.TO_FLOAT), loss_of(block))
             break
         entry += 8 * _task.ENTRY
@@ -173,20 +172,47 @@ def answered(table, args):
 
 
 @njit(**INLINE)
+def element(table, tensor, nbytes, itemsize):
+    """The address of a tensor's first element; 0 if from there on so many bytes are not in its memory."""
+    handle, found = tensor + word(table, _task.HANDLE), table + 8 * _task.FOUND
+    failed = call_with(word(table, _task.DATA_PTR), handle, found)
+    at = word(found, 0)
+    if nbytes > 0:
+        failed |= call_with(word(table, _task.STORAGE_SIZE), handle, found)
+        size = word(found, 0)
+        failed |= call_with(word(table, _task.STORAGE_OFFSET), handle, found)
+        if size < word(found, 0) * itemsize + nbytes:
+            return 0
+    return at if failed & _task.LOW_HALF == 0 else 0
+
+
+@njit(**INLINE)
 def ran(table, args, n_args):
-    block, is_double, team = word(word(args, 0), _task.DATA), argument(table, args, 1), argument(table, args, 2)
-    if n_args > FEWEST:
-        set_word(block, T, argument(table, args, FEWEST))
-        set_word(block, W, argument(table, args, FEWEST + 1))
-        set_word(block, U, argument(table, args, FEWEST + 2))
-        set_word(block, LOSS, argument(table, args, FEWEST + 3))
-    x, g, y, loss = argument(table, args, 3), argument(table, args, 4), argument(table, args, 5), argument(table, args, 6)
-    good = run(table, block, team, x, g, y)
-    if is_double != 0:
+    block, call, team = word(word(args, 0), _task.DATA), word(word(args, 1), _task.DATA), argument(table, args, 2)
+    loss = element(table, word(args, 3), 0, 1)
+    if loss == 0:
+        return -1
+    operand = call + 8 * _task.FIRST_OPERAND
+    for nth in range(4, n_args):
+        tensor, at = word(args, nth), 0
+        if tensor != word(table, _task.NOTHING):
+            at = element(table, tensor, word(operand, 1), word(operand, 2))
+            if at == 0:
+                return -1
+        set_word(block, word(operand, 0), at)
+        operand += 8 * _task.OPERAND
+    n_narrow, wide = word(call, _task.N_NARROW), word(call, _task.WIDE_AT)
+    if n_narrow > 0:
+        narrow = word(block, W)
+        for c in range(n_narrow):
+            set_word(wide, c, float64(narrow_number(narrow, c)))
+        set_word(block, W, wide)
+    good = run(table, block, team)
+    if word(call, _task.IS_DOUBLE) != 0:
         set_word(loss, 0, loss_of(block))
     else:
         set_word(loss, 0, float32(loss_of(block)))
-    return call_with(word(table, _task.TO_BOOL), int(good))
+    return int(good)
 
 
 def answer(self, args, n_args):
@@ -198,7 +224,10 @@ def answer(self, args, n_args):
     return answered(word(self, _task.DATA), args)
 
 
-def run_at(self, args, n_args):
-    """Python's ``run_at(block, double, team, x, g, y, loss)``, array, numbers, addresses: writes the loss; is all in range?
-    More addresses, if there are more: class probabilities, class weights, sample weights, the rows' losses."""
-    return ran(word(self, _task.DATA), args, n_args)
+def run_on(self, args, n_args):
+    """Python's ``run_on(block, call, team, loss, x, ...)``: two arrays, a number, tensors, or None where there is none. 1: the
+    loss has been written; 0: a class index is out of range; -1: a tensor has not the memory that it must have.
+
+    ``self`` is the table's array; ``call`` says which operands these are, those that may be left out last.
+    """
+    return call_with(word(word(self, _task.DATA), _task.TO_INT), ran(word(self, _task.DATA), args, n_args))

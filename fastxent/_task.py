@@ -81,6 +81,7 @@ CALLED = (
 )
 FIELDS = RUN + OPERANDS + PLANNED + CALLED
 FIRST_SLOT = 40
+SLOT = {name: FIRST_SLOT + nth for nth, (name, _) in enumerate(FIELDS)}
 _ZEROS = f"={8 * FIRST_SLOT}x"  # the counters begin at 0
 BLOCK = struct.Struct(_ZEROS + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
 START, START_ALONE = struct.Struct(_ZEROS + "3q"), struct.Struct(_ZEROS + "3q9q")  # RUN; and the operands
@@ -90,9 +91,9 @@ TOTAL = struct.Struct("=16x3d")  # sum of the losses, BAD, DIVISOR
 MOST_AXES, MOST_ENTRIES = 4, 256
 # Its head: number of entries; is a gradient written?; types of arrays and of options; ``launch``, functions of Python's and of
 # the OpenMP runtime's
-COUNT, WRITES, NDARRAY_TYPE, INT_TYPE, FLOAT_TYPE, STR_TYPE, LAUNCH, TO_FLOAT, TO_BOOL, FROM_INT, COMPARE = range(11)
-PARALLEL, THREAD_NUMBER = range(11, 13)
-HEAD = 13
+COUNT, WRITES, NDARRAY_TYPE, INT_TYPE, FLOAT_TYPE, STR_TYPE, LAUNCH, TO_FLOAT, TO_BOOL, TO_INT, FROM_INT, COMPARE = range(12)
+PARALLEL, THREAD_NUMBER = range(12, 14)
+HEAD = 14
 EQUAL = 2  # Py_EQ
 # An entry: the argument block; how many threads have something to do; bytes of the logits and of the class indices; dtype,
 # number of axes and shape of both; options
@@ -100,6 +101,12 @@ BLOCK_AT, USEFUL, X_BYTES, Y_BYTES, X_KIND = range(5)
 Y_KIND = X_KIND + 2 + MOST_AXES
 OPTIONS, N_OPTIONS = Y_KIND + 2 + MOST_AXES, 4
 ENTRY = OPTIONS + N_OPTIONS
+# Where tensors are run on there are no entries, but: bytes from a tensor's object to its handle; functions of PyTorch's C
+# interface, and where they write; None
+HANDLE, DATA_PTR, STORAGE_SIZE, STORAGE_OFFSET, FOUND, NOTHING = range(HEAD, HEAD + 6)
+# And a call is: is its loss a float64?; how many class weights are float32, and where they go as float64; of each operand its
+# slot in the block, bytes that must be there, those of an element
+IS_DOUBLE, N_NARROW, WIDE_AT, FIRST_OPERAND, OPERAND = 0, 1, 2, 3, 3
 # The word in which it is, in CPython's and NumPy's objects. ``_builtin`` looks at a real array before anybody relies on it.
 TYPE, DATA, NDIM, DIMS, DTYPE, FLAGS = 1, 2, 3, 4, 7, 8
 CONTIGUOUS_AND_ALIGNED, WRITEABLE = 0x101, 0x400  # of an array's flags

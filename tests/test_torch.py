@@ -140,7 +140,7 @@ def test_a_call_makes_ready_only_what_it_runs(monkeypatch):
     made: list[str] = []
     ready = _known._ready
     _known.forget()
-    monkeypatch.setattr(_known, "_ready", lambda task: made.append(task.name) or ready(task))
+    monkeypatch.setattr(_known, "_ready", lambda task, *rest: made.append(task.name) or ready(task, *rest))
     x = torch.randn(6, 4, requires_grad=True)
     for _ in range(3):
         ft.cross_entropy(x.detach(), torch.zeros(6, dtype=torch.long))

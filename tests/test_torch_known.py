@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 
 import fastxent.torch as ft
-from fastxent.torch import _known, _route
+from fastxent.torch import _handles, _known, _route
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_known():
+@pytest.fixture(autouse=True, params=[_handles.c_interface, lambda: None], ids=["C interface", "Python"])
+def nothing_is_known(request, monkeypatch):
+    """Nor that memory can be looked for by PyTorch's C interface."""
+    monkeypatch.setattr(_known, "c_interface", request.param)
     _known.forget()
     yield
     _known.forget()
@@ -36,8 +38,8 @@ def make_call(shape, dtype, probabilities=False, weighted=False, seed=0):
     return x, y, (torch.rand(shape[1], generator=g) + 0.5).to(dtype) if weighted else None
 
 
-def gradient_of(loss, x, upstream):
-    return torch.autograd.grad(loss, x, upstream.to(loss.dtype))[0]
+def gradient_of(loss, x, upstream, **options):
+    return torch.autograd.grad(loss, x, upstream.to(loss.dtype), **options)[0]
 
 
 @pytest.mark.parametrize(
@@ -178,3 +180,29 @@ def test_in_place_with_all_operands(probabilities, reduction, all_is_known):
         torch.testing.assert_close(logits.detach(), expected)
         if seed == 0:
             all_is_known()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("weights", ["none", "behind others", "every other"])
+def test_tensors_that_begin_and_end_within_their_memory(weights, reduction, all_is_known):
+    many = torch.rand(10) + 0.5
+    weight = {"none": None, "behind others": many[5:], "every other": many[::2]}[weights]
+    x, y = torch.randn(9, 5)[2:].requires_grad_(), torch.tensor([9, 9, 0, 4, 2, -100, 1, 1, 3])[2:]
+    upstream = torch.rand(7) if reduction == "none" else torch.tensor(1.0)
+    want = F.cross_entropy(x, y, weight, reduction=reduction)
+    for nth in range(4):
+        got = ft.cross_entropy(x, y, weight, reduction=reduction)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(gradient_of(got, x, upstream), gradient_of(want, x, upstream, retain_graph=True))
+        if nth == 0:
+            all_is_known()
+    x.untyped_storage().resize_(x.untyped_storage().nbytes() - 4)  # all but the last logit
+    with pytest.raises(TypeError):  # nobody else is there to be asked
+        ft.cross_entropy(x, y, weight, reduction=reduction)
+
+
+def test_pytorchs_c_interface_is_not_taken_on_trust(monkeypatch):
+    names = _handles._FUNCTIONS
+    for wrong in (names[::-1], ("aoti_torch_no_such_function", *names[1:])):
+        monkeypatch.setattr(_handles, "_FUNCTIONS", wrong)
+        assert _handles.c_interface.__wrapped__() is None

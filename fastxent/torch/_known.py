@@ -15,7 +15,7 @@ from torch import Tensor, empty_like, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from fastxent._builtin import at_addresses
+from fastxent._builtin import Operands, on_tensors
 from fastxent._known import MOST_KNOWN, has_constant_options
 from fastxent._parallel import PackedTask, team_at_once
 from fastxent._plan import over
@@ -35,10 +35,11 @@ from fastxent.torch._calls import (
 )
 from fastxent.torch._eager import Kept, apply, attach
 from fastxent.torch._formula import loss_dtype
+from fastxent.torch._handles import c_interface
 
-# (x, g, y, loss), and (t, w, u, losses of the rows) where there are such: addresses. Writes the loss; False: a class index is
-# out of range.
-Run = Callable[..., bool]
+# Tensors: the loss, x, g, y, and t, w, u, losses of the rows, or None where there is none. 1: the loss has been written; 0: a
+# class index is out of range; -1: a tensor has not the memory that it had, or none.
+Run = Callable[..., int]
 # Are these tensors like those of a call?
 Guard = Callable[..., bool]
 
@@ -66,44 +67,43 @@ class Known:
         self.small = tasks.value.small
         self.options = options
         self.loss = loss  # one like it, without memory of its own
-        self.input_bytes, self.target_bytes = reach(input), reach(target)
+        self.itemsize = input.itemsize
         self.weight_bytes = 0 if weight is None else reach(weight)
-        self.itemsize, self.target_itemsize = input.itemsize, target.itemsize
         self.in_place = in_place  # may the gradient be written where the logits are?
         self.labelled = target.dtype == torch.int64
+        place = reach(target), target.itemsize
+        self.operands: Operands = (
+            ("x", reach(input), input.itemsize), ("g", 0, 1), ("y", *place), ("t", *place),
+            ("w", self.weight_bytes, self.itemsize), ("u", 0, 1), ("loss", 0, 1),
+        )  # fmt: skip
+        # Float32 class weights are widened where the task is run
+        self.n_narrow = 0 if weight is None or weight.dtype != torch.float32 or not weight.is_contiguous() else weight.numel()
         self.kept: Kept = (options, False, self)
         self.kind = kind_of(input, target, weight, options)
         self.is_like: Guard | None = None
 
-    def _first_run(self, which: str, task: PackedTask, *addresses: int) -> bool:
+    def _first_run(self, which: str, task: PackedTask, *tensors: Tensor | None) -> int:
         """Only a task that is run is compiled."""
-        run = _ready(task)
+        run = _ready(task, self.operands, self.n_narrow)
         setattr(self, which, run)
-        return run(*addresses)
+        return run(*tensors)
 
     def answer(self, input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) -> Tensor | None:
         """The loss; None if the tensors' memory is not as it was."""
-        try:
-            if not (
-                is_there(input, self.input_bytes)
-                and is_there(target, self.target_bytes)
-                and (weight is None or is_there(weight, self.weight_bytes))
-            ):
-                return None
-        except _NO_MEMORY:
-            return None
         differentiate = input.requires_grad and is_grad_enabled()
         grad = None
         if differentiate:
-            inplace = inplace and may_be_overwritten(input, target, weight)
-            if inplace and not self.in_place:
-                return None
+            if inplace:
+                if not (self.in_place and _is_there(input, 0) and _is_there(target, 0)):
+                    return None
+                inplace = may_be_overwritten(input, target, weight)
             if self.options.reduction != NONE:
                 grad = input.detach() if inplace else self.room_for_gradient(input)
         loss = empty_like(self.loss)
         run = self.value if grad is None else self.gradient
-        if not self.run(run, input, input if grad is None else grad, target, weight, None, loss):
-            raise self.out_of_bounds(input, target)
+        done = self.run(run, input, input if grad is None else grad, target, weight, None, loss)
+        if done <= 0:
+            return self.not_done(done, input, target)
         if self.itemsize == 2:
             loss = loss.to(loss_dtype(input, target, weight))
         return attach(input, loss, grad, (target, weight, None), (self.options, inplace, self)) if differentiate else loss
@@ -111,17 +111,25 @@ class Known:
     def room_for_gradient(self, input: Tensor) -> Tensor:
         return empty_like(input) if self.small else gradient_like(input)
 
-    def out_of_bounds(self, input: Tensor, target: Tensor) -> IndexError:
-        return out_of_bounds(target, input.shape[input.dim() > 1], self.options.ignore_index)
+    def not_done(self, why: int, input: Tensor, target: Tensor) -> Tensor | None:
+        """None: what a task could not do is for others. But nobody can do it if a class index is out of range."""
+        if why == 0:
+            raise out_of_bounds(target, input.shape[input.dim() > 1], self.options.ignore_index)
+        return None
 
     def run(
         self, run: Run, input: Tensor, g: Tensor, target: Tensor, weight: Tensor | None, u: Tensor | None, loss: Tensor | None
-    ) -> bool:
+    ) -> int:
         """A task with operands of any kind."""
-        y, t = (target.data_ptr(), 0) if self.labelled else (0, target.data_ptr())
-        w = None if weight is None else as_float64(weight)
+        y, t = (target, None) if self.labelled else (None, target)
+        if weight is None or self.n_narrow > 0:
+            w = weight
+        elif _is_there(weight, self.weight_bytes):
+            w = as_float64(weight)
+        else:
+            return -1
         total, rows = (_nowhere, loss) if self.options.reduction == NONE else (loss, None)
-        return run(input.data_ptr(), g.data_ptr(), y, address(total), t, address(w), address(u), address(rows))
+        return run(total, input, g, y, t, w, u, rows)
 
     def gradient_of_rows(
         self, input: Tensor, target: Tensor, weight: Tensor | None, grad_output: Tensor, out: Tensor | None
@@ -129,19 +137,13 @@ class Known:
         """Of reduction none, times ``grad_output``; None if the tensors are not as they were."""
         tensors = (input, target) if weight is None else (input, target, weight)
         if (
-            (
-                not (self.is_like is not None and self.is_like(*tensors))
-                and kind_of(input, target, weight, self.options) != self.kind
-            )
-            or grad_output.shape != self.loss.shape
-            or not (is_there(input, self.input_bytes) and is_there(target, self.target_bytes))
-            or not (weight is None or is_there(weight, self.weight_bytes))
-        ):
+            not (self.is_like is not None and self.is_like(*tensors))
+            and kind_of(input, target, weight, self.options) != self.kind
+        ) or grad_output.shape != self.loss.shape:
             return None
         grad, u = self.room_for_gradient(input) if out is None else out, as_float64(grad_output)
-        if not self.run(self.rows, input, grad, target, weight, u, None):
-            raise self.out_of_bounds(input, target)
-        return grad
+        done = self.run(self.rows, input, grad, target, weight, u, None)
+        return grad if done > 0 else self.not_done(done, input, target)
 
 
 class Plain(Known):
@@ -152,25 +154,17 @@ class Plain(Known):
     def answer(self, input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) -> Tensor | None:
         if inplace:
             return super().answer(input, target, weight, inplace)
-        try:
-            if (
-                input.untyped_storage().nbytes() < self.input_bytes + input.storage_offset() * self.itemsize
-                or target.untyped_storage().nbytes() < self.target_bytes + target.storage_offset() * self.target_itemsize
-            ):
-                return None
-            x, y = input.data_ptr(), target.data_ptr()
-        except _NO_MEMORY:
-            return None
-        if not (x and y):
-            return None
         loss = empty_like(self.loss)
-        if input.requires_grad and is_grad_enabled():
+        if is_grad_enabled() and input.requires_grad:
             grad = empty_like(input) if self.small else gradient_like(input)
-            if self.gradient(x, grad.data_ptr(), y, loss.data_ptr()):
+            done = self.gradient(loss, input, grad, target)
+            if done > 0:
                 return apply(input, (loss, grad, (input, target), self.kept))
-        elif self.value(x, x, y, loss.data_ptr()):
-            return loss
-        raise self.out_of_bounds(input, target)
+        else:
+            done = self.value(loss, input, input, target)
+            if done > 0:
+                return loss
+        return self.not_done(done, input, target)
 
 
 _nowhere = torch.empty(1, dtype=torch.float64, device="cpu")  # for a sum that nobody asks for
@@ -312,21 +306,36 @@ def _known(input: Tensor, target: Tensor, weight: Tensor | None, options: Option
     return (Plain if plain else Known)(tasks, options, input, target, weight, loss, g.stride() == input.stride())
 
 
-def _ready(task: PackedTask) -> Run:
-    """The task as a function of addresses: by a builtin, if it is not large."""
-    run = at_addresses(task) if task.direct else None
+def _ready(task: PackedTask, operands: Operands, n_narrow: int) -> Run:
+    """The task as a function of tensors: by a builtin, if it is not large."""
+    run = on_tensors(task, operands, n_narrow, c_interface()) if task.direct else None
     if run is None:
-        return partial(_run, task)
-    return partial(run, 1) if task.small else partial(_run_at_once, run, task)
+        return partial(_run, task, operands)
+    return partial(run, 1) if task.small else partial(_run_at_once, run, task, operands)
 
 
-def _run_at_once(run: Callable[..., bool], task: PackedTask, *addresses: int) -> bool:
+def _run_at_once(run: Run, task: PackedTask, operands: Operands, *tensors: Any) -> int:
     team = team_at_once(_calls.threads())
-    return run(min(team, task.useful), *addresses) if team else _run(task, *addresses)
+    return run(min(team, task.useful), *tensors) if team else _run(task, operands, *tensors)
 
 
-def _run(task: PackedTask, x: int, g: int, y: int, loss: int, *others: int) -> bool:
-    total, bad, divisor = task(x, g, y, _calls.threads(), *others)
+def _run(
+    task: PackedTask, operands: Operands, loss: Tensor, x: Tensor, g: Tensor, y: Tensor | None,
+    t: Tensor | None = None, w: Tensor | None = None, u: Tensor | None = None, rows: Tensor | None = None,
+) -> int:  # fmt: skip
+    tensors = x, g, y, t, w, u, rows
+    if not all(o is None or _is_there(o, nbytes) for o, (_, nbytes, _) in zip(tensors, operands, strict=True)):
+        return -1
+    w = None if w is None else as_float64(w)
+    total, bad, divisor = task(address(x), address(g), address(y), _calls.threads(), *map(address, (t, w, u, rows)))
     number = ctypes.c_double if task.plan.variant.acc == "f64" else ctypes.c_float
-    number.from_address(loss).value = over(total, divisor)
-    return not bad
+    number.from_address(address(loss)).value = over(total, divisor)
+    return int(not bad)
+
+
+def _is_there(t: Tensor, nbytes: int) -> bool:
+    """The same, of whatever may be given for a tensor."""
+    try:
+        return is_there(t, nbytes)
+    except _NO_MEMORY:
+        return False

@@ -51,7 +51,7 @@ def teams() -> Iterator[list[int]]:
 
     def use(openmp: Callable[[], object]) -> None:
         _parallel._openmp = openmp  # type: ignore[assignment]
-        _builtin._run_at.cache_clear()  # and whoever holds one
+        _builtin._run_on.cache_clear()  # and whoever holds one
         _known.forget()
 
     use(lambda: watched)
