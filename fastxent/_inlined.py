@@ -81,15 +81,15 @@ def c_function(function, signature):
 # ----------------------------------------------------------------------------------------------------
 
 
-def unless_none(otherwise, **others):
-    """A function of kernels that is ``otherwise`` where its second argument is None: no code is made for what is not there.
-    ``others``: what it is where that is a named tuple of this name."""
+def by_kind(none, **named):
+    """A function of kernels that is ``none`` where its second argument is None: no code is made for what is not there.
+    ``named``: what it is where that is a named tuple of this name."""
 
     def decorate(function):
-        def choose(task, there, *more):
-            if isinstance(there, types.NoneType):
-                return otherwise
-            return others.get(there.instance_class.__name__, function) if isinstance(there, types.BaseNamedTuple) else function
+        def choose(task, second, *more):
+            if isinstance(second, types.NoneType):
+                return none
+            return named.get(second.instance_class.__name__, function) if isinstance(second, types.BaseNamedTuple) else function
 
         overload(function, jit_options=INLINE, strict=False)(choose)
         return function

@@ -5,9 +5,10 @@ are bytes.
 """
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
+from fastxent._inlined import INLINE
 from fastxent._simd import (
     BYTES,
     I8,
@@ -318,6 +319,12 @@ def itemsize(typingctx, p):
 def address(typingctx, p):
     """Where ``p`` points, as a number."""
     return types.int64(p), lambda context, builder, sig, args: builder.ptrtoint(args[0], I64)
+
+
+@njit(**INLINE)
+def before_aligned(p, n):
+    """Elements at ``p``, of n, before the first vector that can be written past the caches."""
+    return min(n, (-address(p)) % (LANES * itemsize(p)) // itemsize(p))
 
 
 def ask_for(builder, address, level=1, writes=False):

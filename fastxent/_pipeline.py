@@ -16,7 +16,7 @@ from numba import njit
 from fastxent._across import max_across, max_of_halves, repeat
 from fastxent._elementary import shift_by
 from fastxent._gradient import exponentials, gradient_vector, keep, put_label
-from fastxent._inlined import INLINE, unless_none
+from fastxent._inlined import INLINE, by_kind
 from fastxent._loadstore import get, itemsize, put, scratch, store, stream
 from fastxent._maths import INF, Factors, from_part, vector_max, whole_logits
 from fastxent._plan import MOST_KEPT
@@ -57,14 +57,14 @@ def _rest_of_strips(task, beside, top, stop):
     return top
 
 
-@unless_none(otherwise=lambda task, pipeline, top, j: top, Beside=_step_of_strips)
+@by_kind(none=lambda task, pipeline, top, j: top, Beside=_step_of_strips)
 def alongside(task, pipeline, top, j):
     """What is done beside the exponentials of vectors j, ...; the maximum ahead, so far."""
     write_behind(task, pipeline.behind, j)
     return look_ahead_at(task, pipeline.ahead, top, j)
 
 
-@unless_none(otherwise=lambda task, pipeline, top, stop: top, Beside=_rest_of_strips)
+@by_kind(none=lambda task, pipeline, top, stop: top, Beside=_rest_of_strips)
 def rest(task, pipeline, top, stop):
     """What is left to do if ``alongside`` was called for all vectors below ``stop``; the maximum ahead."""
     finish_behind(task, pipeline.behind, stop)
@@ -237,7 +237,7 @@ def part_behind(task, row, parts, k, length):
     return behind
 
 
-@unless_none(otherwise=lambda task, behind, j: None)
+@by_kind(none=lambda task, behind, j: None)
 def write_behind(task, behind, j):
     """Of the row behind, what is LEAD vectors further than vectors j, ..., whose exponentials take the place of its own."""
     at = j + LEAD
@@ -266,7 +266,7 @@ def put_whole(task, unit, j, g):
         store(p, g)
 
 
-@unless_none(otherwise=lambda task, behind, start: None)
+@by_kind(none=lambda task, behind, start: None)
 def finish_behind(task, behind, start):
     """What is left of the row behind, if ``start`` is the first vector with which ``write_behind`` was not called."""
     for j in range(start, behind.stop - LEAD, AT_A_TIME):

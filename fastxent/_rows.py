@@ -28,8 +28,8 @@ from fastxent._simd import LANES, all_lanes, any_lane, every_lane, first_lanes, 
 from fastxent._strips import (
     MAXIMA,
     Strip,
-    before_aligned,
     class_step,
+    head_of,
     numbers,
     put_numbers,
     read_strip,
@@ -224,7 +224,7 @@ def flush(task, unit, factor, g_y):
             if not task.pipelined and unit.ending > 0:
                 before = (task.strip - 1) * LANES
                 first_tile, first_g = tile + -before * itemsize(tile), p + -before * itemsize(p)
-                head = before_aligned(task, first_g, unit.ending)
+                head = head_of(task, first_g, unit.ending)
                 strip = Strip(task.x + unit.x, first_g, unit.ending, first_tile, head, False)
                 shift_numbers(task, strip)
                 write_strip(task, strip, strip, strip)

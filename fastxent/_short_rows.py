@@ -7,8 +7,8 @@ from numba import njit
 
 from fastxent._inlined import INLINE
 from fastxent._loadstore import (
-    address,
     as_stored,
+    before_aligned,
     fixed,
     gather,
     itemsize,
@@ -42,8 +42,8 @@ def fill(task, tile, p, n, lanes, mask):
     """
     vector = LANES * itemsize(tile)
     m = splat(tile, -INF)
-    if task.whole_rows and n == LANES:
-        row, ahead = fixed(task.axes, 8), 0
+    if task.whole_rows and (n == LANES or n == 1):
+        row, ahead = fixed(task.axes, 8) if n > 1 else 0, 0  # one row is read as if it were 16
         if task.large or task.n_classes < LANES:
             look_at_later_rows(task, p, row)
         elif row == task.n_classes * itemsize(p):
@@ -80,7 +80,7 @@ def put_neighbours(task, p, place, n):
     """Copy n elements to the gradient, past the caches if it is."""
     step, from_step = LANES * itemsize(p), LANES * itemsize(place)
     if task.large and task.stream != 0:
-        head = min(n, (-address(p)) % step // itemsize(p))
+        head = before_aligned(p, n)
         if head > 0:
             store_first(p, load(place), first_lanes(head))
             p, place, n = p + head * itemsize(p), place + head * itemsize(place), n - head

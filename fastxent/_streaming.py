@@ -3,7 +3,7 @@
 from numba import njit
 
 from fastxent._inlined import INLINE
-from fastxent._loadstore import address, fixed, itemsize, prefetch, prefetch_near, prefetch_to_write, stream
+from fastxent._loadstore import address, before_aligned, fixed, itemsize, prefetch, prefetch_near, prefetch_to_write, stream
 from fastxent._rows import from_class, g_step, t_step, write, write_out, x_step
 from fastxent._simd import LANES, all_lanes, every_lane, first_lanes, splat
 from fastxent._task import LINE
@@ -87,8 +87,7 @@ def aligned(task, unit):
     """First lanes (mask) of a unit; the part that begins where g is aligned, and its whole vectors; last lanes (mask)."""
     if not task.across:
         return first_lanes(0), unit, task.n_vectors, first_lanes(0)
-    vector = LANES * itemsize(task.g)
-    before = min(task.n_classes, (-address(task.g + unit.g)) % vector // itemsize(task.g))
+    before = before_aligned(task.g + unit.g, task.n_classes)
     body = from_class(task, unit, before, task.n_vectors)
     tail = task.n_classes - before - body.full * LANES
     return first_lanes(before), body, body.full, first_lanes(tail)

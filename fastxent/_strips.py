@@ -13,7 +13,7 @@ from collections import namedtuple
 from numba import njit
 
 from fastxent._inlined import INLINE
-from fastxent._loadstore import address, itemsize, load, load_masked, prefetch_near, store, store_first, stream
+from fastxent._loadstore import address, before_aligned, itemsize, load, load_masked, prefetch_near, store, store_first, stream
 from fastxent._simd import LANES, WIDE, as_numbers, first_lanes, maximum, splat, where
 
 INF = float("inf")
@@ -41,7 +41,7 @@ def class_step(task, tile):
 
 @njit(**INLINE)
 def numbers(task, tile, which):
-    return tile + (task.n_vectors * class_step(task, tile) + which * class_step(task, tile))
+    return tile + (task.n_vectors + which) * class_step(task, tile)
 
 
 @njit(**INLINE)
@@ -55,7 +55,7 @@ def strip_at(task, tile, x, g, n, joins):
     """A strip that is still to be read."""
     for k in range(task.strip):
         store(numbers(task, tile, MAXIMA) + k * LANES * itemsize(tile), splat(tile, -INF))
-    return Strip(x, g, n, tile, before_aligned(task, g, n), joins)
+    return Strip(x, g, n, tile, head_of(task, g, n), joins)
 
 
 @njit(**INLINE)
@@ -64,9 +64,9 @@ def of_no_rows(strip):
 
 
 @njit(**INLINE)
-def before_aligned(task, g, n):
+def head_of(task, g, n):
     """Elements of n before the first vector that can be written past the caches, if that is what is done."""
-    return min(n, (-address(g)) % (LANES * itemsize(g)) // itemsize(g)) if task.large and task.stream != 0 else 0
+    return before_aligned(g, n) if task.large and task.stream != 0 else 0
 
 
 @njit(**INLINE)
@@ -139,7 +139,7 @@ def write_some(task, before, strip, after, j, k, end):
     """The gradient of class j, vectors k ... end - 1; past the caches if it is: then of vectors that are aligned."""
     vector, step, size = LANES * itemsize(strip.tile), LANES * itemsize(strip.g), itemsize(strip.tile)
     p = strip.g + j * task.g_step
-    head = before_aligned(task, p, strip.n)
+    head = head_of(task, p, strip.n)
     if k == 0 and head > 0:
         write_head(task, before, strip, j, p, head)
     p, off, shifted, at = p + head * itemsize(p), head * size, 0, head * size
