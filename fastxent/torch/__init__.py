@@ -5,6 +5,8 @@
 An adapter: shapes, dtypes and autograd are PyTorch's, the maths is in ``fastxent._maths``. Here are the functions that
 people call; read ``_route`` next. Who does what:
 
+* ``_known`` recognises calls that were met before, and runs the task that was made for them; ``_handles`` says how machine code
+  finds a tensor's memory.
 * ``_route`` sorts the calls. What the kernels take goes on; all else (other devices, odd dtypes, wrong shapes) goes to
   PyTorch itself, whose result or error the caller then gets.
 * ``_calls`` runs the kernels: tensors -> addresses.

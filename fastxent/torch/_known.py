@@ -34,7 +34,6 @@ from fastxent.torch._calls import (
     walkable,
 )
 from fastxent.torch._eager import Kept, apply, attach
-from fastxent.torch._formula import loss_dtype
 from fastxent.torch._handles import c_interface
 
 # Tensors: the loss, x, g, y, and t, w, u, losses of the rows, or None where there is none. 1: the loss has been written; 0: a
@@ -54,6 +53,10 @@ class Tasks(NamedTuple):
 _NO_MEMORY = AttributeError, TypeError, RuntimeError
 
 
+# The loss of half precision in its own dtype, as it is without autocast
+_ROUNDED: dict[torch.dtype, Callable[[Tensor], Tensor]] = {torch.bfloat16: Tensor.bfloat16, torch.float16: Tensor.half}
+
+
 class Known:
     """A kind of call that was met before."""
 
@@ -67,14 +70,14 @@ class Known:
         self.small = tasks.value.small
         self.options = options
         self.loss = loss  # one like it, without memory of its own
-        self.itemsize = input.itemsize
+        self.rounded = _ROUNDED.get(input.dtype)
         self.weight_bytes = 0 if weight is None else reach(weight)
         self.in_place = in_place  # may the gradient be written where the logits are?
         self.labelled = target.dtype == torch.int64
         place = reach(target), target.itemsize
         self.operands: Operands = (
             ("x", reach(input), input.itemsize), ("g", 0, 1), ("y", *place), ("t", *place),
-            ("w", self.weight_bytes, self.itemsize), ("u", 0, 1), ("loss", 0, 1),
+            ("w", self.weight_bytes, input.itemsize), ("u", 0, 1), ("loss", 0, 1),
         )  # fmt: skip
         # Float32 class weights are widened where the task is run
         self.n_narrow = 0 if weight is None or weight.dtype != torch.float32 or not weight.is_contiguous() else weight.numel()
@@ -104,8 +107,8 @@ class Known:
         done = self.run(run, input, input if grad is None else grad, target, weight, None, loss)
         if done <= 0:
             return self.not_done(done, input, target)
-        if self.itemsize == 2:
-            loss = loss.to(loss_dtype(input, target, weight))
+        if self.rounded is not None and not torch.is_autocast_enabled("cpu"):
+            loss = self.rounded(loss)
         return attach(input, loss, grad, (target, weight, None), (self.options, inplace, self)) if differentiate else loss
 
     def room_for_gradient(self, input: Tensor) -> Tensor:
