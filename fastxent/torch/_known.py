@@ -77,7 +77,7 @@ class Known:
         place = reach(target), target.itemsize
         self.operands: Operands = (
             ("x", reach(input), input.itemsize), ("g", 0, 1), ("y", *place), ("t", *place),
-            ("w", self.weight_bytes, input.itemsize), ("u", 0, 1), ("loss", 0, 1),
+            ("w", self.weight_bytes, input.itemsize), ("u", 8 * loss.numel(), 8), ("loss", 0, 1),
         )  # fmt: skip
         # Float32 class weights are widened where the task is run
         self.n_narrow = 0 if weight is None or weight.dtype != torch.float32 or not weight.is_contiguous() else weight.numel()
