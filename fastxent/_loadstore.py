@@ -74,7 +74,7 @@ def load_masked(typingctx, p, mask):
 
 def store_lanes(builder, ptr, address, x, mask=None):
     """Where ``mask``, if there is one: with AVX-512 one instruction, else a dozen."""
-    raw = encode(builder, x, ptr)
+    raw = encode(builder, x, ptr, whole=mask is None)
     place = typed(builder, address, raw.type)
     if mask is None:
         builder.store(raw, place, align=1)
@@ -156,13 +156,41 @@ def store_first(typingctx, p, x, mask):
 
 
 @intrinsic
+def copy(typingctx, p, q):
+    """16 neighbours from ``q`` to ``p``, as they are stored."""
+
+    def codegen(context, builder, sig, args):
+        to, at = (typed(builder, address, lanes_of(STORED[p.storage], LANES)) for address in args)
+        builder.store(builder.load(at, align=1), to, align=1)
+        return context.get_dummy_value()
+
+    return types.void(p, q), codegen
+
+
+@intrinsic
+def stream_copy(typingctx, p, q):
+    """The same, past the caches; ``p`` is aligned to the vector."""
+
+    def codegen(context, builder, sig, args):
+        to, at = (typed(builder, address, lanes_of(STORED[p.storage], LANES)) for address in args)
+        _past_caches(builder, builder.store(builder.load(at, align=1), to, align=LANES * ITEMSIZE[p.storage]))
+        return context.get_dummy_value()
+
+    return types.void(p, q), codegen
+
+
+def _past_caches(builder, written):
+    written.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+
+
+@intrinsic
 def stream(typingctx, p, x):
     """Write 16 neighbours at ``p``, aligned to the vector, past the caches (the array is not read again soon)."""
 
     def codegen(context, builder, sig, args):
         raw = encode(builder, args[1], p)
         written = builder.store(raw, typed(builder, args[0], raw.type), align=LANES * ITEMSIZE[p.storage])
-        written.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+        _past_caches(builder, written)
         return context.get_dummy_value()
 
     return types.void(p, x), codegen

@@ -9,6 +9,7 @@ from fastxent._inlined import INLINE
 from fastxent._loadstore import (
     as_stored,
     before_aligned,
+    copy,
     fixed,
     gather,
     itemsize,
@@ -17,7 +18,7 @@ from fastxent._loadstore import (
     scatter,
     store,
     store_first,
-    stream,
+    stream_copy,
 )
 from fastxent._simd import LANES, all_lanes, count_lanes, first_lanes, iota, maximum, splat, where
 from fastxent._task import LINE
@@ -87,9 +88,9 @@ def put_neighbours(task, p, place, n):
     n_whole = n // LANES
     for k in range(n_whole):
         if task.large and task.stream != 0:
-            stream(p + k * step, load(place + k * from_step))
+            stream_copy(p + k * step, place + k * from_step)
         else:
-            store(p + k * step, load(place + k * from_step))
+            copy(p + k * step, place + k * from_step)
     tail = n - n_whole * LANES
     if tail > 0:
         store_first(p + n_whole * step, load(place + n_whole * from_step), first_lanes(tail))

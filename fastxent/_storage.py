@@ -4,7 +4,7 @@ from functools import partial
 
 from llvmlite import ir
 
-from fastxent._simd import FEATURES, I16, I32, I64, SCALAR, TRIPLE, lanes_of
+from fastxent._simd import FEATURES, I16, I32, I64, SCALAR, TRIPLE, call_llvm, lanes_of
 
 STORED = {"f16": I16, "bf16": I16, "f32": ir.FloatType(), "f64": ir.DoubleType(), "i64": I64}
 ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "i64": 8}
@@ -19,7 +19,37 @@ def constant(shape, value):
     return ir.Constant(shape, [value] * shape.count if isinstance(shape, ir.VectorType) else value)
 
 
-def _bf16_from_f32(builder, x):
+class _BFloat(ir.HalfType):
+    """What llvmlite has no name for."""
+
+    def __str__(self):
+        return "bfloat"
+
+
+_BFloat._create_instance()
+BFLOAT_IN_HARDWARE = "+avx512bf16" in FEATURES
+DENORMAL = I32(0x90)  # of either sign, for llvm.is.fpclass
+
+
+def _bf16_from_f32(builder, x, whole):
+    """Whole vectors by an instruction, where there is one. It takes denormal numbers for 0: those are rounded by hand, and what
+    is in lanes that nobody asks for may be denormal."""
+    if not (BFLOAT_IN_HARDWARE and whole and isinstance(x.type, ir.VectorType)):
+        return _bf16_by_hand(builder, x)
+    lanes, bit = x.type.count, ir.IntType(1)
+    rounded = builder.bitcast(builder.fptrunc(x, lanes_of(_BFloat(), lanes)), lanes_of(I16, lanes))
+    denormal = call_llvm(builder, f"llvm.is.fpclass.v{lanes}f32", lanes_of(bit, lanes), [x, DENORMAL])
+    before = builder.block
+    with builder.if_then(call_llvm(builder, f"llvm.vector.reduce.or.v{lanes}i1", bit, [denormal]), likely=False):
+        by_hand = _bf16_by_hand(builder, x)
+        there = builder.block
+    chosen = builder.phi(rounded.type)
+    chosen.add_incoming(rounded, before)
+    chosen.add_incoming(by_hand, there)
+    return chosen
+
+
+def _bf16_by_hand(builder, x):
     """Round to nearest even by adding half of what is cut off; a nan is made quiet, or rounding could make it inf."""
     ints = shape_of(x, I32)
     const = partial(constant, ints)
@@ -85,11 +115,11 @@ def decode(builder, raw, ptr):
     return (builder.fpext if ptr.kind == "f64" else builder.fptrunc)(x, shape_of(raw, SCALAR[ptr.kind]))
 
 
-def encode(builder, x, ptr):
+def encode(builder, x, ptr, whole=True):
     """Numbers -> stored bits, rounded to nearest even; to half precision by way of float32, as PyTorch does."""
     if ptr.storage == ptr.kind:
         return x
     if ptr.storage in ("f16", "bf16"):
         f32 = builder.fptrunc(x, shape_of(x, SCALAR["f32"])) if ptr.kind == "f64" else x
-        return (_bf16_from_f32 if ptr.storage == "bf16" else _f16_from_f32)(builder, f32)
+        return _bf16_from_f32(builder, f32, whole) if ptr.storage == "bf16" else _f16_from_f32(builder, f32)
     return (builder.fptrunc if ptr.kind == "f64" else builder.fpext)(x, shape_of(x, STORED[ptr.storage]))
