@@ -308,8 +308,8 @@ def counted() -> Iterator[list[str]]:
         names.append(name)
         return run(name, *args, **kwargs)
 
-    def counting_ready(task: _parallel.PackedTask) -> Any:
-        known = ready(task)
+    def counting_ready(task: _parallel.PackedTask, *rest: Any) -> Any:
+        known = ready(task, *rest)
 
         def call(*args: Any) -> Any:
             names.append(task.name)
