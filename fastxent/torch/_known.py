@@ -51,8 +51,6 @@ class Tasks(NamedTuple):
 
 # What is raised by tensors that stand for others, and by what is no tensor
 _NO_MEMORY = AttributeError, TypeError, RuntimeError
-
-
 # The loss of half precision in its own dtype, as it is without autocast
 _ROUNDED: dict[torch.dtype, Callable[[Tensor], Tensor]] = {torch.bfloat16: Tensor.bfloat16, torch.float16: Tensor.half}
 
@@ -138,11 +136,9 @@ class Known:
         self, input: Tensor, target: Tensor, weight: Tensor | None, grad_output: Tensor, out: Tensor | None
     ) -> Tensor | None:
         """Of reduction none, times ``grad_output``; None if the tensors are not as they were."""
-        tensors = (input, target) if weight is None else (input, target, weight)
-        if (
-            not (self.is_like is not None and self.is_like(*tensors))
-            and kind_of(input, target, weight, self.options) != self.kind
-        ) or grad_output.shape != self.loss.shape:
+        known = self.is_like is not None and self.is_like(*_given(input, target, weight))
+        known = known or kind_of(input, target, weight, self.options) == self.kind
+        if not known or grad_output.shape != self.loss.shape:
             return None
         grad, u = self.room_for_gradient(input) if out is None else out, as_float64(grad_output)
         done = self.run(self.rows, input, grad, target, weight, u, None)
@@ -199,7 +195,7 @@ def guard(*tensors: Tensor) -> Guard | None:
 def _is_out_of_the_ordinary() -> bool:
     """Is somebody tracing or transforming? (Autocast leaves float32 and float64 alone.)"""
     return (
-        torch.compiler.is_compiling()  # first: Dynamo must not look at the others
+        is_compiling()  # first: Dynamo must not look at the others
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -245,12 +241,16 @@ def _look_up(input: Tensor, target: Tensor, weight: Tensor | None, options: tupl
     known = known_calls.get(kind_of(input, target, weight, options))
     if known is not None and known is _Latest.looked_up:
         weighted = weight is not None
-        is_like = guard(input, target) if weight is None else guard(input, target, weight)
-        if is_like is not None:
+        if (is_like := guard(*_given(input, target, weight))) is not None:
             known.is_like = is_like
             _guarded[weighted] = ((is_like, options, known), *_guarded.get(weighted, ())[: MOST_GUARDED - 1])
     _Latest.looked_up = known
     return known
+
+
+def _given(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
+    """What a guard is asked about."""
+    return (input, target) if weight is None else (input, target, weight)
 
 
 def forget() -> None:
@@ -337,7 +337,7 @@ def _run(
 
 
 def _is_there(t: Tensor, nbytes: int) -> bool:
-    """The same, of whatever may be given for a tensor."""
+    """As `is_there`, of whatever may be given for a tensor."""
     try:
         return is_there(t, nbytes)
     except _NO_MEMORY:
