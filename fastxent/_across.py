@@ -58,7 +58,7 @@ def max_of_halves(typingctx, x):
 
 
 @intrinsic
-def _swap(typingctx, x, distance):
+def swap(typingctx, x, distance):
     """Lane ``i`` takes lane ``i ^ distance`` (a literal)."""
     if not isinstance(distance, types.IntegerLiteral):
         return None
@@ -75,10 +75,10 @@ def _by_swaps(step):
 
     @njit(**INLINE)
     def across(x):
-        x = step(x, _swap(x, 8))
-        x = step(x, _swap(x, 4))
-        x = step(x, _swap(x, 2))
-        return step(x, _swap(x, 1))
+        x = step(x, swap(x, 8))
+        x = step(x, swap(x, 4))
+        x = step(x, swap(x, 2))
+        return step(x, swap(x, 1))
 
     return across
 

@@ -11,7 +11,7 @@ from fastxent._elementary import exp_up, log1p, shift_by, up
 from fastxent._gradient import exponentials, write_gradient
 from fastxent._inlined import INLINE
 from fastxent._loadstore import gather, get, itemsize, load, load_masked, put, start, store_first
-from fastxent._maths import factors, label, log_s, logits, row_loss, scaled, sum_loss
+from fastxent._maths import factors, label, log_s, logits, row_loss, s_of, scaled, sum_loss
 from fastxent._plan import CHECKED, CHECKS
 from fastxent._rows import (
     flush,
@@ -137,9 +137,10 @@ def value_and_grad(task, tile, number):
 
 
 @njit(**INLINE)
-def hessian_vector(task, unit, j, mask, f):
+def hessian_vector(task, unit, j, mask, f, top, beside):
+    """h_c = a e_c (s - e_c) / s, with s - e_c = (top - e_c) + beside."""
     e = exp_up(logits(task, unit, j, mask), f.shift)
-    return e * f.a * (splat(e, 1.0) - e * f.inverse_s)
+    return e * f.a * (((top - e) + beside) * f.inverse_s)
 
 
 @njit(**INLINE)
@@ -150,11 +151,12 @@ def grad_hess(task, tile, number):
     if any_lane(unit.kept):
         state = span_state(task, unit)
         f = factors(task, unit, state, label(task, unit), to_row(task, number, state))
+        top, beside = narrow(task.x, state.top), narrow(task.x, state.beside)
         for j in range(unit.start, unit.stop):
             whole = j < unit.full
             reads = all_lanes() if whole else unit.reads
             writes = all_lanes() if whole else unit.writes
-            h = hessian_vector(task, unit, j, reads, f)
+            h = hessian_vector(task, unit, j, reads, f, top, beside)
             write(task, task.h + (unit.g + j * g_step(task)), unit.g_lanes, h, writes)
         late = write_gradient(task, unit, f)
     else:
@@ -214,9 +216,9 @@ def stats(task, tile, number):
 
     kept = unit.kept
     log_sum = log_s(state)
-    p_y = widen(exp_up(x_y, shift_by(state.m))) / state.s
+    p_y = widen(exp_up(x_y, shift_by(state.m))) / s_of(state)
     put_rows(task, task.lse, unit, narrow(task.lse, where(kept, widen(state.m) + log_sum, 0.0)))
-    put_rows(task, task.entropy, unit, narrow(task.lse, where(kept, log_sum - state.e_dot / state.s, 0.0)))
+    put_rows(task, task.entropy, unit, narrow(task.lse, where(kept, log_sum - state.e_dot / s_of(state), 0.0)))
     put_rows(task, task.target_prob, unit, narrow(task.lse, where(kept, p_y, 0.0)))
     put_rows(task, task.prediction, unit, where(kept, prediction, nothing))
     put_rows(task, task.target_rank, unit, where(kept, rank, nothing))
@@ -229,7 +231,7 @@ def softmax(task, tile, number):
     unit = locate(task, tile, number)
     state = row_state(task, unit, number)
     power, rest = to_row(task, number, state)
-    shift, inverse_s = shift_by(state.m), narrow(task.x, rest / state.s)
+    shift, inverse_s = shift_by(state.m), narrow(task.x, rest / s_of(state))
     for j in range(unit.start, unit.stop):
         mask = all_lanes() if j < unit.full else unit.writes
         write_out(task, unit, j, exponentials(task, unit, j, mask, shift, power) * inverse_s, mask)

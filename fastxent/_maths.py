@@ -18,6 +18,8 @@ A sample weight u multiplies a row's l and gradient; the gradient of a mean is d
 Online softmax (Milakov, Gimelshein 2018): a row is read once, in blocks; when one raises the maximum from m to m', before it,
     s' = f s        D' = D + Q (m - m')        E' = f (E + s (m - m'))        f = exp(m - m')
 with E = sum_c exp(x_c - m) (x_c - m), from which the entropy comes: log s - E / s.
+The term of the maximum is exactly 1. Beside it a confident row's other terms, r in all, would lose their digits, and with them
+log s = log(1 + r) and p_y - 1 = -r / s. So s is kept as a sum of two, ``top`` + ``beside``, where top is 1 and beside is r.
 The terms of at most eight vectors (across: sixteen, and two lanes of each) are added in float32; all further sums are float64
 (of float64 logits, compensated), and their order follows from the shape alone: same bits at any number of threads.
 
@@ -129,8 +131,16 @@ def vector_max(task, unit, start, stop):
 # The statistics of rows, or of parts of them
 # ----------------------------------------------------------------------------------------------------
 
-# m in the logits' precision; the sums s, Q, D, E in float64, of which s and E carry exp_up's factor 2**UP.
-State = namedtuple("State", "m s q_sum q_dot e_dot")
+# m in the logits' precision; the sums s = top + beside, Q, D, E in float64, of which s and E carry exp_up's factor 2**UP. Of a
+# confident row (see ``CONFIDENT``) top is the term of its maximum; wherever nothing would be lost, top may be 0.
+State = namedtuple("State", "m top beside q_sum q_dot e_dot")
+
+CONFIDENT = 0.0625  # r below which a float32 row's r is added up apart
+
+
+@njit(**INLINE)
+def s_of(state):
+    return state.top + state.beside
 
 
 @njit(**INLINE)
@@ -151,7 +161,9 @@ def seen_from(state, m):
     shift = shift_by(widen(m))
     f = exp_up(widen(state.m), shift) / up(shift.base)
     down = where(state.m == -INF, splat(f, 0.0), widen(state.m) - widen(m))
-    return State(m, f * state.s, state.q_sum, state.q_dot + state.q_sum * down, f * (state.e_dot + state.s * down))
+    s, same = s_of(state), state.m == m
+    top, beside = where(same, state.top, 0.0), where(same, state.beside, f * s)
+    return State(m, top, beside, state.q_sum, state.q_dot + state.q_sum * down, f * (state.e_dot + s * down))
 
 
 @njit(**INLINE)
@@ -168,7 +180,7 @@ def from_part(task, part_m, m):
 def of_none(task, m):
     """The statistics of no class, with a maximum m that is of some."""
     nothing = splat(task.w, 0.0)
-    return State(m, nothing, nothing, nothing, nothing)
+    return State(m, nothing, nothing, nothing, nothing, nothing)
 
 
 @njit(**INLINE)
@@ -182,12 +194,17 @@ def raised(state, m):
 @njit(**INLINE)
 def joined(a, b):
     """The statistics of two parts of a row that are seen from the same maximum."""
-    return State(a.m, a.s + b.s, a.q_sum + b.q_sum, a.q_dot + b.q_dot, a.e_dot + b.e_dot)
+    return State(
+        a.m, a.top + b.top, a.beside + b.beside, a.q_sum + b.q_sum, a.q_dot + b.q_dot, a.e_dot + b.e_dot
+    )  # fmt: skip
 
 
 @njit(**INLINE)
 def log_s(state):
-    return log(state.s / up(state.m))
+    """log(top + beside): what rounding the sum lost is put back, as in ``log1p``."""
+    s = s_of(state)
+    log_sum = log(s / up(state.m))
+    return where(state.top > state.beside, log_sum + (state.beside - (s - state.top)) / s, log_sum)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -263,14 +280,21 @@ def row_loss(task, unit, state, y):
 
 @njit(**INLINE)
 def sum_loss(task, unit, state, y):
-    """Of l = log s - D, where Q = 1: the sum of -D over the rows, and the product of s, of which one log does for many rows."""
+    """Of l = log s - D, where Q = 1: the sum of -D over the rows, and the product of s, of which one log does for many rows.
+
+    In a product of many 1 + r, small r would lose digits: confident rows have a log each."""
     _, q_dot = target_sums(task, state, y)
-    s = where(unit.kept, state.s / up(state.m), 1.0)
+    s = s_of(state) / up(state.m)
+    confident = state.beside < state.top * CONFIDENT
+    if any_lane(confident):
+        q_dot, s = where(confident, q_dot - log_s(state), q_dot), where(confident, splat(s, 1.0), s)
+    s = where(unit.kept, s, 1.0)
     return 0.0 - sum_rows(task, where(unit.kept, q_dot, 0.0)), multiply_rows(task, s)
 
 
-# g_c = a e_c - b (q_c / share) and, at y, g_y = scaled(u (Q p_y - q_y)) computed from registers in float64: p_y - 1 cancels,
-# and must not be made from rounded parts. e = exp(x - m), a = scaled(u) Q / s, b = scaled(u) share.
+# g_c = a e_c - b (q_c / share) and, at y, g_y = scaled(u (Q p_y - q_y)) computed from registers in float64. There p_y - 1 would
+# cancel: it is -(s - e_y) / s, and s - e_y = (top - e_y) + beside. So Q p_y - q_y = (Q - q_y) - Q (s - e_y) / s.
+# e = exp(x - m), a = scaled(u) Q / s, b = scaled(u) share.
 # h_c = a e_c (1 - p_c), p_c = e_c / s. ``wide_a`` is a in float64, for parts of a row that have each another one.
 Factors = namedtuple("Factors", "shift power a wide_a b inverse_s g_y")
 
@@ -293,13 +317,15 @@ def factors(task, unit, state, y, to_row):
     if task.z != 0.0:  # not always: the gradient would have to wait for the log
         q_sum = q_sum + (widen(state.m) + log_s(state)) * (2.0 * task.z)
     shift = shift_by(state.m)
-    inverse_s = where(unit.kept, splat(b, 1.0) / state.s, 0.0)  # s of an ignored row in the lanes is 0
-    share_of_s = u * q_sum / state.s if task.double else u * q_sum * inverse_s  # float64 logits notice the one rounding more
+    s = s_of(state)
+    inverse_s = where(unit.kept, splat(b, 1.0) / s, 0.0)  # s of an ignored row in the lanes is 0
+    share_of_s = u * q_sum / s if task.double else u * q_sum * inverse_s  # float64 logits notice the one rounding more
     a = where(unit.kept, scaled(task, share_of_s) * rest, 0.0)
     g_y = q_y
     if task.labelled:
-        p_y = widen(exp_up(capped(task, y.raw_x_y), shift)) * inverse_s
-        g_y = where(unit.kept, scaled(task, u * (q_sum * p_y - q_y)), 0.0)
+        others = (state.top - widen(exp_up(capped(task, y.raw_x_y), shift))) + state.beside
+        p_others = others / s if task.double else others * inverse_s
+        g_y = where(unit.kept, scaled(task, u * ((q_sum - q_y) - q_sum * p_others)), 0.0)
     x = task.x
     b = b * share(task)
     g_y = through_cap(task, y.raw_x_y, narrow(x, g_y))

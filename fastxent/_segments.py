@@ -11,11 +11,13 @@ from fastxent._across import max_across, sum_across
 from fastxent._gradient import holds_label
 from fastxent._inlined import INLINE
 from fastxent._loadstore import gather, get, put
-from fastxent._maths import INF, Label, State, from_part, label, seen_from
+from fastxent._maths import INF, Label, State, from_part, joined, label, of_none, seen_from
 from fastxent._rows import locate
 from fastxent._simd import LANES, any_lane, first_lanes, iota, lane, maximum, narrow, splat, where, widen
 from fastxent._statistics import span_state
 from fastxent._task import LINE
+
+X_Y = 48  # bytes of what a segment saves before x_y
 
 
 @njit(**INLINE)
@@ -23,16 +25,17 @@ def save_segment(task, tile, number):
     """First phase of a split row; returns what every unit returns: see ``_walk``."""
     unit = locate(task, tile, number)
     if any_lane(unit.kept):
-        at = task.segments + LINE * number  # (segments, 6) out: m, s, Q, D, E, x_y
+        at = task.segments + LINE * number  # (segments, 7) out: m, top, beside, Q, D, E, x_y
         if task.labelled:  # by the one segment that holds it, before the exponentials take its place
             if holds_label(task, unit):
-                put(at, 40, lane(widen(label(task, unit).raw_x_y), 0))
+                put(at, X_Y, lane(widen(label(task, unit).raw_x_y), 0))
         state = span_state(task, unit)
         put(at, 0, lane(widen(state.m), 0))
-        put(at, 8, lane(state.s, 0))
-        put(at, 16, lane(state.q_sum, 0))
-        put(at, 24, lane(state.q_dot, 0))
-        put(at, 32, lane(state.e_dot, 0))
+        put(at, 8, lane(state.top, 0))
+        put(at, 16, lane(state.beside, 0))
+        put(at, 24, lane(state.q_sum, 0))
+        put(at, 32, lane(state.q_dot, 0))
+        put(at, 40, lane(state.e_dot, 0))
     return 0.0, 1.0
 
 
@@ -40,8 +43,11 @@ def save_segment(task, tile, number):
 def load_segments(task, first, k):
     """The statistics of a row's segments k ... k + 15, lane by lane; of those that are not there, those of no class."""
     at, apart, there = first + LINE * k, iota() * LINE, first_lanes(task.n_segments - k)
-    m, s = where(there, narrow(task.x, gather(at, apart, there)), -INF), gather(at + 8, apart, there)
-    return State(m, s, gather(at + 16, apart, there), gather(at + 24, apart, there), gather(at + 32, apart, there))
+    m = where(there, narrow(task.x, gather(at, apart, there)), -INF)
+    return State(
+        m, gather(at + 8, apart, there), gather(at + 16, apart, there), gather(at + 24, apart, there),
+        gather(at + 32, apart, there), gather(at + 40, apart, there),
+    )  # fmt: skip
 
 
 @njit(**INLINE)
@@ -54,11 +60,11 @@ def row_state(task, unit, number):
     for k in range(0, task.n_segments, LANES):
         m = maximum(m, load_segments(task, first, k).m)
     m = max_across(m)
-    s = q_sum = q_dot = e_dot = splat(task.w, 0.0)
+    state = of_none(task, m)
     for k in range(0, task.n_segments, LANES):
-        part = seen_from(load_segments(task, first, k), m)
-        s, q_sum, q_dot, e_dot = s + part.s, q_sum + part.q_sum, q_dot + part.q_dot, e_dot + part.e_dot
-    return State(m, sum_across(s), sum_across(q_sum), sum_across(q_dot), sum_across(e_dot))
+        state = joined(state, seen_from(load_segments(task, first, k), m))
+    top, beside = sum_across(state.top), sum_across(state.beside)
+    return State(m, top, beside, sum_across(state.q_sum), sum_across(state.q_dot), sum_across(state.e_dot))
 
 
 @njit(**INLINE)
@@ -74,5 +80,5 @@ def row_label(task, unit, number):
     """The label of whole rows: of a split row another thread may already have overwritten x_y, so it was saved."""
     if task.split and task.labelled:
         at = task.segments + LINE * (number - number % task.n_segments + lane(unit.y, 0) // (task.segment * LANES))
-        return Label(narrow(task.x, splat(task.w, get(at, 40))), label(task, unit).w_y)
+        return Label(narrow(task.x, splat(task.w, get(at, X_Y))), label(task, unit).w_y)
     return label(task, unit)

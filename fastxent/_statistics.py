@@ -2,12 +2,13 @@
 
 from numba import njit
 
-from fastxent._across import add_halves, beside, max_across, repeat, sum_across
-from fastxent._elementary import Shift, exp_of, exp_up, reduce, shift_by
-from fastxent._gradient import keep
+from fastxent._across import add_halves, beside, max_across, repeat, sum_across, swap
+from fastxent._elementary import Shift, exp_of, exp_up, reduce, shift_by, up
+from fastxent._gradient import exponentials, keep
 from fastxent._inlined import INLINE, as_needed
 from fastxent._loadstore import itemsize, load, scratch, store, store_apart
 from fastxent._maths import (
+    CONFIDENT,
     INF,
     State,
     joined,
@@ -95,6 +96,15 @@ def add(total, lost, x):
 def whole(total, lost):
     """The sum; of an inf or nan nothing was lost, and inf - inf is nan."""
     return total + lost if lost == lost else total
+
+
+@njit(**INLINE)
+def add_across(total, lost):
+    """The sum over the lanes, in each of them, and what all its roundings have lost."""
+    total, lost = add(total, lost + swap(lost, 8), swap(total, 8))
+    total, lost = add(total, lost + swap(lost, 4), swap(total, 4))
+    total, lost = add(total, lost + swap(lost, 2), swap(total, 2))
+    return add(total, lost + swap(lost, 1), swap(total, 1))
 
 
 @as_needed
@@ -232,6 +242,38 @@ def total_over_classes(task, total):
     return over_lanes(task, value)
 
 
+def from_what_was_lost(task, unit, start, stop, shift, s):
+    """float64: what is beside 1 is what rounding lost when it was added to 1."""
+    value, lost = s
+    if task.across:
+        value, lost = add_across(value, lost)
+    one = up(task.x)
+    top = where((value >= one) & (value < 2.0 * one), splat(value, one), 0.0)
+    return top, (value - top) + lost
+
+
+def from_another_look(task, unit, start, stop, shift, s):
+    """float32: the terms of confident rows are added up once more, without 1. They are still in the nearest caches."""
+    value, _ = s
+    value, one = over_lanes(task, value), up(task.x)
+    top, beside = splat(value, 0.0), value
+    confident = (value >= one) & (value < one * (1.0 + CONFIDENT))
+    if any_lane(confident):
+        less = widen(in_few_lanes(task, splat(task.x, 0.0)))
+        for j in range(start, stop):
+            mask = all_lanes() if j < unit.full else unit.reads
+            e = exponentials(task, unit, j, mask, shift, splat(task.x, 1.0))
+            less = less + widen(in_few_lanes(task, where(mask & (e < one), e, 0.0)))
+        top, beside = where(confident, splat(value, one), top), where(confident, over_lanes(task, less), value)
+    return top, beside
+
+
+@as_needed
+def top_and_beside(constants):
+    """The sum s of vectors start ... stop - 1 as two numbers: see ``State``. ``s``: lane by lane, and what it has lost."""
+    return from_what_was_lost if constants["double"] else from_another_look
+
+
 @njit(**INLINE)
 def block_max(task, unit, start, stop):
     """The maximum over vectors start ... stop - 1."""
@@ -270,9 +312,11 @@ def state_of(task, unit, start, stop, m, pipeline):
     for j in range(n_whole, stop):
         totals = add_sums(task, totals, vector_sums(task, unit, j, unit.reads, finite, shift))
     s, q_sum, q_dot, e_dot = totals
+    s_top, s_beside = top_and_beside(task, unit, start, stop, shift, s)
     state = State(
         m,
-        total_over_classes(task, s),
+        s_top,
+        s_beside,
         total_over_classes(task, q_sum) if task.dense else none,
         total_over_classes(task, q_dot) if task.dense else none,
         total_over_classes(task, e_dot) if task.entropic else none,
