@@ -62,9 +62,13 @@ def exponentials(task, unit, j, mask, shift, power):
 
 @njit(**INLINE)
 def gradient_vector(task, unit, j, mask, f):
-    g = exponentials(task, unit, j, mask, f.shift, f.power) * f.a
+    e = exponentials(task, unit, j, mask, f.shift, f.power)
+    g = e * f.a
     if task.dense:
-        g = g - target_weights(task, unit, j, mask) * f.b
+        q = target_weights(task, unit, j, mask)
+        if task.soft and task.double:
+            g = (e - q * f.k) * f.a
+        g = g - q * f.b
     return through_cap(task, raw_logits(task, unit, j, mask), g) if task.capped else g
 
 

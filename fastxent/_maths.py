@@ -295,8 +295,10 @@ def sum_loss(task, unit, state, y):
 # g_c = a e_c - b (q_c / share) and, at y, g_y = scaled(u (Q p_y - q_y)) computed from registers in float64. There p_y - 1 would
 # cancel: it is -(s - e_y) / s, and s - e_y = (top - e_y) + beside. So Q p_y - q_y = (Q - q_y) - Q (s - e_y) / s.
 # e = exp(x - m), a = scaled(u) Q / s, b = scaled(u) share.
+# Class probabilities that are one-hot cancel in the same way. For float64 rows whose Q is 1, g_c = a (e_c - k q_c) - b q_c with
+# k = 1 and b = scaled(u) (s - 1) / s; else k is 0.
 # h_c = a e_c (1 - p_c), p_c = e_c / s. ``wide_a`` is a in float64, for parts of a row that have each another one.
-Factors = namedtuple("Factors", "shift power a wide_a b inverse_s g_y")
+Factors = namedtuple("Factors", "shift power a wide_a b k inverse_s g_y")
 
 
 @njit(**INLINE)
@@ -327,6 +329,10 @@ def factors(task, unit, state, y, to_row):
         p_others = others / s if task.double else others * inverse_s
         g_y = where(unit.kept, scaled(task, u * ((q_sum - q_y) - q_sum * p_others)), 0.0)
     x = task.x
-    b = b * share(task)
+    b, k = b * share(task), splat(task.w, 0.0)
+    if task.soft and task.double:
+        one = up(task.x)
+        proper = unit.kept & (q_sum == 1.0)
+        b, k = where(proper, b * (((state.top - one) + state.beside) / s), b), where(proper, splat(k, one), 0.0)
     g_y = through_cap(task, y.raw_x_y, narrow(x, g_y))
-    return Factors(shift, power, narrow(x, a), a, narrow(x, b), narrow(x, inverse_s), g_y)
+    return Factors(shift, power, narrow(x, a), a, narrow(x, b), narrow(x, k), narrow(x, inverse_s), g_y)
