@@ -11,7 +11,10 @@ Notation: x are the logits of one row, C classes, y its class index, and
     t'_c = (1 - eps) t_c + eps / C            smoothed target; t is one-hot at y, or the class probabilities
     q_c  = w_c t'_c,   Q = sum_c q_c          with the weights of the classes
     u                                         the weight of the row (sample_weight)
-    loss = -u sum_c q_c logp_c                gradient_c = u (Q p_c - q_c)
+    loss = -u sum_c q_c logp_c                gradient_c = u (Q p_c - q_c) = u ((Q - q_c) p_c - q_c (1 - p_c))
+
+The sum of exponentials is kept as n + rest, the n terms at the maximum (each 1) and the others, for where rest is
+small 1 + rest would lose it: the logarithm is log n + log1p(rest / n), and 1 - p of the maximum is rest / (1 + rest).
 """
 
 from __future__ import annotations
@@ -106,8 +109,26 @@ def _losses(r: _Rows) -> Array:
 
 def _gradients(r: _Rows) -> Array:
     """Gradient of each row's own loss, classes on the last axis."""
-    g = r.u[..., None] * (r.q.sum(-1, keepdims=True) * softmax(r.x, -1) - r.q)
+    p, others = _probabilities(r.x)
+    g = r.u[..., None] * ((r.q.sum(-1, keepdims=True) - r.q) * p - r.q * others)
     return np.where(r.keep[..., None], g, 0.0)
+
+
+@np.errstate(all="ignore")
+def _probabilities(x: Array) -> tuple[Array, Array]:
+    """p and 1 - p over the last axis."""
+    e = np.exp(x - x.max(-1, keepdims=True, initial=-np.inf))
+    n = (e == 1).sum(-1, keepdims=True)
+    rest = np.where(e == 1, 0.0, e).sum(-1, keepdims=True)
+    return e / (n + rest), ((n - e) + rest) / (n + rest)
+
+
+def _log_of_sum(f: Any, e: Array, axis: Axis, keepdims: bool) -> tuple[Array, Array]:
+    """log |sum_k f_k e_k| of exponentials of which the largest are 1, and the sign of the sum."""
+    n = np.where(e == 1, f * e, 0.0).sum(axis, keepdims=keepdims)
+    rest = np.where(e == 1, 0.0, f * e).sum(axis, keepdims=keepdims)
+    s = n + rest
+    return np.where(np.abs(rest) < np.abs(n), np.log(np.abs(n)) + np.log1p(rest / n), np.log(np.abs(s))), np.sign(s)
 
 
 def _reduce(losses: Array, divisor: Any, reduction: str) -> Array:
@@ -159,7 +180,8 @@ def log_softmax(x: npt.ArrayLike, axis: Axis = None) -> Array:
     """
     x = _wide(x)
     x = x - x.max(axis, keepdims=True, initial=-np.inf)
-    return x - np.log(np.exp(x).sum(axis, keepdims=True))
+    log_sum, _ = _log_of_sum(1.0, np.exp(x), axis, keepdims=True)
+    return x - log_sum
 
 
 @np.errstate(all="ignore")
@@ -195,9 +217,9 @@ def logsumexp(
     x = np.where(f == 0, -np.inf, x)
     m = x.max(axis, keepdims=True, initial=-np.inf)
     m = np.where(np.isfinite(m), m, 0.0)
-    s = (f * np.exp(x - m)).sum(axis, keepdims=keepdims)
-    value = np.log(np.abs(s)) + (m if keepdims else m.squeeze(axis))
-    return (value, np.sign(s)) if return_sign else np.where(s < 0, np.nan, value)[()]
+    log_sum, sign = _log_of_sum(f, np.exp(x - m), axis, keepdims)
+    value = log_sum + (m if keepdims else m.squeeze(axis))
+    return (value, sign) if return_sign else np.where(sign < 0, np.nan, value)[()]
 
 
 @np.errstate(all="ignore")
@@ -362,8 +384,8 @@ def cross_entropy_grad_hess(
     [[0.09 0.21 0.16]]
     """
     r = _rows(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing)
-    p = softmax(r.x, -1)
-    hess = np.where(r.keep[..., None], (r.u * r.q.sum(-1))[..., None] * p * (1 - p), 0.0)
+    p, others = _probabilities(r.x)
+    hess = np.where(r.keep[..., None], (r.u * r.q.sum(-1))[..., None] * p * others, 0.0)
     return np.moveaxis(_gradients(r), -1, axis), np.moveaxis(hess, -1, axis)
 
 
