@@ -61,10 +61,12 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """Import what a name stands for when it is first used (PEP 562)."""
-    if name in ("binary", "functional", "reference", "special", "torch"):
-        return import_module(f"fastxent.{name}")
-    if name not in __all__:
+    modules = ("binary", "functional", "reference", "special", "torch")
+    if name not in (*__all__, *modules):
         raise AttributeError(f"module 'fastxent' has no attribute {name!r}")
+    import_module("fastxent._uninterrupted").imported("numpy")  # half imported, it could not be imported again
+    if name in modules:
+        return import_module(f"fastxent.{name}")
     value = getattr(import_module(f"fastxent.{_MODULE_OF.get(name, 'functional')}"), name)
     globals()[name] = value
     return value

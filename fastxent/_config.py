@@ -7,13 +7,15 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastxent import _parallel
+from fastxent import __version__, _cache, _parallel, _patience
 from fastxent._parallel import available_cpus, get_num_threads
 from fastxent._plan import ITEMSIZE, Variant, make_plan
+from fastxent._uninterrupted import imported
 from fastxent._validate import STORAGE
 
 # Few classes; some more; many; those of a language model, past the cache; those of pixels, in it and past it.
@@ -50,10 +52,11 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
     jobs = [(name, Variant("f32")) for name in ("launch", "check", "answer", "run_on")]
     for dtype in dtypes:
         jobs += [(name, _variant_for(shape, dtype)) for shape in _COMMON for name in ("value", "value_and_grad")]
-    for done, (name, variant) in enumerate(jobs):
-        if progress is not None:
-            progress(done, len(jobs), f"{name} {variant.logits}")
-        _parallel.kernel(name, variant)
+    with _patience.quietly():
+        for done, (name, variant) in enumerate(jobs):
+            if progress is not None:
+                progress(done, len(jobs), f"{name} {variant.logits}")
+            _parallel.kernel(name, variant)
     if progress is not None:
         progress(len(jobs), len(jobs), "done")
 
@@ -67,6 +70,8 @@ def _variant_for(shape: tuple[int, ...], dtype: str) -> Variant:
 def show_config() -> dict[str, Any]:
     """Facts about this process: processor, threads, versions, cache.
 
+    It is what a report of a fault should hold, so it always returns: what cannot be found out is "unknown", and why.
+
     Returns
     -------
     dict
@@ -78,43 +83,58 @@ def show_config() -> dict[str, Any]:
     >>> sorted(fx.show_config())
     ['cache', 'cpu', 'threads', 'vectors', 'versions']
     """
-    from llvmlite import binding
-
-    from fastxent import _machine_code
-
-    features = binding.get_host_cpu_features()
-    bits = next((bits for name, bits in (("avx512f", 512), ("avx2", 256)) if features.get(name)), 128)
-    openmp = _parallel._openmp()
-    packages = ("fastxent", "numpy", "numba", "llvmlite", "torch", "scikit-learn", "scipy")
+    packages = ("numpy", "numba", "llvmlite", "torch", "scikit-learn", "scipy")
+    versions = {"python": platform.python_version(), "fastxent": __version__} | {name: _version(name) for name in packages}
+    refused = {f"refused: {folder.path}": fault for folder, fault in _cache.judged() if fault is not None}
     return {
         "cpu": {
-            "model": _cpu_model(),
-            "llvm name": os.environ.get("NUMBA_CPU_NAME") or binding.get_host_cpu_name(),
-            "cores available": available_cpus(),
+            "model": _or_why_not(_cpu_model),
+            "llvm name": _or_why_not(_llvm_name),
+            "cores available": _or_why_not(available_cpus),
         },
-        "vectors": {"lanes": 16, "widest register, bits": bits},
-        "threads": {
-            "default": get_num_threads(),
-            "pool": "thread pool" if openmp is None else f"OpenMP ({_parallel.openmp_path()})",
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: found for name in packages if (found := _version(name)) is not None},
-        },
-        "cache": {"folder": _machine_code.cache_folder()},
+        "vectors": {"lanes": 16, "widest register, bits": _or_why_not(_widest_register)},
+        "threads": {"default": _or_why_not(get_num_threads), "pool": _or_why_not(_pool)},
+        "versions": {name: found for name, found in versions.items() if found is not None},
+        "cache": {"folder": _or_why_not(_cache.cache_folder), **refused},
     }
 
 
+def _or_why_not(fact: Callable[[], Any]) -> Any:
+    try:
+        return fact()
+    except Exception as error:
+        return f"unknown ({type(error).__name__}: {' '.join(str(error).split())})"
+
+
 def _cpu_model() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    """Only Linux is asked: elsewhere `platform.processor` starts a process."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            name, _, model = line.partition(":")
+            if name.strip() == "model name" and model.strip():
+                return model.strip()
+    return platform.machine()
+
+
+def _llvm_name() -> str:
+    return os.environ.get("NUMBA_CPU_NAME") or _binding().get_host_cpu_name()
+
+
+def _widest_register() -> int:
+    features = _binding().get_host_cpu_features()
+    return next((bits for name, bits in (("avx512f", 512), ("avx2", 256)) if features.get(name)), 128)
+
+
+def _binding() -> Any:
+    return imported("llvmlite.binding")
+
+
+def _pool() -> str:
+    return "thread pool" if _parallel._openmp() is None else f"OpenMP ({_parallel.openmp_path()})"
 
 
 def _version(package: str) -> str | None:
-    try:
+    """Of an installed package, whether or not it can be imported; packed programs may have none of its metadata."""
+    with suppress(Exception):
         return version(package)
-    except PackageNotFoundError:
-        return None
+    return getattr(sys.modules.get(package), "__version__", None)

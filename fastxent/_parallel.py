@@ -27,8 +27,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastxent import _task
+from fastxent import _patience, _task
 from fastxent._plan import KEEPERS, PAIRERS, TILE, Plan, Variant
+from fastxent._uninterrupted import imported, lock, uninterrupted
 
 # Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
 WORTH_A_THREAD = 16384
@@ -370,7 +371,9 @@ def openmp_path() -> str:
 
 def available_cpus() -> int:
     """Cores that this process may use: affinity mask and cgroup quota respected."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = os.cpu_count() or 1
+    with suppress(AttributeError, OSError):  # not on macOS and Windows; and a sandbox may forbid it
+        cpus = len(os.sched_getaffinity(0))
     return max(1, math.ceil(min(cpus, _cgroup_quota())))
 
 
@@ -379,17 +382,22 @@ def _cgroup_quota() -> float:
     """CPUs that the process's control group, and those above it, may use: of version 2, else of version 1, else infinity."""
     root = Path("/sys/fs/cgroup")
     quotas, own = [], Path("/")
-    with suppress(OSError, StopIteration):
+    with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         own = Path(next(line for line in lines if line.startswith("0::"))[len("0::") :])
     for folder in (own, *own.parents):
         with suppress(OSError, ValueError):
             quota, period = (root / str(folder).lstrip("/") / "cpu.max").read_text().split()
-            quotas.append(float(quota) / float(period))  # "max" is no number
+            quotas.append(_cpus(quota, period))
     with suppress(OSError, ValueError):
-        allowed, a_period = (float((root / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-        quotas += [allowed / a_period] if allowed > 0 else []
+        quotas.append(_cpus(*((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))))
     return min(quotas, default=math.inf)
+
+
+def _cpus(quota: str, period: str) -> float:
+    """No limit is "max", which is no number, in version 2, and -1 in version 1; what makes no sense is none either."""
+    allowed, of = float(quota), float(period)
+    return allowed / of if 0 < allowed < math.inf and 0 < of < math.inf else math.inf
 
 
 def get_num_threads() -> int:
@@ -481,10 +489,16 @@ def kernel(name: str, variant: Variant = _ANY) -> Kernel:
         return _kernels[name, variant]
     except KeyError:
         pass
-    from fastxent import _machine_code  # imports llvmlite: only for those who compute
-
-    with _machine_code.lock:
-        if (name, variant) not in _kernels:
-            address, owner = _machine_code.kernel(name, variant)
-            _kernels[name, variant] = Kernel(_FUNCTION(address), address, owner)
+    machine_code = imported("fastxent._machine_code")  # imports llvmlite: only for those who compute
+    with lock:
+        _keep(name, variant, machine_code.loaded)
+    if (name, variant) not in _kernels:
+        uninterrupted(_keep, name, variant, machine_code.made, meanwhile=_patience.watch)
     return _kernels[name, variant]
+
+
+def _keep(name: str, variant: Variant, get: Callable[[str, Variant], tuple[int, object] | None]) -> None:
+    """Get a kernel, unless another thread has done so by now."""
+    found = None if (name, variant) in _kernels else get(name, variant)
+    if found is not None:
+        _kernels[name, variant] = Kernel(_FUNCTION(found[0]), *found)

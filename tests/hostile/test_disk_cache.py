@@ -1,19 +1,24 @@
-"""The disk cache: whatever lies in it, and whoever else writes to it, the kernel that runs is the right one."""
+"""The disk cache: whatever lies in it, and whoever else writes to it, the kernel that runs is the right one.
+
+Where it may lie is the matter of ``test_cache_folders``.
+"""
 
 from __future__ import annotations
 
+import compileall
 import os
 import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from torch_cases import run_script
 
 import fastxent
-from fastxent import _machine_code
+from fastxent import _cache, _machine_code
 
 PACKAGE = Path(fastxent.__file__).parent
 LOSS = "0.126928"  # log(1 + exp(-2))
@@ -22,6 +27,7 @@ LOSS = "0.126928"  # log(1 + exp(-2))
 BINARY = """
 import sys, warnings
 sys.path[:0] = sys.argv[1:]  # another fastxent than that of the tests
+{before}
 import numpy as np, fastxent as fx
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -31,9 +37,10 @@ print(f"{{loss:.6f}}", "compiled" if "numba" in sys.modules else "loaded", *(w.c
 COMPILED, LOADED = f"{LOSS} compiled", f"{LOSS} loaded"
 
 
-def binary(cache: Path | str, *paths: str, dtype: str = "f4", **environment: str) -> str:
+def binary(cache: Path | str, *paths: str, dtype: str = "f4", before: str = "", **environment: str) -> str:
     """The loss, where its kernel came from, and what was warned about, in a process that uses this cache."""
-    return run_script(BINARY.format(dtype=dtype), *paths, NUMBA_CACHE_DIR=str(cache), **environment)
+    code = BINARY.format(dtype=dtype, before=dedent(before))
+    return run_script(code, *paths, NUMBA_CACHE_DIR=str(cache), **environment)
 
 
 def files(cache: Path) -> list[Path]:
@@ -61,7 +68,9 @@ def test_a_kernel_is_compiled_once_and_loaded_without_numba(compiled_once):
 def test_processes_that_compile_at_once_do_not_swap_their_kernels(tmp_path):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     started = [
-        subprocess.Popen([sys.executable, "-c", BINARY.format(dtype=d)], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", BINARY.format(dtype=d, before="")], env=environment, stdout=subprocess.PIPE, text=True
+        )
         for d in ("f4", "f4", "f8")
     ]
     assert {process.communicate(timeout=200)[0].strip() for process in started} == {COMPILED}
@@ -75,11 +84,11 @@ def test_a_damaged_file_is_replaced(compiled_once, tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     (file,) = (f for f in files(tmp_path) if "binary" in f.name)
     good = file.read_bytes()
-    assert _machine_code._read(file.name) == good[32:]
+    assert _cache.read(file.name) == good[32:]
     middle = len(good) // 2
     for bad in (b"", good[:20], good[:middle], good[:-1], good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]):
         file.write_bytes(bad)
-        assert _machine_code._read(file.name) is None
+        assert _cache.read(file.name) is None
     assert [binary(tmp_path), binary(tmp_path)] == [COMPILED, LOADED]
 
 
@@ -119,7 +128,7 @@ def test_an_upgrade_that_changes_only_a_helper(tmp_path, package):
 
 def test_every_source_of_a_kernel_counts(monkeypatch):
     modules = run_script("import sys, fastxent._compile\nprint(*(m for m in sys.modules if m.startswith('fastxent.')))").split()
-    assert {f"fastxent.{name}" for name in _machine_code.SOURCES} == {*modules} - {"fastxent._machine_code"}
+    assert {f"fastxent.{name}" for name in _machine_code.SOURCES} == {*modules} - {"fastxent._machine_code", "fastxent._cache"}
     read, ids = _machine_code._source, {_machine_code.build_id()}
     for changed in _machine_code.SOURCES:
         monkeypatch.setattr(_machine_code, "_source", lambda name, changed=changed: read(name) + b" " * (name == changed))
@@ -129,7 +138,48 @@ def test_every_source_of_a_kernel_counts(monkeypatch):
 
 def test_from_a_zip_archive(tmp_path, package):
     archive = shutil.make_archive(str(tmp_path / "fastxent"), "zip", package.parent)
-    assert binary(tmp_path / "cache", archive).startswith(COMPILED)
+    assert binary(tmp_path / "cache", archive) == COMPILED
+
+
+def test_without_sources(tmp_path, package):
+    """In a folder, in a zip archive, and in a packed program, whose importer has no files at all: one cache serves them all."""
+    compileall.compile_dir(package, quiet=2, legacy=True)
+    for source in package.rglob("*.py"):
+        source.unlink()
+    assert binary(tmp_path / "cache", str(package.parent)) == COMPILED
+    archive = shutil.make_archive(str(tmp_path / "fastxent"), "zip", package.parent)
+    assert binary(tmp_path / "cache", archive) == LOADED
+    packed = f"""
+        from zipimport import zipimporter
+        class Packed(zipimporter):
+            def get_data(self, path):
+                raise OSError(path)
+            def get_source(self, name):
+                raise ImportError(name)
+        sys.path_hooks.insert(0, Packed)
+        sys.path.insert(0, {archive!r})
+        """
+    assert binary(tmp_path / "cache", before=packed) == LOADED
+
+
+def identity(source: str) -> bytes:
+    return _machine_code.marshal.dumps(_machine_code._meaning(compile(source, "a.py", "exec")), 2)
+
+
+def test_code_without_a_source_is_told_apart_by_what_it_does():
+    source = "def f(x, y=1.0):\n    return x + 1 if x in {'a', 'b'} else (x, -0.0)\n"
+    assert identity(source) == identity("# a comment\n\n" + source)
+    other = (("1 if", "2 if"), ("-0.0", "0.0"), ("'b'", "'c'"), ("x + 1", "x - 1"), ("y=1.0", "z=1.0"), ("y=1.0", "y=1"))
+    assert len({identity(source.replace(*change)) for change in other} | {identity(source)}) == 1 + len(other)
+
+
+def test_the_version_of_numba_counts(monkeypatch):
+    import numba
+
+    assert numba.__version__.encode() in _machine_code._numba()
+    before = _machine_code.build_id()
+    monkeypatch.setattr(_machine_code, "_numba", lambda: b"another")
+    assert _machine_code.build_id.__wrapped__() != before
 
 
 X86 = platform.machine() in ("x86_64", "AMD64")

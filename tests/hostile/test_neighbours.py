@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 
 import pytest
 from torch_cases import run_script
+
+from fastxent import _parallel
 
 HERE = os.path.dirname(__file__)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="affinity masks, cgroups and libgomp are Linux's")
@@ -121,6 +124,7 @@ Path.read_text = read_text
 os.sched_getaffinity = lambda pid: set(range(64))
 print(p.available_cpus())
 """
+RUBBISH = ["", "\n", "0::", "0::\0", "0 0", "nan 100000", "100000 nan", "-5 100000", "100000 0", "1 -1", "1e999 1", "9" * 5000]
 CGROUPS = {
     "v2, a container": ({"/sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
     "v2, no limit": ({"/sys/fs/cgroup/cpu.max": "max 100000\n"}, 64),
@@ -149,7 +153,6 @@ CGROUPS = {
     ),
     "v1, no limit": ({"/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n", "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 64),
     "none": ({}, 64),
-    "rubbish": ({"/sys/fs/cgroup/cpu.max": "\n"}, 64),
 }
 
 
@@ -157,6 +160,25 @@ CGROUPS = {
 @pytest.mark.parametrize(("files", "cpus"), CGROUPS.values(), ids=CGROUPS)
 def test_a_cgroup_limit_is_obeyed(files, cpus):
     assert int(run(CGROUP.format(files=files))) == cpus
+
+
+@linux
+def test_a_cgroup_file_that_makes_no_sense_is_no_limit(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    for text in RUBBISH:
+        monkeypatch.setattr(_parallel.Path, "read_text", lambda *arguments, text=text, **options: text)
+        assert _parallel._cgroup_quota.__wrapped__() == math.inf, text[:20]
+    monkeypatch.setattr(_parallel.Path, "read_text", lambda *arguments, **options: b"\xff".decode())
+    assert _parallel._cgroup_quota.__wrapped__() == math.inf
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this platform")
+def test_a_sandbox_that_tells_no_affinity(monkeypatch):
+    def forbidden(pid):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_getaffinity", forbidden)
+    assert 1 <= _parallel.available_cpus() <= os.cpu_count()
 
 
 BUSY = """
