@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
 
     from fastxent._demo import Result, Step
     from fastxent._evaluate import Evaluation
@@ -113,9 +113,9 @@ def _shape(text: str) -> tuple[int, ...]:
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from importlib.metadata import version
+        from fastxent import __version__
 
-        print(f"fastxent {version('fastxent')}")
+        print(f"fastxent {__version__}")
         parser.exit()
 
 
@@ -123,7 +123,6 @@ class _Version(argparse.Action):
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    console = None if args.json else _console()
     from fastxent._evaluate import evaluate
     from fastxent._files import InputError
 
@@ -142,10 +141,10 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     except MemoryError as error:
         raise CommandError("out of memory") from error
-    if console is None:
+    if args.json:
         _print_json(vars(result))
     else:
-        console.print(_evaluation_table(result))
+        print(_evaluation_table(result))
     return 0
 
 
@@ -156,7 +155,10 @@ def _demo(args: argparse.Namespace) -> int:
     with _needs_extra():
         from fastxent._demo import run
 
+    from fastxent._patience import quietly
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(quietly())  # a caption says that kernels are compiled
         try:
             folder = Path(args.keep or stack.enter_context(TemporaryDirectory(prefix="fastxent-")))
             folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +193,7 @@ def _bench(args: argparse.Namespace) -> int:
             "clone it and run pip install -e '.[bench]' there"
         )
     sys.path.insert(0, str(repository))  # before any other folder called benchmarks
-    with _needs_extra("bench", ("rich", "matplotlib")):
+    with _needs_extra("bench", ("rich", "matplotlib", "ml_dtypes")):
         from benchmarks.compare import UsageError, bench
 
         try:
@@ -205,14 +207,13 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    console = None if args.json else _console()
     from fastxent import show_config
 
     config = show_config()
-    if console is None:
+    if args.json:
         _print_json(config)
     else:
-        console.print(_config_table(config))
+        print(_config_table(config))
     return 0
 
 
@@ -234,7 +235,7 @@ def _warmup(args: argparse.Namespace) -> int:
 # Output ---------------------------------------------------------------------------------------------------
 
 
-def _evaluation_table(result: Evaluation) -> RenderableType:
+def _evaluation_table(result: Evaluation) -> str:
     rows = {
         "loss": f"{result.loss:.6f}",
         "perplexity": f"{result.perplexity:.6g}",
@@ -251,27 +252,38 @@ def _evaluation_table(result: Evaluation) -> RenderableType:
     return _table({"": rows})
 
 
-def _config_table(config: Mapping[str, Any]) -> RenderableType:
+def _config_table(config: Mapping[str, Any]) -> str:
     sections: dict[str, Mapping[str, Any]] = {"": {k: v for k, v in config.items() if not isinstance(v, Mapping)}}
     sections |= {k: v for k, v in config.items() if isinstance(v, Mapping)}
     return _table(sections)
 
 
-def _table(sections: Mapping[str, Mapping[str, Any]]) -> RenderableType:
-    """Two columns, names and values; each section but the one named "" under its name."""
-    from rich.table import Table
-    from rich.text import Text
+def _table(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """Two columns, names and values; each section but the one named "" under its name.
 
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for title, rows in sections.items():
-        if title and rows:
-            table.add_row(Text(title, style="cyan"))
-        for name, value in rows.items():
+    Plain text: it is copied into reports of faults, and needs nothing that may be missing there.
+
+    >>> print(_table({"": {"rows": 3}, "threads": {"default": 2, "cores": [0, 1]}}))
+    rows       3
+    threads
+      default  2
+      cores    0, 1
+    """
+    rows: list[tuple[str, str]] = []
+    for title, facts in sections.items():
+        if title and facts:
+            rows.append((title, ""))
+        for name, value in facts.items():
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            table.add_row(Text(f"  {name}" if title else name), Text(text))
-    return table
+            rows.append((f"  {name}" if title else name, text))
+    width = max((len(name) for name, text in rows if text), default=0)
+    return "\n".join(_printable(f"{name:<{width}}  {text}".rstrip()) for name, text in rows)
+
+
+def _printable(line: str) -> str:
+    """What the output's encoding lacks as escape codes: names of files may hold any bytes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _run_live(run: Callable[..., Result], folder: Any, console: Console) -> Result:
@@ -320,7 +332,7 @@ def _print_demo(console: Console, result: Result) -> None:
         table.add_row(check.name, f"{check.difference:.1e}", f"{check.limit:.0e}", verdict)
     console.print(table)
     console.print("fastxent evaluate logits.npy targets.npy (the test set):")
-    console.print(_evaluation_table(result.evaluation))
+    console.print(_evaluation_table(result.evaluation), markup=False)
 
 
 def _print_json(facts: Mapping[str, Any]) -> None:
@@ -370,13 +382,15 @@ def _console() -> Console:
 @contextlib.contextmanager
 def _progress(unit: str) -> Iterator[Callable[..., None] | None]:
     """A function (done, total[, name]) that moves a bar on stderr; None where nobody would see it."""
-    from importlib.util import find_spec
-
-    if not sys.stderr.isatty() or find_spec("rich") is None:
+    if not sys.stderr.isatty():
         yield None
         return
-    from rich import progress
-    from rich.console import Console
+    try:
+        from rich import progress
+        from rich.console import Console
+    except ImportError:
+        yield None
+        return
 
     columns: tuple[progress.ProgressColumn, ...] = (
         progress.TextColumn("{task.description}", markup=False),

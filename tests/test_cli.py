@@ -6,17 +6,20 @@ Most tests call ``main(argv)``, which is what the console script calls; a few st
 from __future__ import annotations
 
 import doctest
+import importlib.metadata
 import json
 import math
+import os
+import platform
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from cli_cases import ROOT, evaluate, run_process, save
+from cli_cases import ROOT, run_process, save
 
 import fastxent
-from fastxent import _evaluate, cli
+from fastxent import _config, _evaluate, cli
 
 # The command as such --------------------------------------------------------------------------------------
 
@@ -61,17 +64,55 @@ def test_a_process_ends_with_the_exit_code_and_one_line():
     assert done.stderr == ("fastxent evaluate: error: no-such-file.npy cannot be read: No such file or directory\n")
 
 
-@pytest.mark.parametrize("args", [["evaluate", "x.npy", "t.npy"], ["info"], ["demo"]])
-def test_a_missing_extra_is_named(args, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich.console", None)
+@pytest.mark.parametrize(
+    ("missing", "args", "extra"),
+    [
+        ("rich.console", ["demo"], "rich is missing: pip install 'fastxent[cli]'"),
+        ("sklearn.datasets", ["demo", "--json"], "sklearn is missing: pip install 'fastxent[cli]'"),
+        ("rich", ["bench"], "rich is missing: pip install 'fastxent[bench]'"),
+        ("matplotlib", ["bench", "--plot", "x.svg"], "matplotlib is missing: pip install 'fastxent[bench]'"),
+        ("ml_dtypes", ["bench", "--quick", "--dtype", "bfloat16"], "ml_dtypes is missing: pip install 'fastxent[bench]'"),
+    ],
+)
+def test_a_missing_extra_is_named(missing, args, extra, monkeypatch, capsys):
+    loaded = [name for name in sys.modules if name.startswith(("benchmarks", "fastxent._demo", missing))]
+    for name in loaded:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
     assert cli.main(args) == 2
-    assert capsys.readouterr().err.endswith("error: rich is missing: pip install 'fastxent[cli]'\n")
+    assert capsys.readouterr().err.endswith(f"error: {extra}\n")
 
 
-def test_json_needs_no_extra(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich", None)
+BARE = """
+import pathlib, sys
+class Absent:  # as if it were not installed
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "rich", "scipy", "sklearn", "matplotlib", "ml_dtypes"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+read_text = pathlib.Path.read_text
+def no_kernel_tells(self, *arguments, **options):
+    if str(self).startswith(("/proc", "/sys")):
+        raise FileNotFoundError(self)
+    return read_text(self, *arguments, **options)
+pathlib.Path.read_text = no_kernel_tells
+sys.stderr.isatty = lambda: True  # where a bar would be shown
+from fastxent import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_info_and_evaluate_need_nothing_but_numpy_and_numba(tmp_path):
     files = save(tmp_path, logits=np.zeros((2, 4)), targets=np.zeros(2, int))
-    assert evaluate(capsys, *files)["loss"] == pytest.approx(math.log(4))
+    shown = {}
+    for args in (["info"], ["info", "--json"], ["evaluate", *files], ["evaluate", *files, "--json"]):
+        done = subprocess.run([sys.executable, "-c", BARE, *args], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        shown[len(args)] = done.stdout if "--json" not in args else json.loads(done.stdout)
+        if args[0] == "info" and "--json" not in args:
+            table = done.stdout
+    assert shown[2]["cpu"]["model"] == platform.machine() and str(shown[2]["cpu"]["cores available"]) in table
+    assert shown[4]["loss"] == pytest.approx(math.log(4)) and "1.386294" in shown[3]
 
 
 def test_interrupt(monkeypatch, capsys):
@@ -155,9 +196,45 @@ def test_info_shows_whatever_there_is(monkeypatch, capsys):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert "a [b]c[/b]" in out and "0, 2" in out and "1.2" in out
-    assert "/x" * 100 in "".join(out.split())  # folded, not cut
+    assert "/x" * 100 in out
     assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == config
+
+
+@pytest.mark.parametrize("text", ["", "model name\t: \n", "\x00\xff garbage : : \n\n", "Processor : ARMv8\n"], ids=repr)
+def test_the_processor_has_no_name(text, monkeypatch):
+    monkeypatch.setattr(_config.Path, "read_text", lambda *arguments, **options: text)
+    assert fastxent.show_config()["cpu"]["model"] == platform.machine()
+
+
+def test_what_cannot_be_found_out_is_unknown(monkeypatch, capsys):
+    """Who reports that something is broken has something broken."""
+
+    def broken(*arguments):
+        raise OSError("no such\nluck")
+
+    for name in ("available_cpus", "get_num_threads", "imported", "_cpu_model", "_pool", "version"):
+        monkeypatch.setattr(_config, name, broken)
+    monkeypatch.setattr(_config._cache, "cache_folder", broken)
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("unknown (OSError: no such luck)") == 7
+    assert all(name in out for name in ("cpu", "vectors", "threads", fastxent.__version__, np.__version__, "cache"))
+
+
+def test_a_name_that_the_output_cannot_show():
+    """A folder's name may hold any bytes, and the output may be ASCII."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": os.fsdecode(b"/no \xff folder"), "PYTHONIOENCODING": "ascii"}
+    done = run_process("info", env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "/no \\udcff folder" in done.stdout
+
+
+def test_the_version_needs_no_metadata(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: 1 / 0)
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"fastxent {fastxent.__version__}\n"
 
 
 def test_info_is_real(capsys):
