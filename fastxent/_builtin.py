@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from fastxent import _parallel, _task
+from fastxent._family import Family
 from fastxent._parallel import PackedTask
+from fastxent._plan import Plan
 from fastxent._validate import Array
 
 _FASTCALL = 0x80  # METH_FASTCALL
@@ -31,26 +33,32 @@ class Table:
     def __init__(self, writes: bool) -> None:
         self.words = _words(_task.MOST_ENTRIES, writes)
         self.openmp = _parallel._openmp()
+        self.families: dict[tuple[Any, ...], Family] = {}
         self.owners: list[object] = []  # of what the entries point to
         self.answer = _builtin("answer", self.words)
 
-    def enter(self, task: PackedTask, x: Array, y: Array, options: tuple[Any, ...]) -> None:
-        """Know a call with arrays like these, C-contiguous, and these options, if there is room. For one thread at a time."""
+    def enter(self, name: str, plan: Plan, axis: int, x: Array, y: Array, options: tuple[Any, ...], **arguments: Any) -> None:
+        """Know calls of task ``name`` with arrays like these, C-contiguous, whatever their extents, and these options, if there
+        is room. For one thread at a time."""
+        key = (x.dtype, x.ndim, axis, y.dtype, options, *map(type, options))
+        if (family := self.families.get(key)) is not None:
+            family.meet(plan)
+            return
         nth = int(self.words[_task.COUNT])
         if nth < _task.MOST_ENTRIES:
-            block = _own_block(task)
-            kinds = (n for a in (x, y) for n in (id(a.dtype), a.ndim, *a.shape, *[0] * (_task.MOST_AXES - a.ndim)))
-            entry = np.array([block.ctypes.data, task.useful, x.nbytes, y.nbytes, *kinds, *map(id, options)])
-            self.owners.append((block, x.dtype, y.dtype, options))
+            family = Family(name, plan, axis, x.ndim, tiles=_tiles()[1], **arguments)
+            self.families[key] = family
+            entry = np.array([family.words.ctypes.data, id(x.dtype), id(y.dtype), *map(id, options)])
+            self.owners.append((family, x.dtype, y.dtype, options))
             self.words[_task.HEAD + nth * _task.ENTRY :][: _task.ENTRY] = entry
             self.words[_task.COUNT] = nth + 1
 
-    def team(self) -> int:
+    def team(self, n_threads: int | None = None) -> int:
         """See `_parallel.team_at_once`."""
         if self.openmp is not (openmp := _parallel._openmp()):  # PyTorch has come
             self.words[[_task.PARALLEL, _task.THREAD_NUMBER]] = _parallel.entries_of(openmp)
             self.openmp = openmp
-        return _parallel.team_at_once(None)
+        return _parallel.team_at_once(n_threads)
 
 
 def table(writes: bool) -> Table | None:
@@ -63,19 +71,20 @@ Operands = tuple[tuple[str, int, int], ...]
 
 
 def on_tensors(
-    task: PackedTask, operands: Operands, n_narrow: int, c_interface: tuple[int, ...] | None
+    given: PackedTask | Family, operands: Operands, is_double: bool, n_narrow: int, c_interface: tuple[int, ...] | None
 ) -> Callable[..., int] | None:
-    """``run(team, loss, *operands)``, the number of threads and tensors, or None where there is none; those that the task has
-    not may be left out. 1: the loss has been written; 0: a class index is out of range; -1: memory is not as it must be.
+    """``run(team, loss, x, g, y, ...)``, the number of threads and tensors, or None where there is none; those that the task has
+    not may be left out. 1: the loss has been written; 0: a class index is out of range; -1: memory is not as it must be; of a
+    family also -1: its tensors are not like these, -2: it has not met a plan like theirs.
 
     ``n_narrow``: class weights that come as float32; ``c_interface``: see ``torch._handles``."""
     if c_interface is None or not _all_is_in_its_place():
         return None
-    is_double = task.plan.variant.acc == "f64"
     parts = [n for name, *rest in operands for n in (_task.SLOT[name], *rest)]
-    call = np.array([is_double, n_narrow, 0, *parts, *[0] * n_narrow])  # behind them is room for the weights
+    of_family = isinstance(given, Family)
+    call = np.array([of_family, is_double, n_narrow, 0, *parts, *[0] * n_narrow])  # behind them is room for the weights
     call[_task.WIDE_AT] = call[_task.FIRST_OPERAND + len(parts) :].ctypes.data
-    return partial(_run_on(c_interface), _own_block(task), call)
+    return partial(_run_on(c_interface), given.words if isinstance(given, Family) else _own_block(given), call)
 
 
 @lru_cache

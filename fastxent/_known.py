@@ -1,7 +1,7 @@
 """Calls that come again: the checks of a small one cost more than its work, so arrays that look as checked ones did pass.
 
-Those that are not large, and C-contiguous, are recognised by a builtin function (``_direct``) in a tenth of a microsecond, all
-others in some microseconds by Python. Class indices are never taken on trust: the task checks them, before it writes anything.
+Those that are not large, and C-contiguous, are recognised by a builtin function (``_direct``) in a tenth of a microsecond,
+whatever their extents; all others, of extents that were met before, in some microseconds by Python. Class indices are never taken on trust: the task checks them, before it writes anything.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import numpy as np
 from numpy import float32, float64, ndarray
 
 from fastxent import _builtin
-from fastxent._parallel import MOST_DIRECT, WORTH_A_THREAD, PackedTask
-from fastxent._plan import over
-from fastxent._task import MOST_AXES
+from fastxent._parallel import PackedTask
+from fastxent._plan import MOST_DIRECT, WORTH_A_THREAD, Plan, over
 from fastxent._validate import Array, Problem, address, new_gradient
 
 
@@ -60,12 +59,14 @@ def recall(
     if type(logits) is not ndarray or type(target) is not ndarray or (out is not None and type(out) is not ndarray):
         return None
     table = _tables[name]
-    if table is not None and n_threads is None and logits.nbytes <= MOST_DIRECT:
+    if n_threads is not None and (type(n_threads) is not int or n_threads < 1):
+        return None
+    if table is not None and logits.nbytes <= MOST_DIRECT:
         small = logits.size < WORTH_A_THREAD
         if small:
             team = 1
         else:
-            team = table.team() if logits.flags.c_contiguous else 0
+            team = table.team(n_threads) if logits.flags.c_contiguous else 0
         if team > 0:
             place = logits if name == "value" else out
             if place is None:
@@ -74,8 +75,6 @@ def recall(
             if loss is not False:
                 return (float64 if logits.itemsize == 8 else float32)(loss), place
             del place  # if it is new: it would be there beside the next one
-    if n_threads is not None and (type(n_threads) is not int or n_threads < 1):
-        return None
     try:
         known = known_calls[_kind_of(name, logits, target, out, options)]
     except (KeyError, TypeError):  # TypeError: an option of a type that has no hash
@@ -116,19 +115,20 @@ def remember(
         return
     if len(known_calls) >= MOST_KNOWN:
         known_calls.clear()
-    task = PackedTask(name, plan, average=options[-1] == "mean", **p.numbers)
+    average = options[-1] == "mean"
+    task = PackedTask(name, plan, average=average, **p.numbers)
     known_calls[_kind_of(name, x, target, out, options)] = Known(task, p.acc.type, x.nbytes, target.nbytes, p.axis)
-    if task.direct and x.flags.c_contiguous and (g is None or g.flags.c_contiguous) and x.ndim <= MOST_AXES:
-        _enter(name, task, x, target, options)
+    if task.direct and x.flags.c_contiguous and (g is None or g.flags.c_contiguous):
+        _enter(name, plan, p, target, options, average)
 
 
-def _enter(name: str, task: PackedTask, x: Array, target: Array, options: tuple[Any, ...]) -> None:
+def _enter(name: str, plan: Plan, p: Problem, target: Array, options: tuple[Any, ...], average: bool) -> None:
     """Let the builtin know it too. Who comes while another enters, perhaps in a signal handler, does without."""
     if _entering.acquire(blocking=False):
         try:
             table = _tables[name] or _builtin.table(writes=name == "value_and_grad")
             if table is not None:
-                table.enter(task, x, target, options)
+                table.enter(name, plan, p.axis, p.x, target, options, smoothing=p.smoothing, average=average, **p.numbers)
                 _tables[name] = table
         finally:
             _entering.release()

@@ -28,13 +28,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from fastxent import _patience, _task
-from fastxent._plan import KEEPERS, PAIRERS, TILE, Plan, Variant
+from fastxent._plan import KEEPERS, MOST_DIRECT, PAIRERS, TILE, WORTH_A_THREAD, Plan, Variant, useful_threads
 from fastxent._uninterrupted import imported, lock, uninterrupted
 
-# Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
-WORTH_A_THREAD = 16384
-# Bytes of the logits of a call that a builtin may run, which keeps the GIL: 0.2 ms on one thread, of two classes 2 ms.
-MOST_DIRECT = 1 << 22
 MOST_THREADS_A_CPU = 4  # whatever a caller asks for: a system refuses thousands, and the OpenMP runtime then ends the process
 
 MOST_THREADS = MOST_THREADS_A_CPU * (os.cpu_count() or 1)  # of all CPUs, whichever are allowed now
@@ -64,7 +60,7 @@ class _State:
 _start, _start_alone = _task.START.pack_into, _task.START_ALONE.pack_into
 _set_totals, _totals_of = _task.TOTAL.pack_into, _task.TOTAL.unpack_from
 _AT_TOTAL = _task.BLOCK.size
-_AT_CHUNKS = _AT_TOTAL + _task.TOTAL.size  # from the next cache line on
+HEAD_OF_BLOCK = _AT_TOTAL + _task.TOTAL.size  # the chunks begin at the next cache line
 _rounds = itertools.count(_task.PHASES, _task.PHASES)
 
 _kernels: dict[tuple[str, Variant], Kernel] = {}
@@ -122,18 +118,13 @@ def argument_block(
     ``divisor`` 0, a mean over nothing, is nan. With class indices and ``average`` the task makes it.
     """
     variant = plan.variant
-    kernels = (
-        kernel("check").address if variant.labelled else 0,
-        kernel("keep_segment" if name in KEEPERS and variant.kept else "save_segment", variant).address if variant.split else 0,
-        kernel(name, variant).address,
-    )
     segments = plan.n_units if variant.split else 0
-    block = ctypes.create_string_buffer(_AT_CHUNKS + _task.LINE * (1 + plan.most_chunks + segments))
+    block = ctypes.create_string_buffer(HEAD_OF_BLOCK + _task.LINE * (1 + plan.most_chunks + segments))
     block.plan = plan  # type: ignore[attr-defined]  # owns the axes' table, whose address is in the block
     at_total, at_taken = ctypes.addressof(block) + _AT_TOTAL, ctypes.addressof(block) + _first_chunk(block)
     at_partial, at_segments = at_taken + 8, at_taken + _task.LINE * plan.most_chunks
     _task.BLOCK.pack_into(
-        block, 0, 0, 0, 0, x, g, h, t, y, w, u, loss, tiles, *plan.planned, *kernels,
+        block, 0, 0, 0, 0, x, g, h, t, y, w, u, loss, tiles, *plan.planned, kernel("check").address if variant.labelled else 0, *kernels_of(name, variant),
         ctypes.addressof(plan.table), at_partial, at_taken, at_segments, at_total,
         lse, entropy, target_prob, prediction, target_rank,
         w != 0, u != 0, loss != 0, _may_bypass(x, g, plan), ignore, keep, spread, factor, average, z, cap,
@@ -141,6 +132,12 @@ def argument_block(
     )  # fmt: skip
     _set_totals(block, _AT_TOTAL, 0.0, 0.0, divisor or math.nan)
     return block
+
+
+def kernels_of(name: str, variant: Variant) -> tuple[int, int]:
+    """Addresses of the kernels that take the statistics of split rows, if there are any, and that do the work of task ``name``."""
+    save = "keep_segment" if name in KEEPERS and variant.kept else "save_segment"
+    return kernel(save, variant).address if variant.split else 0, kernel(name, variant).address
 
 
 def _may_bypass(x: int, g: int, plan: Plan) -> bool:
@@ -152,7 +149,7 @@ def _may_bypass(x: int, g: int, plan: Plan) -> bool:
 
 def _first_chunk(block: ctypes.Array[ctypes.c_char]) -> int:
     """Where in a block its chunks begin: at a cache line."""
-    return _AT_CHUNKS + -(ctypes.addressof(block) + _AT_CHUNKS) % _task.LINE
+    return HEAD_OF_BLOCK + -(ctypes.addressof(block) + HEAD_OF_BLOCK) % _task.LINE
 
 
 @lru_cache
@@ -229,7 +226,7 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
 
 def _useful(plan: Plan) -> int:
     """How many threads have something to do."""
-    return min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD, MOST_THREADS)
+    return min(useful_threads(plan.n_chunks, plan.elements), MOST_THREADS)
 
 
 def _allowed(team: int) -> int:

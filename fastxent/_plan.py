@@ -38,6 +38,10 @@ MOST_SEGMENTS = 64
 # Bytes of logits that no cache keeps until they are read again. Of such an array a thread takes enough rows at a time to look
 # ahead to the next one, yet leaves this many pieces to share out.
 LARGE, PIECES = 1 << 24, 128
+# Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
+WORTH_A_THREAD = 16384
+# Bytes of the logits of a call that a builtin may run, which keeps the GIL: 0.2 ms on one thread, of two classes 2 ms.
+MOST_DIRECT = 1 << 22
 
 
 def precision(logits: str, target: str | None) -> str:
@@ -71,6 +75,29 @@ class Variant(NamedTuple):
         return precision(self.logits, self.target)
 
 
+class Strategy(NamedTuple):
+    """What is chosen for some extents: those of a variant's properties that depend on them, and numbers as in ``_task.PLANNED``."""
+
+    across: bool
+    neighbours: bool
+    tiled: bool
+    whole_rows: bool
+    paired: bool
+    overlapped: bool
+    adjacent: bool
+    split: bool
+    kept: bool
+    large: bool
+    n_vectors: int
+    n_units: int
+    units_per_line: int
+    strip: int
+    chunk: int
+    segment: int
+    n_segments: int
+    n_chunks: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """How the rows are walked over; ``planned`` are the values of ``_task.PLANNED``, ``axes`` the row axes' table."""
@@ -90,8 +117,7 @@ class Plan:
     @cached_property
     def most_chunks(self) -> int:
         """Of the phase that has most of them: the check of the class indices, or all else."""
-        checks = -(-self.planned[0] // (CHECKED * CHECKS)) if self.variant.labelled else 0
-        return max(self.n_chunks, checks)
+        return max(self.n_chunks, n_checks(self.planned[0]) if self.variant.labelled else 0)
 
     @cached_property
     def table(self) -> ctypes.Array[ctypes.c_int64]:
@@ -131,6 +157,85 @@ def over(a: float, b: float) -> float:
     return a / b if b else math.nan
 
 
+def is_across(n_rows: int, n_classes: int, size: int, tight: bool, target_tight: bool) -> bool:
+    """Are the lanes classes of one row? ``size``: bytes of a logit; tight: the classes lie side by side in all operands."""
+    most_tiled = MOST_TILED_LARGE if n_rows * n_classes * size >= LARGE else MOST_TILED
+    most_together = most_tiled if target_tight and n_rows >= LANES else FEW_CLASSES
+    return n_classes > most_together and tight
+
+
+def strategy(
+    across: bool,
+    n_rows: int,
+    n_classes: int,
+    extent: int,  # of the innermost row axis, along which the lanes go if they are rows
+    size: int,
+    tight: bool,
+    neighbours: bool,
+    adjacent: bool,
+    may_split: bool,
+    capped: bool,
+    unrounded: bool,  # the logits are stored in the precision of the arithmetic
+    single: bool,  # which is float32
+) -> Strategy:
+    """The choice itself. It takes and gives numbers only, and needs nothing else of Python, so that machine code can make it
+    for calls that differ in their extents only: see ``_family``."""
+    past_caches = n_rows * n_classes * size >= LARGE
+    split = tiled = whole_rows = False
+    segment = n_segments = strip = 1
+    if across:
+        n_vectors = -(-n_classes // LANES)
+        units_per_line = extent
+        split = may_split and n_rows < FEW_ROWS and n_vectors >= 2 * SEGMENT
+        if split:
+            segment = max(SEGMENT, -(-n_vectors // MOST_SEGMENTS))
+            n_segments = -(-n_vectors // segment)
+        n_units = n_rows * n_segments
+        per_unit = n_classes // n_segments
+    else:
+        tiled = n_classes <= (MOST_TILED_LARGE if past_caches else MOST_TILED)
+        whole_rows = tiled and not neighbours and tight
+        n_vectors = n_classes
+        units_per_line = -(-extent // LANES)
+        if tiled and neighbours:  # whole strips, the last of which may have empty units
+            strip = -(-units_per_line // -(-units_per_line // STRIP))
+            units_per_line = -(-units_per_line // strip) * strip
+        n_units = units_per_line * (n_rows // extent)
+        per_unit = n_classes * LANES
+
+    # The exponentials of a split row are kept where its gradient will be.
+    kept = not capped and (tiled or (across and (unrounded if split else n_vectors <= MOST_KEPT)))
+    large = past_caches and (neighbours or whole_rows) and not split
+    paired = whole_rows and n_classes <= (MOST_PAIRED_LARGE if large else MOST_PAIRED)
+    overlapped = large and tiled and neighbours and kept and single
+    overlapped = overlapped and n_classes >= FEWEST_OVERLAPPED and units_per_line > strip
+    chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
+    together = 2 if paired else strip  # units that belong into one chunk
+    chunk = -(-chunk // together) * together
+    return Strategy(
+        across, neighbours, tiled, whole_rows, paired, overlapped, adjacent, split, kept, large,
+        n_vectors, n_units, units_per_line, strip, chunk, segment, n_segments, -(-n_units // chunk),
+    )  # fmt: skip
+
+
+def number_of(s: Strategy | Variant) -> int:
+    """Of the kernel among those of a family."""
+    return (
+        s.across * 1 + s.neighbours * 2 + s.tiled * 4 + s.whole_rows * 8 + s.paired * 16 + s.overlapped * 32
+        + s.adjacent * 64 + s.split * 128 + s.kept * 256 + s.large * 512
+    )  # fmt: skip
+
+
+def n_checks(n_rows: int) -> int:
+    """Chunks of the phase that checks the class indices."""
+    return -(-n_rows // (CHECKED * CHECKS))
+
+
+def useful_threads(n_chunks: int, elements: int) -> int:
+    """How many threads have something to do."""
+    return min(n_chunks, 1 + elements // WORTH_A_THREAD)
+
+
 @lru_cache(maxsize=4096)
 def make_plan(
     shape: tuple[int, ...],
@@ -151,63 +256,35 @@ def make_plan(
     n_classes = shape[axis]
     axes = row_axes(shape, strides, axis)
     steps = tuple(s[axis] for s in strides)
+    tight = steps == sizes
     n_rows = 1
     for a in axes:
         n_rows *= a.extent
 
-    past_caches = n_rows * n_classes * sizes[0] >= LARGE
-    most_tiled = MOST_TILED_LARGE if past_caches else MOST_TILED
-    most_together = most_tiled if (target is None or steps[2] == sizes[2]) and n_rows >= LANES else FEW_CLASSES
-    across = n_classes > most_together and steps == sizes
-    split = tiled = whole_rows = adjacent = False
-    segment = n_segments = strip = 1
+    across = is_across(n_rows, n_classes, sizes[0], tight, target is None or steps[2] == sizes[2])
+    neighbours, adjacent = True, False
     if across:
-        neighbours = True
-        n_vectors = -(-n_classes // LANES)
         steps = tuple(LANES * size for size in sizes)
-        units_per_line = axes[0].extent
-        split = may_split and n_rows < FEW_ROWS and n_vectors >= 2 * SEGMENT
-        if split:
-            segment = max(SEGMENT, -(-n_vectors // MOST_SEGMENTS))
-            n_segments = -(-n_vectors // segment)
-        n_units = n_rows * n_segments
-        per_unit = n_classes // n_segments
     else:
         # Lanes go along the axis whose rows lie side by side, or else the longest.
         innermost = max(axes, key=lambda a: ((a.x, a.g, a.t) == sizes, a.extent))
         axes.remove(innermost)
         axes.insert(0, innermost)
-        neighbours = (innermost.x, innermost.g, innermost.t) == sizes
-        tiled = n_classes <= most_tiled
-        whole_rows = tiled and not neighbours and steps == sizes
-        adjacent = innermost.row == 1
-        n_vectors = n_classes
-        units_per_line = -(-innermost.extent // LANES)
-        if tiled and neighbours:  # whole strips, the last of which may have empty units
-            strip = -(-units_per_line // -(-units_per_line // STRIP))
-            units_per_line = -(-units_per_line // strip) * strip
-        n_units = units_per_line * (n_rows // innermost.extent)
-        per_unit = n_classes * LANES
-
-    unrounded = logits == precision(logits, target)  # the exponentials of a split row are kept where its gradient will be
-    kept = not capped and (tiled or (across and (unrounded if split else n_vectors <= MOST_KEPT)))
-    large = past_caches and (neighbours or whole_rows) and not split
-    paired = whole_rows and n_classes <= (MOST_PAIRED_LARGE if large else MOST_PAIRED)
-    overlapped = large and tiled and neighbours and kept and precision(logits, target) == "f32"
-    overlapped = overlapped and n_classes >= FEWEST_OVERLAPPED and units_per_line > strip
-    chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
-    together = 2 if paired else strip  # units that belong into one chunk
-    chunk = -(-chunk // together) * together
-    n_chunks = -(-n_units // chunk)
+        neighbours, adjacent = (innermost.x, innermost.g, innermost.t) == sizes, innermost.row == 1
+    acc = precision(logits, target)
+    s = strategy(
+        across, n_rows, n_classes, axes[0].extent, sizes[0], tight, neighbours, adjacent, may_split, capped,
+        logits == acc, acc == "f32",
+    )  # fmt: skip
     planned = (
-        n_rows, n_classes, n_vectors, n_units, units_per_line, strip, chunk, segment, n_segments, len(axes), *steps,
+        n_rows, n_classes, s.n_vectors, s.n_units, s.units_per_line, s.strip, s.chunk, s.segment, s.n_segments, len(axes), *steps,
     )  # fmt: skip
     variant = Variant(
-        logits, target, labelled, smooth, across, neighbours, tiled, whole_rows, paired, overlapped, adjacent, capped, split,
-        kept, large,
+        logits, target, labelled, smooth, across, neighbours, s.tiled, s.whole_rows, s.paired, s.overlapped, adjacent, capped,
+        s.split, s.kept, s.large,
     )  # fmt: skip
     table = tuple(value for a in axes for value in a)
-    return Plan(variant, planned, table, n_units, n_chunks, n_rows * n_classes)
+    return Plan(variant, planned, table, s.n_units, s.n_chunks, n_rows * n_classes)
 
 
 @lru_cache(maxsize=4096)
