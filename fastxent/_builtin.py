@@ -87,6 +87,11 @@ def on_tensors(
     return partial(_run_on(c_interface), given.words if isinstance(given, Family) else _own_block(given), call)
 
 
+def family_of(task: PackedTask, axis: int, n_axes: int, **more: Any) -> Family:
+    """Of calls like this one: see `Family`."""
+    return Family(task.name, task.plan, axis, n_axes, tiles=_tiles()[1], **more, **task.arguments)
+
+
 @lru_cache
 def _run_on(c_interface: tuple[int, ...]) -> Callable[..., int]:
     return _builtin("run_on", np.concatenate([_words(0, writes=True), [*c_interface, 0, id(None)]]))

@@ -12,13 +12,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-_FUNCTIONS = "aoti_torch_get_data_ptr", "aoti_torch_get_storage_size", "aoti_torch_get_storage_offset"
+_FUNCTIONS = tuple(
+    f"aoti_torch_get_{what}" for what in ("data_ptr", "storage_size", "storage_offset", "dim", "sizes", "strides")
+)
 
 
 @lru_cache
 def c_interface() -> tuple[int, ...] | None:
-    """Bytes from a tensor's object to its handle, addresses of the functions that tell its address, its memory's size in bytes
-    and its offset there in elements; None: this PyTorch has to be asked by Python."""
+    """Bytes from a tensor's object to its handle, addresses of the functions that tell its address, its memory's size in bytes,
+    its offset there in elements, number of axes, and where extents and strides are; None: this PyTorch has to be asked by Python."""
     try:
         library = ctypes.CDLL(torch._C.__file__)
         functions = [getattr(library, name) for name in _FUNCTIONS]
@@ -32,6 +34,9 @@ def c_interface() -> tuple[int, ...] | None:
     handle = 8 * words.index(t._cdata)
     found = ctypes.c_int64()
     told = [found.value for f in functions if f(ctypes.c_void_p(id(t) + handle), ctypes.byref(found)) == 0]
-    if told != [t.data_ptr(), t.untyped_storage().nbytes(), t.storage_offset()]:
+    *plain, sizes, strides = told if len(told) == len(_FUNCTIONS) else (0, 0)
+    if plain != [t.data_ptr(), t.untyped_storage().nbytes(), t.storage_offset(), t.dim()]:
+        return None
+    if [tuple((ctypes.c_int64 * 2).from_address(at)) for at in (sizes, strides)] != [t.shape, t.stride()]:
         return None
     return handle, *(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in functions)

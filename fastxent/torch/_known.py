@@ -15,10 +15,12 @@ from torch import Tensor, empty_like, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from fastxent._builtin import Operands, on_tensors
+from fastxent._builtin import Operands, family_of, on_tensors
+from fastxent._family import Family
 from fastxent._known import MOST_KNOWN, has_constant_options
 from fastxent._parallel import PackedTask, team_at_once
-from fastxent._plan import over
+from fastxent._plan import MOST_DIRECT, WORTH_A_THREAD, Plan, over
+from fastxent._task import NOT_MET, NOT_THERE
 from fastxent.torch import _calls
 from fastxent.torch._calls import (
     MEAN,
@@ -36,11 +38,15 @@ from fastxent.torch._calls import (
 from fastxent.torch._eager import Kept, apply, attach
 from fastxent.torch._handles import c_interface
 
-# Tensors: the loss, x, g, y, and t, w, u, losses of the rows, or None where there is none. 1: the loss has been written; 0: a
-# class index is out of range; -1: a tensor has not the memory that it had, or none.
+# Number of threads, and tensors: the loss, x, g, y, and t, w, u, losses of the rows, or None where there is none. 1: the loss has
+# been written; 0: a class index is out of range; -1: a tensor has not the memory that it had, or none; NOT_MET: see `Family`.
 Run = Callable[..., int]
 # Are these tensors like those of a call?
 Guard = Callable[..., bool]
+
+
+# How tensors lie that are dense: number of the logits' axes; are there class indices?; do the classes lie innermost?
+Form = tuple[int, bool, bool]
 
 
 class Tasks(NamedTuple):
@@ -56,71 +62,86 @@ _ROUNDED: dict[torch.dtype, Callable[[Tensor], Tensor]] = {torch.bfloat16: Tenso
 
 
 class Known:
-    """A kind of call that was met before."""
+    """A kind of call that was met before: with tensors like these or, if they have a form, of whatever extents."""
 
     def __init__(
-        self, tasks: Tasks, options: Options, input: Tensor, target: Tensor, weight: Tensor | None, loss: Tensor, in_place: bool
-    ) -> None:
+        self, tasks: Tasks, options: Options, input: Tensor, target: Tensor, weight: Tensor | None, loss: Tensor,
+        in_place: bool, form: Form | None,
+    ) -> None:  # fmt: skip
         self.value: Run = partial(self._first_run, "value", tasks.value)
         self.gradient: Run = partial(self._first_run, "gradient", tasks.gradient)
         if tasks.rows is not None:
             self.rows: Run = partial(self._first_run, "rows", tasks.rows)
-        self.small = tasks.value.small
+        self.form = form
+        self.families: dict[str, Family] = {}
         self.options = options
-        self.loss = loss  # one like it, without memory of its own
+        self.loss = loss  # its sum or mean
         self.rounded = _ROUNDED.get(input.dtype)
+        self.n_weights = 0 if weight is None else weight.numel()
         self.weight_bytes = 0 if weight is None else reach(weight)
         self.in_place = in_place  # may the gradient be written where the logits are?
         self.labelled = target.dtype == torch.int64
         place = reach(target), target.itemsize
         self.operands: Operands = (
             ("x", reach(input), input.itemsize), ("g", 0, 1), ("y", *place), ("t", *place),
-            ("w", self.weight_bytes, input.itemsize), ("u", 8 * loss.numel(), 8), ("loss", 0, 1),
+            ("w", self.weight_bytes, input.itemsize), ("u", 8 * input.numel() // input.shape[input.dim() > 1], 8), ("loss", 0, 1),
         )  # fmt: skip
         # Float32 class weights are widened where the task is run
         self.n_narrow = 0 if weight is None or weight.dtype != torch.float32 or not weight.is_contiguous() else weight.numel()
         self.kept: Kept = (options, False, self)
-        self.kind = kind_of(input, target, weight, options)
+        self.kind = kind_of(input, target, weight, options, form)
         self.is_like: Guard | None = None
 
-    def _first_run(self, which: str, task: PackedTask, *tensors: Tensor | None) -> int:
+    def _first_run(self, which: str, task: PackedTask, team: int, *tensors: Tensor | None) -> int:
         """Only a task that is run is compiled."""
-        run = _ready(task, self.operands, self.n_narrow)
+        run = _ready(task, self, which)
         setattr(self, which, run)
-        return run(*tensors)
+        return run(team, *tensors)
+
+    def team(self, input: Tensor) -> int | None:
+        """Threads for a call that is not small; 0: it has to go the longer way; None: that is for others."""
+        team = team_at_once(_calls.threads())
+        return None if self.form and (team == 0 or input.numel() * input.itemsize > MOST_DIRECT) else team
 
     def answer(self, input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) -> Tensor | None:
         """The loss; None if the tensors' memory is not as it was."""
         differentiate = input.requires_grad and is_grad_enabled()
-        grad = None
+        grad, reduced = None, self.options.reduction != NONE
+        small = input.numel() < WORTH_A_THREAD
+        if (team := 1 if small else self.team(input)) is None:
+            return None
         if differentiate:
             if inplace:
                 if not (self.in_place and _is_there(input, 0) and _is_there(target, 0)):
                     return None
                 inplace = may_be_overwritten(input, target, weight)
-            if self.options.reduction != NONE:
-                grad = input.detach() if inplace else self.room_for_gradient(input)
-        loss = empty_like(self.loss)
-        run = self.value if grad is None else self.gradient
-        done = self.run(run, input, input if grad is None else grad, target, weight, None, loss)
+            if reduced:
+                grad = input.detach() if inplace else room_for_gradient(input, small)
+        loss = empty_like(self.loss) if reduced else torch.empty(self.rows_of(input), dtype=self.loss.dtype, device="cpu")
+        run, which = (self.value, "value") if grad is None else (self.gradient, "gradient")
+        done = self.run(run, team, input, input if grad is None else grad, target, weight, None, loss)
         if done <= 0:
-            return self.not_done(done, input, target)
+            return self.not_done(done, which, input, target)
         if self.rounded is not None and not torch.is_autocast_enabled("cpu"):
             loss = self.rounded(loss)
         return attach(input, loss, grad, (target, weight, None), (self.options, inplace, self)) if differentiate else loss
 
-    def room_for_gradient(self, input: Tensor) -> Tensor:
-        return empty_like(input) if self.small else gradient_like(input)
+    def rows_of(self, input: Tensor) -> torch.Size:
+        axis = min(1, input.dim() - 1)
+        return input.shape[:axis] + input.shape[axis + 1 :]
 
-    def not_done(self, why: int, input: Tensor, target: Tensor) -> Tensor | None:
+    def not_done(self, why: int, which: str, input: Tensor, target: Tensor) -> Tensor | None:
         """None: what a task could not do is for others. But nobody can do it if a class index is out of range."""
         if why == 0:
             raise out_of_bounds(target, input.shape[input.dim() > 1], self.options.ignore_index)
+        if why == NOT_MET:
+            self.families[which].meet(_plan_of(input, target, self.labelled, self.options))
         return None
 
     def run(
-        self, run: Run, input: Tensor, g: Tensor, target: Tensor, weight: Tensor | None, u: Tensor | None, loss: Tensor | None
-    ) -> int:
+        self, run: Run, team: int, input: Tensor, g: Tensor, target: Tensor, weight: Tensor | None, u: Tensor | None,
+        loss: Tensor | None,
+    ) -> int:  # fmt: skip
         """A task with operands of any kind."""
         y, t = (target, None) if self.labelled else (None, target)
         if weight is None or self.n_narrow > 0:
@@ -130,19 +151,22 @@ class Known:
         else:
             return -1
         total, rows = (_nowhere, loss) if self.options.reduction == NONE else (loss, None)
-        return run(total, input, g, y, t, w, u, rows)
+        return run(team, total, input, g, y, t, w, u, rows)
 
     def gradient_of_rows(
         self, input: Tensor, target: Tensor, weight: Tensor | None, grad_output: Tensor, out: Tensor | None
     ) -> Tensor | None:
         """Of reduction none, times ``grad_output``; None if the tensors are not as they were."""
         known = self.is_like is not None and self.is_like(*_given(input, target, weight))
-        known = known or kind_of(input, target, weight, self.options) == self.kind
-        if not known or grad_output.shape != self.loss.shape:
+        known = known or kind_of(input, target, weight, self.options, self.form and form_of(input, target)) == self.kind
+        if not known or grad_output.shape != self.rows_of(input):
             return None
-        grad, u = self.room_for_gradient(input) if out is None else out, as_float64(grad_output)
-        done = self.run(self.rows, input, grad, target, weight, u, None)
-        return grad if done > 0 else self.not_done(done, input, target)
+        small = input.numel() < WORTH_A_THREAD
+        if (team := 1 if small else self.team(input)) is None:
+            return None
+        grad, u = room_for_gradient(input, small) if out is None else out, as_float64(grad_output)
+        done = self.run(self.rows, team, input, grad, target, weight, u, None)
+        return grad if done > 0 else self.not_done(done, "rows", input, target)
 
 
 class Plain(Known):
@@ -153,17 +177,24 @@ class Plain(Known):
     def answer(self, input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) -> Tensor | None:
         if inplace:
             return super().answer(input, target, weight, inplace)
+        small = input.numel() < WORTH_A_THREAD
+        if (team := 1 if small else self.team(input)) is None:
+            return None
         loss = empty_like(self.loss)
         if is_grad_enabled() and input.requires_grad:
-            grad = empty_like(input) if self.small else gradient_like(input)
-            done = self.gradient(loss, input, grad, target)
+            grad = empty_like(input) if small else gradient_like(input)
+            done, which = self.gradient(team, loss, input, grad, target), "gradient"
             if done > 0:
                 return apply(input, (loss, grad, (input, target), self.kept))
         else:
-            done = self.value(loss, input, input, target)
+            done, which = self.value(team, loss, input, input, target), "value"
             if done > 0:
                 return loss
-        return self.not_done(done, input, target)
+        return self.not_done(done, which, input, target)
+
+
+def room_for_gradient(input: Tensor, small: bool) -> Tensor:
+    return empty_like(input) if small else gradient_like(input)
 
 
 _nowhere = torch.empty(1, dtype=torch.float64, device="cpu")  # for a sum that nobody asks for
@@ -178,12 +209,15 @@ class _Latest:
     looked_up: Known | None = None
 
 
-def guard(*tensors: Tensor) -> Guard | None:
+def guard(*tensors: Tensor, free: int = 0) -> Guard | None:
     """Are tensors like these in type, dispatch keys, dtype, shape, strides, ``requires_grad``, and is nobody transforming?
+    The first ``free`` of them may have other extents and strides.
 
     PyTorch's compiler asks that before it runs what it has compiled. It takes a fifth of `kind_of`.
     """
-    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    sizes, strides = (
+        [[None] * t.dim() if nth < free else list(of(t)) for nth, t in enumerate(tensors)] for of in (Tensor.size, Tensor.stride)
+    )
     try:
         new: Any = torch._C._dynamo.guards.TensorGuards
         is_like: Guard = new(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
@@ -202,14 +236,43 @@ def _is_out_of_the_ordinary() -> bool:
     )
 
 
-def kind_of(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...]) -> tuple[Any, ...]:
+def form_of(input: Tensor, target: Tensor) -> Form | None:
+    """Of tensors whose extents do not matter, for they are dense, and not large; None for others."""
+    n_axes = input.dim()
+    labelled = target.dtype == torch.int64 and target.dim() == n_axes - 1
+    if not labelled and (n_axes == 0 or target.shape != input.shape or target.dtype != input.dtype):
+        return None
+    if input.numel() * input.itemsize > MOST_DIRECT or c_interface() is None:
+        return None
+    if input.is_contiguous() and target.is_contiguous():
+        return n_axes, labelled, False
+    innermost = n_axes > 2 and _has_classes_innermost(input)
+    if innermost and (target.is_contiguous() if labelled else _has_classes_innermost(target)):
+        return n_axes, labelled, True
+    return None
+
+
+def _has_classes_innermost(t: Tensor) -> bool:
+    """And are all other axes in C order? (A look at the strides: who watches would see other tensors being made.)"""
+    step = 1
+    for axis in (1, *range(t.dim() - 1, 1, -1), 0):
+        if t.shape[axis] != 1 and t.stride(axis) != step:
+            return False
+        step *= t.shape[axis]
+    return True
+
+
+def kind_of(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...], form: Form | None
+) -> tuple[Any, ...]:
     """All that a call is sorted by. Tensors that are odd in other ways have no strides, storage or address.
 
     The type of ignore_index is there because True == 1 == 1.0; the other options may be of any type.
     """
     return (
-        type(input), input.shape, input.stride(), input.dtype, input.is_cpu, input.is_neg(),
-        type(target), target.shape, target.stride(), target.dtype, target.is_cpu, target.is_neg(), target.requires_grad,
+        type(input), input.dtype, input.is_cpu, input.is_neg(),
+        type(target), target.dtype, target.is_cpu, target.is_neg(), target.requires_grad,
+        form or (input.shape, input.stride(), target.shape, target.stride()),
         options, type(options[1]), None if weight is None else
         (type(weight), weight.shape, weight.stride(), weight.dtype, weight.is_cpu, weight.is_neg(), weight.requires_grad),
     )  # fmt: skip
@@ -232,16 +295,23 @@ def recall(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[
             known = _look_up(input, target, weight, options)
     except _NO_MEMORY:
         return None
-    return None if known is None else known.answer(input, target, weight, inplace)
+    loss = None if known is None else known.answer(input, target, weight, inplace)
+    if loss is None and known is not None and known.form is not None:
+        known = _look_up(input, target, weight, options, exact=True)
+        loss = None if known is None else known.answer(input, target, weight, inplace)
+    return loss
 
 
-def _look_up(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...]) -> Known | None:
+def _look_up(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...], exact: bool = False
+) -> Known | None:
     if _is_out_of_the_ordinary():
         return None
-    known = known_calls.get(kind_of(input, target, weight, options))
+    form = None if exact else form_of(input, target)
+    known = known_calls.get(kind_of(input, target, weight, options, form))
     if known is not None and known is _Latest.looked_up:
         weighted = weight is not None
-        if (is_like := guard(*_given(input, target, weight))) is not None:
+        if (is_like := guard(*_given(input, target, weight), free=2 if form else 0)) is not None:
             known.is_like = is_like
             _guarded[weighted] = ((is_like, options, known), *_guarded.get(weighted, ())[: MOST_GUARDED - 1])
     _Latest.looked_up = known
@@ -264,15 +334,26 @@ def remember(input: Tensor, target: Tensor, weight: Tensor | None, options: Opti
     """Keep the tasks of a call that was found good, or None if they cannot take its tensors as they lie."""
     if _is_out_of_the_ordinary() or not has_constant_options(options):
         return
-    kind = kind_of(input, target, weight, options)
+    form = form_of(input, target)
+    kind = kind_of(input, target, weight, options, form)
+    if form is not None and known_calls.get(kind) is not None:  # yet it has not served
+        form, kind = None, kind_of(input, target, weight, options, None)
     if kind in known_calls:
         return
     if len(known_calls) >= MOST_KNOWN:
         forget()
-    known_calls[kind] = _known(input, target, weight, options)
+    known_calls[kind] = _known(input, target, weight, options, form)
 
 
-def _known(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Known | None:
+def _plan_of(input: Tensor, target: Tensor, labelled: bool, options: Options) -> Plan:
+    g, t = empty_like(input, device="meta"), input if labelled else target  # its strides are those of `gradient_like`
+    return _calls.plan_of(
+        input.shape, (input.stride(), g.stride(), t.stride()), min(1, input.dim() - 1), input.dtype,
+        None if labelled else target.dtype, labelled, labelled and options.label_smoothing > 0, options.softcap != 0,
+    )  # fmt: skip
+
+
+def _known(input: Tensor, target: Tensor, weight: Tensor | None, options: Options, form: Form | None) -> Known | None:
     axis = 0 if input.dim() == 1 else 1
     labelled = target.dtype == torch.int64 and target.shape != input.shape
     others = [target] if weight is None else [target, weight]
@@ -284,46 +365,54 @@ def _known(input: Tensor, target: Tensor, weight: Tensor | None, options: Option
         or not walkable(input, axis)
     ):
         return None
-    g = torch.empty_like(input, device="meta")  # its strides are those of `gradient_like`
+    g = empty_like(input, device="meta")
     if not _calls.lies_well(g, input, axis) or not (labelled or _calls.lies_well(target, input, axis)):
         return None
-    t = input if labelled else target
-    plan = _calls.plan_of(
-        input.shape, (input.stride(), g.stride(), t.stride()), axis, input.dtype, None if labelled else target.dtype,
-        labelled, labelled and options.label_smoothing > 0, options.softcap != 0,
-    )  # fmt: skip
+    plan = _plan_of(input, target, labelled, options)
     if plan.variant.large:  # it has more to pack, and takes longer anyway
         return None
-    rows = input.shape[:axis] + input.shape[axis + 1 :]
     none, mean = options.reduction == NONE, options.reduction == MEAN
     there: dict[str, float] = {"t": not labelled, "w": weight is not None}  # their addresses come with each call
-    there |= _calls.numbers(options, input.shape[axis]) | {"average": mean, "divisor": float(rows.numel()) if mean else 1.0}
+    there |= _calls.numbers(options, input.shape[axis]) | {"average": mean, "divisor": float(plan.planned[0]) if mean else 1.0}
     tasks = Tasks(
         PackedTask("value", plan, loss=none, **there),
         PackedTask("value_and_grad", plan, **there),
         PackedTask("value_and_grad", plan, u=1, **there) if none else None,
     )
     acc = torch.float64 if plan.variant.acc == "f64" else torch.float32
-    loss = torch.empty((), dtype=acc, device="cpu").expand(rows if none else ())
+    loss = torch.empty((), dtype=acc, device="cpu")
     plain = labelled and weight is None and not none and input.itemsize > 2
-    return (Plain if plain else Known)(tasks, options, input, target, weight, loss, g.stride() == input.stride())
+    return (Plain if plain else Known)(tasks, options, input, target, weight, loss, g.stride() == input.stride(), form)
 
 
-def _ready(task: PackedTask, operands: Operands, n_narrow: int) -> Run:
+def _ready(task: PackedTask, known: Known, which: str) -> Run:
     """The task as a function of tensors: by a builtin, if it is not large."""
-    run = on_tensors(task, operands, n_narrow, c_interface()) if task.direct else None
+    given: PackedTask | Family = task
+    if known.form is not None:
+        n_axes, _, innermost = known.form
+        given = known.families[which] = family_of(
+            task, min(1, n_axes - 1), n_axes, innermost=innermost, n_weights=known.n_weights, smoothing=known.options.label_smoothing,
+        )  # fmt: skip
+    is_double = task.plan.variant.acc == "f64"
+    run = on_tensors(given, known.operands, is_double, known.n_narrow, c_interface()) if task.direct else None
+    if known.form is not None:
+        return run or _cannot
     if run is None:
-        return partial(_run, task, operands)
-    return partial(run, 1) if task.small else partial(_run_at_once, run, task, operands)
+        return partial(_run, task, known.operands)
+    return run if task.small else partial(_run_at_once, run, task, known.operands)
 
 
-def _run_at_once(run: Run, task: PackedTask, operands: Operands, *tensors: Any) -> int:
-    team = team_at_once(_calls.threads())
-    return run(min(team, task.useful), *tensors) if team else _run(task, operands, *tensors)
+def _cannot(*_: Any) -> int:
+    """Where this Python has no builtin for tensors of a form."""
+    return NOT_THERE
+
+
+def _run_at_once(run: Run, task: PackedTask, operands: Operands, team: int, *tensors: Any) -> int:
+    return run(min(team, task.useful), *tensors) if team else _run(task, operands, team, *tensors)
 
 
 def _run(
-    task: PackedTask, operands: Operands, loss: Tensor, x: Tensor, g: Tensor, y: Tensor | None,
+    task: PackedTask, operands: Operands, team: int, loss: Tensor, x: Tensor, g: Tensor, y: Tensor | None,
     t: Tensor | None = None, w: Tensor | None = None, u: Tensor | None = None, rows: Tensor | None = None,
 ) -> int:  # fmt: skip
     tensors = x, g, y, t, w, u, rows
