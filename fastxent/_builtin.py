@@ -73,9 +73,9 @@ Operands = tuple[tuple[str, int, int], ...]
 def on_tensors(
     given: PackedTask | Family, operands: Operands, is_double: bool, n_narrow: int, c_interface: tuple[int, ...] | None
 ) -> Callable[..., int] | None:
-    """``run(team, loss, x, g, y, ...)``, the number of threads and tensors, or None where there is none; those that the task has
-    not may be left out. 1: the loss has been written; 0: a class index is out of range; -1: memory is not as it must be; of a
-    family also -1: its tensors are not like these, -2: it has not met a plan like theirs.
+    """``run(team, loss, x, g, y, ...)``, the number of threads and tensors, or None where there is none; those that the task
+    has not may be left out. 1: the loss has been written; 0: a class index is out of range; ``NOT_THERE``: memory is not as it
+    must be, or no tensors of the family; ``NOT_MET``: the family has no kernel for them.
 
     ``n_narrow``: class weights that come as float32; ``c_interface``: see ``torch._handles``."""
     if c_interface is None or not _all_is_in_its_place():

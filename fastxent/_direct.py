@@ -5,8 +5,8 @@ rows of 10 takes one, that on a row of 128,256 a dozen. So here are two function
 (``METH_FASTCALL``): their arguments are addresses of objects, and the GIL is held, so an argument block is nobody else's.
 One takes NumPy's arrays, and looks itself which call they are like; the other takes PyTorch's tensors, and is told. Of dense
 arrays the extents do not matter: their block is made ready for them here (`made_ready`).
-``_task`` says where things are in what they read, ``_builtin`` and ``_family`` make and fill it. All addresses are numbers here;
-memory is counted in words of 8 bytes.
+``_task`` says where things are in what they read, ``_builtin`` and ``_family`` make and fill it. All addresses are numbers
+here; memory is counted in words of 8 bytes.
 """
 
 from llvmlite import ir
@@ -399,10 +399,10 @@ def answer(self, args, n_args):
 
 
 def run_on(self, args, n_args):
-    """Python's ``run_on(block, call, team, loss, x, g, y, ...)``: two arrays, a number, tensors, or None where there is none. 1:
-    the loss has been written; 0: a class index is out of range; or ``NOT_THERE``, ``NOT_MET``.
+    """Python's ``run_on(block, call, team, loss, x, g, y, ...)``: two arrays, a number, tensors, or None where there is none.
+    1: the loss has been written; 0: a class index is out of range; or ``NOT_THERE``, ``NOT_MET``.
 
-    ``self`` is the table's array; ``call`` says which operands these are, those that may be left out last, and whether ``block``
-    is a family's array.
+    ``self`` is the table's array; ``call`` says which operands these are, those that may be left out last, and whether
+    ``block`` is a family's array.
     """
     return call_with(word(word(self, _task.DATA), _task.TO_INT), ran(word(self, _task.DATA), args, n_args))

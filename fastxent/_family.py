@@ -31,8 +31,8 @@ class Family:
         variant = plan.variant
         soft = variant.target is not None
         self.words[: _task.N_KERNELS] = (
-            n_axes, axis, innermost, plan.itemsize, soft, soft and arguments.get("average", False), n_weights, 0, variant.capped,
-            variant.logits == variant.acc, variant.acc == "f32",
+            n_axes, axis, innermost, plan.itemsize, soft, soft and arguments.get("average", False), n_weights, 0,
+            variant.capped, variant.logits == variant.acc, variant.acc == "f32",
         )  # fmt: skip
         self.words.view(np.float64)[_task.SMOOTHING] = smoothing
         begin = self.words.ctypes.data
@@ -47,13 +47,11 @@ class Family:
             self.words[_task.FAMILY + _task.SLOT[slot]] = at
         self.meet(plan)
 
-    def meet(self, plan: Plan) -> bool:
-        """Get the kernels of a call; is there room for them?"""
-        number, nth = number_of(plan.variant), int(self.words[_task.N_KERNELS])
+    def meet(self, plan: Plan) -> None:
+        """Get the kernels of a call, if there is room for them."""
+        new = number_of(plan.variant), *_parallel.kernels_of(self.name, plan.variant)
         kernels = self.words[_task.KERNELS :][: _task.MOST_KERNELS * _task.KERNEL].reshape(-1, _task.KERNEL)
-        if number in kernels[:nth, 0]:
-            return False
-        if nth < _task.MOST_KERNELS:
-            kernels[nth] = number, *_parallel.kernels_of(self.name, plan.variant)
+        nth = int(self.words[_task.N_KERNELS])
+        if nth < _task.MOST_KERNELS and new[0] not in kernels[:nth, 0]:
+            kernels[nth] = new
             self.words[_task.N_KERNELS] = nth + 1
-        return nth < _task.MOST_KERNELS

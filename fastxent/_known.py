@@ -1,7 +1,8 @@
 """Calls that come again: the checks of a small one cost more than its work, so arrays that look as checked ones did pass.
 
 Those that are not large, and C-contiguous, are recognised by a builtin function (``_direct``) in a tenth of a microsecond,
-whatever their extents; all others, of extents that were met before, in some microseconds by Python. Class indices are never taken on trust: the task checks them, before it writes anything.
+whatever their extents; all others, of extents that were met before, in some microseconds by Python. Class indices are never
+taken on trust: the task checks them, before it writes anything.
 """
 
 from __future__ import annotations

@@ -124,7 +124,8 @@ def argument_block(
     at_total, at_taken = ctypes.addressof(block) + _AT_TOTAL, ctypes.addressof(block) + _first_chunk(block)
     at_partial, at_segments = at_taken + 8, at_taken + _task.LINE * plan.most_chunks
     _task.BLOCK.pack_into(
-        block, 0, 0, 0, 0, x, g, h, t, y, w, u, loss, tiles, *plan.planned, kernel("check").address if variant.labelled else 0, *kernels_of(name, variant),
+        block, 0, 0, 0, 0, x, g, h, t, y, w, u, loss, tiles, *plan.planned,
+        kernel("check").address if variant.labelled else 0, *kernels_of(name, variant),
         ctypes.addressof(plan.table), at_partial, at_taken, at_segments, at_total,
         lse, entropy, target_prob, prediction, target_rank,
         w != 0, u != 0, loss != 0, _may_bypass(x, g, plan), ignore, keep, spread, factor, average, z, cap,
@@ -135,7 +136,7 @@ def argument_block(
 
 
 def kernels_of(name: str, variant: Variant) -> tuple[int, int]:
-    """Addresses of the kernels that take the statistics of split rows, if there are any, and that do the work of task ``name``."""
+    """Addresses of the kernels that take the statistics of split rows, or 0, and that do the work of task ``name``."""
     save = "keep_segment" if name in KEEPERS and variant.kept else "save_segment"
     return kernel(save, variant).address if variant.split else 0, kernel(name, variant).address
 

@@ -76,7 +76,7 @@ class Variant(NamedTuple):
 
 
 class Strategy(NamedTuple):
-    """What is chosen for some extents: those of a variant's properties that depend on them, and numbers as in ``_task.PLANNED``."""
+    """What is chosen for some extents: a variant's properties that depend on them, and numbers as in ``_task.PLANNED``."""
 
     across: bool
     neighbours: bool
@@ -277,7 +277,8 @@ def make_plan(
         logits == acc, acc == "f32",
     )  # fmt: skip
     planned = (
-        n_rows, n_classes, s.n_vectors, s.n_units, s.units_per_line, s.strip, s.chunk, s.segment, s.n_segments, len(axes), *steps,
+        n_rows, n_classes, s.n_vectors, s.n_units, s.units_per_line, s.strip, s.chunk, s.segment, s.n_segments,
+        len(axes), *steps,
     )  # fmt: skip
     variant = Variant(
         logits, target, labelled, smooth, across, neighbours, s.tiled, s.whole_rows, s.paired, s.overlapped, adjacent, capped,

@@ -206,3 +206,85 @@ def test_pytorchs_c_interface_is_not_taken_on_trust(monkeypatch):
     for wrong in (names[::-1], ("aoti_torch_no_such_function", *names[1:])):
         monkeypatch.setattr(_handles, "_FUNCTIONS", wrong)
         assert _handles.c_interface.__wrapped__() is None
+
+
+def make_rows(shape, innermost=False, seed=0):
+    """Logits, contiguous or with their classes innermost, class indices, and weights."""
+    x, y, weight = make_call(shape, torch.float32, weighted=True, seed=seed)
+    return (x.detach().movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_() if innermost else x), y, weight
+
+
+@pytest.mark.parametrize("innermost", [False, True], ids=["contiguous", "classes innermost"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_calls_of_ever_new_extents(innermost, reduction, weighted):
+    shapes = [(3, 5, 4), (3, 5, 9), (2, 5, 33), (1, 5, 2), (400, 5, 20), (3, 6, 4), (3, 5, 1), (1, 5, 100), (3, 60, 40)]
+    for seed, shape in enumerate([*shapes, *shapes]):
+        x, y, weight = make_rows(shape, innermost, seed)
+        weight = weight if weighted else None
+        ours, theirs = (f(x, y, weight, reduction=reduction) for f in (ft.cross_entropy, F.cross_entropy))
+        torch.testing.assert_close(ours, theirs)
+        upstream = torch.rand(ours.shape)
+        ours, theirs = (gradient_of(loss, x, upstream) for loss in (ours, theirs))
+        torch.testing.assert_close(ours, theirs)
+        assert ours.stride() == x.stride()
+        with pytest.raises(IndexError, match="out of bounds"):
+            ft.cross_entropy(x, y.where(y != y.max(), shape[1]), weight, reduction=reduction)
+
+
+def test_nothing_is_made_for_extents_that_are_new(request, monkeypatch, all_is_known):
+    if "Python" in request.node.callspec.id:
+        pytest.skip("extents are looked at through the C interface")
+
+    def step(n, classes, reduction):
+        x, y, _ = make_call((n, classes), torch.float32)
+        ft.cross_entropy(x, y, reduction=reduction).sum().backward()
+        ft.cross_entropy(x.detach(), y, reduction=reduction)
+
+    kinds = list(itertools.product((2, 20, 3000), ("mean", "none")))
+    for n, reduction in [*kinds, *kinds]:
+        step(n, 10, reduction)
+    before = len(_known.known_calls)
+    all_is_known()
+    for name in ("_known", "_plan_of", "guard", "_ready"):
+        monkeypatch.setattr(_known, name, None)
+    for n, classes in itertools.product((3, 30, 4000), (10, 7, 30)):
+        step(n, classes, "mean")
+        step(n, classes, "none")
+    assert len(_known.known_calls) == before
+
+
+def test_a_form_is_left_to_others_where_it_does_not_serve(monkeypatch):
+    """Shapes that do not fit, weights for other classes, no rows, many bytes; no team for a builtin."""
+    for n in (6, 7, 8):
+        x, y, weight = make_call((n, 5), torch.float32, weighted=True)
+        ft.cross_entropy(x, y)
+        ft.cross_entropy(x, y, weight)
+    for wrong in (y[:7], y[None], y.float(), torch.zeros(8, 4)):
+        for f in (ft.cross_entropy, F.cross_entropy):
+            with pytest.raises((ValueError, RuntimeError)):
+                f(x, wrong)
+    with pytest.raises((ValueError, RuntimeError), match="weight"):
+        ft.cross_entropy(torch.randn(8, 6), y, weight)
+    assert ft.cross_entropy(torch.randn(0, 5), y[:0]).isnan()
+    for shape in ((30_000, 5), (300_000, 5)):
+        x, y, _ = make_call(shape, torch.float32)
+        for team in (_known.team_at_once, lambda _: 0):
+            with monkeypatch.context() as patch:
+                patch.setattr(_known, "team_at_once", team)
+                for _ in range(3):
+                    ours, theirs = (f(x, y) for f in (ft.cross_entropy, F.cross_entropy))
+                    torch.testing.assert_close(ours, theirs)
+                    torch.testing.assert_close(*(gradient_of(loss, x, torch.tensor(1.0)) for loss in (ours, theirs)))
+
+
+def test_hooks_that_hand_over_tensors_of_other_extents():
+    for n in (7, 8):
+        x, y, _ = make_call((n, 5), torch.float32)
+        for _ in range(3):
+            losses = ft.cross_entropy(x, y, reduction="none")
+            losses.sum().backward()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t[:4]):
+        losses = ft.cross_entropy(x, y, reduction="none")
+        with pytest.raises(RuntimeError):
+            losses.sum().backward()

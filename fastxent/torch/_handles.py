@@ -20,7 +20,7 @@ _FUNCTIONS = tuple(
 @lru_cache
 def c_interface() -> tuple[int, ...] | None:
     """Bytes from a tensor's object to its handle, addresses of the functions that tell its address, its memory's size in bytes,
-    its offset there in elements, number of axes, and where extents and strides are; None: this PyTorch has to be asked by Python."""
+    its offset there in elements, number of axes, and where extents and strides are; None: PyTorch has to be asked by Python."""
     try:
         library = ctypes.CDLL(torch._C.__file__)
         functions = [getattr(library, name) for name in _FUNCTIONS]

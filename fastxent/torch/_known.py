@@ -38,8 +38,8 @@ from fastxent.torch._calls import (
 from fastxent.torch._eager import Kept, apply, attach
 from fastxent.torch._handles import c_interface
 
-# Number of threads, and tensors: the loss, x, g, y, and t, w, u, losses of the rows, or None where there is none. 1: the loss has
-# been written; 0: a class index is out of range; -1: a tensor has not the memory that it had, or none; NOT_MET: see `Family`.
+# Number of threads, and tensors: the loss, x, g, y, and t, w, u, losses of the rows, or None where there is none. 1: the loss
+# has been written; 0: a class index is out of range; or NOT_THERE: a tensor has not the memory that it had; NOT_MET.
 Run = Callable[..., int]
 # Are these tensors like those of a call?
 Guard = Callable[..., bool]
@@ -84,7 +84,7 @@ class Known:
         place = reach(target), target.itemsize
         self.operands: Operands = (
             ("x", reach(input), input.itemsize), ("g", 0, 1), ("y", *place), ("t", *place),
-            ("w", self.weight_bytes, input.itemsize), ("u", 8 * input.numel() // input.shape[input.dim() > 1], 8), ("loss", 0, 1),
+            ("w", self.weight_bytes, input.itemsize), ("u", 8 * self.rows_of(input).numel(), 8), ("loss", 0, 1),
         )  # fmt: skip
         # Float32 class weights are widened where the task is run
         self.n_narrow = 0 if weight is None or weight.dtype != torch.float32 or not weight.is_contiguous() else weight.numel()
@@ -216,7 +216,8 @@ def guard(*tensors: Tensor, free: int = 0) -> Guard | None:
     PyTorch's compiler asks that before it runs what it has compiled. It takes a fifth of `kind_of`.
     """
     sizes, strides = (
-        [[None] * t.dim() if nth < free else list(of(t)) for nth, t in enumerate(tensors)] for of in (Tensor.size, Tensor.stride)
+        [[None] * t.dim() if nth < free else list(numbers_of(t)) for nth, t in enumerate(tensors)]
+        for numbers_of in (Tensor.size, Tensor.stride)
     )
     try:
         new: Any = torch._C._dynamo.guards.TensorGuards
@@ -390,9 +391,11 @@ def _ready(task: PackedTask, known: Known, which: str) -> Run:
     given: PackedTask | Family = task
     if known.form is not None:
         n_axes, _, innermost = known.form
-        given = known.families[which] = family_of(
-            task, min(1, n_axes - 1), n_axes, innermost=innermost, n_weights=known.n_weights, smoothing=known.options.label_smoothing,
+        family = family_of(
+            task, min(1, n_axes - 1), n_axes, innermost=innermost, n_weights=known.n_weights,
+            smoothing=known.options.label_smoothing,
         )  # fmt: skip
+        given = known.families.setdefault(which, family)  # another thread may have been quicker
     is_double = task.plan.variant.acc == "f64"
     run = on_tensors(given, known.operands, is_double, known.n_narrow, c_interface()) if task.direct else None
     if known.form is not None:
