@@ -487,11 +487,13 @@ def kernel(name: str, variant: Variant = _ANY) -> Kernel:
         return _kernels[name, variant]
     except KeyError:
         pass
-    machine_code = imported("fastxent._machine_code")  # imports llvmlite: only for those who compute
+    imported("fastxent._machine_code")  # with llvmlite: only for those who compute
+    from fastxent import _machine_code  # whoever packs a program looks for such statements
+
     with lock:
-        _keep(name, variant, machine_code.loaded)
+        _keep(name, variant, _machine_code.loaded)
     if (name, variant) not in _kernels:
-        uninterrupted(_keep, name, variant, machine_code.made, meanwhile=_patience.watch)
+        uninterrupted(_keep, name, variant, _machine_code.made, meanwhile=_patience.watch)
     return _kernels[name, variant]
 
 

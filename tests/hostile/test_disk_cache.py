@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import compileall
 import os
+import pkgutil
 import platform
 import shutil
 import subprocess
 import sys
+from modulefinder import ModuleFinder
 from pathlib import Path
 from textwrap import dedent
 
@@ -160,6 +162,17 @@ def test_without_sources(tmp_path, package):
         sys.path.insert(0, {archive!r})
         """
     assert binary(tmp_path / "cache", before=packed) == LOADED
+
+
+def test_whoever_packs_a_program_finds_all_modules(tmp_path):
+    """They look for import statements; those of other packages are looked at by their own authors."""
+    others = [module.name for module in pkgutil.iter_modules() if module.name != "fastxent"]
+    finder = ModuleFinder([str(PACKAGE.parent)], excludes=others)
+    (tmp_path / "program.py").write_text("import fastxent")
+    finder.run_script(str(tmp_path / "program.py"))
+    needed = {"fastxent", *(f"fastxent.{file.stem}" for file in PACKAGE.glob("*.py") if file.stem != "__init__")}
+    commands = {f"fastxent.{name}" for name in ("__main__", "cli", "_demo", "_evaluate", "_files")}
+    assert needed - commands <= set(finder.modules)
 
 
 def identity(source: str) -> bytes:
