@@ -56,7 +56,7 @@ def bench(args: argparse.Namespace) -> int:
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "arguments": {name: value for name, value in vars(args).items() if isinstance(value, str | int | list)},
         "threads": n_threads,
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load": load(),
         "config": config(),
         "groups": [],
         "interrupted": False,
@@ -77,6 +77,14 @@ def bench(args: argparse.Namespace) -> int:
         draw(document, args.plot)
     broken = any(r.startswith(("WRONG", "failed")) for group in document["groups"] for r in group["missing"].values())
     return 130 if document["interrupted"] else int(broken)
+
+
+def load() -> float | None:
+    """How many programs want to run; None: Windows has no such number, and without /proc Linux has none either."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
 
 
 def save(document: Mapping[str, Any], file: Path | None) -> None:
