@@ -254,6 +254,24 @@ def test_nothing_is_made_for_extents_that_are_new(request, monkeypatch, all_is_k
     assert len(_known.known_calls) == before
 
 
+def test_forms_that_differ_in_their_strides_only(request, all_is_known):
+    if "Python" in request.node.callspec.id:
+        pytest.skip("extents are looked at through the C interface")
+
+    def step(n, innermost):
+        x, y, _ = make_rows((3, 5, n), innermost, seed=n)
+        torch.testing.assert_close(ft.cross_entropy(x, y), F.cross_entropy(x, y))
+
+    for _ in range(2):
+        for innermost in (False, True):
+            for n in (40, 41, 42):
+                step(n, innermost)
+    all_is_known()
+    for n in range(43, 50):
+        step(n, False)
+        step(n, True)
+
+
 def test_a_form_is_left_to_others_where_it_does_not_serve(monkeypatch):
     """Shapes that do not fit, weights for other classes, no rows, many bytes; no team for a builtin."""
     for n in (6, 7, 8):

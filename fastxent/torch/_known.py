@@ -73,6 +73,8 @@ class Known:
         if tasks.rows is not None:
             self.rows: Run = partial(self._first_run, "rows", tasks.rows)
         self.form = form
+        # In C order or not, where more than one form has the same guard: with two axes there is one
+        self.in_order = None if form is None or form[0] < 3 else not form[2]
         self.families: dict[str, Family] = {}
         self.options = options
         self.loss = loss  # its sum or mean
@@ -177,19 +179,22 @@ class Plain(Known):
     def answer(self, input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) -> Tensor | None:
         if inplace:
             return super().answer(input, target, weight, inplace)
+        team: int | None = 1
         small = input.numel() < WORTH_A_THREAD
-        if (team := 1 if small else self.team(input)) is None:
+        if not small and (team := self.team(input)) is None:
             return None
         loss = empty_like(self.loss)
         if is_grad_enabled() and input.requires_grad:
             grad = empty_like(input) if small else gradient_like(input)
-            done, which = self.gradient(team, loss, input, grad, target), "gradient"
+            done = self.gradient(team, loss, input, grad, target)
             if done > 0:
                 return apply(input, (loss, grad, (input, target), self.kept))
+            which = "gradient"
         else:
-            done, which = self.value(team, loss, input, input, target), "value"
+            done = self.value(team, loss, input, input, target)
             if done > 0:
                 return loss
+            which = "value"
         return self.not_done(done, which, input, target)
 
 
@@ -289,6 +294,7 @@ def recall(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[
                 its_options == options
                 and type(its_options[1]) is type(options[1])  # True == 1 == 1.0
                 and (is_like(input, target) if weight is None else is_like(input, target, weight))
+                and (call.in_order is None or input.is_contiguous() is call.in_order)
             ):
                 known: Known | None = call
                 break
