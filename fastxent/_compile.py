@@ -9,9 +9,17 @@ from llvmlite import binding
 from numba import types
 from numba.core.registry import cpu_target
 
-from fastxent import _direct, _inlined, _kernels, _machine_code, _several, _simd, _task
+from fastxent import _direct, _inlined, _kernels, _machine_code, _pointwise, _several, _simd, _sums, _task
 from fastxent._plan import KEEPERS, PAIRERS, Variant
 from fastxent._walk import one_by_one
+
+# What is not in ``_kernels``.
+_POINTWISE = {
+    "binary": _pointwise.binary,
+    "divergence": _pointwise.divergence,
+    "divergence_of_logs": _pointwise.divergence_of_logs,
+}
+_OTHERS = _POINTWISE | {"entropy": _sums.entropy, "logsumexp_of_products": _sums.logsumexp_of_products}
 
 
 def pipelined(name: str, variant: Variant) -> bool:
@@ -39,6 +47,7 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "i64": ("i64", "i64"),
         "f64": ("f64", "f64"),
         "acc": (acc, acc),
+        "weight": (acc, acc) if name in _POINTWISE else ("f64", "f64"),
         "x": (variant.logits, acc),
         "t": (variant.target or acc, acc),
     }
@@ -82,7 +91,7 @@ def c_function(name: str, variant: Variant) -> tuple[Any, str]:
         elif variant.paired:
             work = getattr(_several, f"{name}_by_twos")
         else:
-            work = one_by_one(getattr(_kernels, name))
+            work = one_by_one(_OTHERS.get(name) or getattr(_kernels, name))
         names = vars(_kernels) | {"work": work}
         function = FunctionType(_kernels.kernel.__code__, names, name)
     return _inlined.c_function(function, types.void(task, types.int64, types.int64))

@@ -9,7 +9,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 
 from fastxent._inlined import INLINE
-from fastxent._simd import F64, I32, I64, LANES, SCALAR, absolute, at_least, call_llvm, fma, lanes_of, splat, where
+from fastxent._simd import I32, I64, SCALAR, absolute, at_least, call_llvm, fma, lanes_of, splat, where
 
 # exp(x - m) for x <= m, with exp(0) exactly 1 and no error from the difference x - m, which is the largest one elsewhere
 # (half an ulp of x - m = -12.3 is 4e-7, and so is then the relative error of the exponential).
@@ -211,48 +211,120 @@ def _up(like):
 # log(x) = k ln 2 + log(m), x = m 2^k with m in [sqrt(1/2), sqrt(2)).
 #   log(m) = 2 atanh(s) = 2 s + 2 s z L(z), with f = m - 1, which is exact, s = f / (2 + f) and z = s^2. The rounding of s would
 #   be that of the result; but 2 s = f - s f = f - f^2/2 + s f^2/2, where it stands in the small terms only.
+#   A denormal number has no exponent of its own: it is multiplied by 2^UP first.
+# log(1 + e) for 0 <= e <= 1 is the same with f = e and k = 0: it keeps the digits of a small e, and z <= 1/9 needs a longer L.
 
-_LOG = _polynomial((
-    0.3333333333333333, 0.2000000000000047, 0.14285714285382226, 0.1111111120027388,
-    0.090908973504489, 0.07693145267329496, 0.06633709298237442, 0.06550360691751746,
-))  # fmt: skip
-_SQRT_HALF_BITS = 0x3FE6A09E667F3BCD
-_LN2_HIGH, _LN2_LOW = _FORMAT["f64"][3:5]
+_L = {  # 2 L, z <= 0.03; and z <= 1/9
+    "f32": (
+        (0.6666668503957586, 0.3998878056602198, 0.29579949391972),
+        (0.6666666732052742, 0.3999970632992968, 0.28592357998302836, 0.21706575800880374, 0.23224329224025236),
+    ),
+    "f64": (
+        (
+            0.6666666666666666, 0.4000000000000094, 0.28571428570764852, 0.2222222240054776, 0.181817947008978,
+            0.15386290534658992, 0.13267418596475648, 0.13100723383501488,
+        ),
+        (
+            0.6666666666666666, 0.40000000000014585, 0.2857142856710876, 0.22222222717427864, 0.18181789436132858,
+            0.15385570065018625, 0.13314144209654935, 0.12001072809590704, 0.08800738486144673, 0.16164045611943932,
+        ),
+    ),
+}  # fmt: skip
+_SQRT_HALF_BITS = {"f32": 0x3F3504F3, "f64": 0x3FE6A09E667F3BCD}
 
 
 @intrinsic
 def split_exponent(typingctx, x):
-    """``(k, m)`` with ``x = m * 2**k`` and m in [sqrt(1/2), sqrt(2)); k as float64 lanes."""
+    """``(k, m)`` with ``x = m * 2**k`` and m in [sqrt(1/2), sqrt(2)); k as lanes like x."""
+    mantissa, integer = {"f32": (23, I32), "f64": (52, I64)}[x.kind]
 
     def codegen(context, builder, sig, args):
-        ints = lanes_of(I64)
-        const = lambda v: ir.Constant(ints, [v] * LANES)  # noqa: E731
+        ints = lanes_of(integer, x.lanes)
+        const = lambda v: ir.Constant(ints, [v] * x.lanes)  # noqa: E731
         bits = builder.bitcast(args[0], ints)
-        k = builder.ashr(builder.sub(bits, const(_SQRT_HALF_BITS)), const(52))
-        m = builder.bitcast(builder.sub(bits, builder.shl(k, const(52))), args[0].type)
+        k = builder.ashr(builder.sub(bits, const(_SQRT_HALF_BITS[x.kind])), const(mantissa))
+        m = builder.bitcast(builder.sub(bits, builder.shl(k, const(mantissa))), args[0].type)
         k = builder.sitofp(k, args[0].type)
         return context.make_tuple(builder, sig.return_type, [k, m])
 
-    return types.UniTuple(F64, 2)(x), codegen
+    return types.UniTuple(x, 2)(x), codegen
+
+
+def log(x):
+    """Natural logarithm; about 1 ulp."""
+    raise TypeError("log is for kernels")
+
+
+@overload(log, jit_options=INLINE)
+def _log(x):
+    _, bias, up, ln2_high, ln2_low, _ = _FORMAT[x.kind]
+    least, raised = 2.0 ** (1 - bias), 2.0**up
+    l_of = _polynomial(_L[x.kind][0])
+
+    def log(x):
+        denormal = x < least
+        k, m = split_exponent(where(denormal, x * raised, x))
+        k = where(denormal, k - up, k)
+        f = m - 1.0
+        s = f / (f + 2.0)
+        z = s * s
+        half = f * f * 0.5
+        tail = s * fma(z, l_of(z, z * z), half) + k * ln2_low
+        y = k * ln2_high - ((half - tail) - f)
+        y = where(x == 0.0, splat(x, -math.inf), y)
+        y = where(x == math.inf, x, y)
+        return where(x >= 0.0, y, math.nan)
+
+    return log
 
 
 @njit(**INLINE)
-def log(x):
-    """Natural logarithm of float64 lanes (normal numbers, 0, inf, nan); about 1 ulp."""
-    k, m = split_exponent(x)
-    f = m - 1.0
-    s = f / (f + 2.0)
-    z = s * s
-    half = f * f * 0.5
-    tail = s * (half + z * 2.0 * _LOG(z, z * z)) + k * _LN2_LOW
-    y = k * _LN2_HIGH - ((half - tail) - f)
-    y = where(x == 0.0, splat(x, -math.inf), y)
-    y = where(x == math.inf, x, y)
-    return where(x >= 0.0, y, math.nan)
+def x_log_x(x):
+    """``x log(x)``, 0 for 0."""
+    return where(x == 0.0, x, x * log(x))
+
+
+def log1p_to_1(e):
+    """``log(1 + e)``, 0 <= e <= 1; about 1 ulp."""
+    raise TypeError("log1p_to_1 is for kernels")
+
+
+@overload(log1p_to_1, jit_options=INLINE)
+def _log1p_to_1(e):
+    l_of = _polynomial(_L[e.kind][1])
+
+    def log1p_to_1(e):
+        s = e / (e + 2.0)
+        z = s * s
+        half = e * e * 0.5
+        return e - fma(s * -1.0, fma(z, l_of(z, z * z), half), half)
+
+    return log1p_to_1
 
 
 @njit(**INLINE)
 def log1p(e):
-    """``log(1 + e)`` of float64 lanes ``e >= 0``: what rounding 1 + e lost is put back."""
+    """``log(1 + e)`` of float64 lanes ``e >= -1/2``: what rounding 1 + e lost is put back."""
     u = e + 1.0
     return log(u) + (e - (u - 1.0)) / u
+
+
+def exp_down(x):
+    """``exp(x)``, x <= 0: without a maximum whose digits have to be kept, some operations less than `exp_up`."""
+    raise TypeError("exp_down is for kernels")
+
+
+@overload(exp_down, jit_options=INLINE)
+def _exp_down(x):
+    mantissa, bias, up, ln2_high, ln2_low, _ = _FORMAT[x.kind]
+    offset = 1.5 * 2.0**mantissa + (bias + up)
+    lowest, log2e, down = -(bias + up) * math.log(2.0), 1.0 / math.log(2.0), 2.0**-up
+
+    def exp_down(x):
+        x = at_least(x, lowest)
+        shifted = fma(x, log2e, splat(x, offset))
+        k = shifted - offset
+        r = fma(k, -ln2_low, fma(k, -ln2_high, x))
+        return exp_of(r, _power_of_two(shifted)) * down
+
+    return exp_down

@@ -1,17 +1,17 @@
 """The kernels: what each does with one unit of rows; what a thread runs.
 
 By the formulas of ``_maths``, the loops of ``_statistics`` and ``_gradient``; ``_segments`` for rows that are split. Those that
-work on several units beside each other are in ``_several``.
+work on several units beside each other are in ``_several``, those that are no softmax in ``_sums`` and ``_pointwise``.
 """
 
 from numba import njit
 
 from fastxent._across import min_across, sum_across
-from fastxent._elementary import exp_up, log1p, shift_by, up
+from fastxent._elementary import exp_up, shift_by
 from fastxent._gradient import exponentials, write_gradient
 from fastxent._inlined import INLINE
-from fastxent._loadstore import gather, get, itemsize, load, load_masked, put, start, store_first
-from fastxent._maths import factors, label, log_s, logits, row_loss, s_of, scaled, sum_loss
+from fastxent._loadstore import gather, get, itemsize, load, load_masked, put, start
+from fastxent._maths import factors, label, log_s, logits, row_loss, s_of, sum_loss
 from fastxent._plan import CHECKED, CHECKS
 from fastxent._rows import (
     flush,
@@ -28,10 +28,8 @@ from fastxent._rows import (
 from fastxent._segments import row_label, row_state, save_segment, to_row
 from fastxent._simd import (
     LANES,
-    absolute,
     all_lanes,
     any_lane,
-    at_least,
     count_lanes,
     first_lanes,
     iota,
@@ -261,40 +259,6 @@ def logsumexp(task, tile, number):
     if not task.split or unit.start == 0:
         put_rows(task, task.lse, unit, narrow(task.lse, widen(state.m) + log_s(state)))
     return 0.0, 1.0
-
-
-@njit(**INLINE)
-def binary(task, tile, number):
-    """Cross-entropy of two classes from the logit x of one, t its probability, P its extra weight, w the element's weight.
-
-    softplus(x) = log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)),  sigmoid(x) = exp(x - softplus(x))
-    l     = w ((1 - t) softplus(x) + P t softplus(-x))
-    dl/dx = w ((1 - t) sigmoid(x) - P t sigmoid(-x))
-    """
-    first = number * LANES
-    mask = first_lanes(task.n_rows - first)
-    x = load_masked(task.x + first * itemsize(task.x), mask)
-    t = widen(load_masked(task.t + first * itemsize(task.t), mask))
-    weight, positive = splat(t, 1.0), t
-    if task.weighted != 0:
-        weight = load_masked(task.w + 8 * first, mask)
-    if task.sampled != 0:
-        positive = t * load_masked(task.u + 8 * first, mask)
-    negative = splat(t, 1.0) - t
-    zero = splat(x, 0.0)
-    e = widen(exp_up(zero - absolute(x), shift_by(zero))) / up(x)
-    log1p_e, smaller = log1p(e), e / (e + 1.0)
-    larger = splat(t, 1.0) / (e + 1.0)
-    x = widen(x)
-    loss = weight * (negative * (log1p_e + at_least(x, 0.0)) + positive * (log1p_e + at_least(x * -1.0, 0.0)))
-    loss = where(mask, loss, 0.0)
-    if task.store_loss != 0:
-        store_first(task.loss + first * itemsize(task.loss), narrow(task.loss, loss), mask)
-    if task.differentiate:
-        up_hill, down_hill = where(x > 0.0, larger, smaller), where(x > 0.0, smaller, larger)
-        g = scaled(task, weight * (negative * up_hill - positive * down_hill))
-        store_first(task.g + first * itemsize(task.g), narrow(task.g, g), mask)
-    return lane(sum_across(loss), 0), 1.0
 
 
 # ----------------------------------------------------------------------------------------------------

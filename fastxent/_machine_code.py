@@ -26,8 +26,8 @@ SYMBOL = "kernel"  # of the function in a file
 # What a kernel is made of; ``_compile`` says how.
 SOURCES = (
     "_inlined", "_simd", "_across", "_storage", "_loadstore", "_transpose", "_elementary", "_short_rows", "_strips", "_rows",
-    "_maths", "_streaming", "_gradient", "_pipeline", "_statistics", "_segments", "_walk", "_kernels", "_several", "_direct",
-    "_task", "_plan", "_compile",
+    "_maths", "_streaming", "_gradient", "_pipeline", "_statistics", "_segments", "_walk", "_sums", "_pointwise", "_kernels",
+    "_several", "_direct", "_task", "_plan", "_compile",
 )  # fmt: skip
 
 

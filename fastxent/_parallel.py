@@ -109,9 +109,9 @@ def _take_tiles() -> tuple[np.ndarray[Any, Any], int]:
 def argument_block(
     name: str, plan: Plan, *,
     x: int = 0, g: int = 0, h: int = 0, t: int = 0, y: int = 0, tiles: int = 0, w: int = 0, u: int = 0,
-    loss: int = 0, lse: int = 0, entropy: int = 0, target_prob: int = 0, prediction: int = 0, target_rank: int = 0,
-    ignore: int = 0, keep: float = 1.0, spread: float = 0.0, factor: float = 1.0, divisor: float = 1.0,
-    average: bool = False, z: float = 0.0, cap: float = 0.0,
+    loss: int = 0, lse: int = 0, sign: int = 0, entropy: int = 0, target_prob: int = 0, prediction: int = 0,
+    target_rank: int = 0, ignore: int = 0, keep: float = 1.0, spread: float = 0.0, factor: float = 1.0, divisor: float = 1.0,
+    average: bool = False, z: float = 0.0, cap: float = 0.0, w_period: int = 1, u_period: int = 1,
 ) -> ctypes.Array[ctypes.c_char]:  # fmt: skip
     """What a task reads: addresses and numbers as in ``_task``, and behind them room for its sums.
 
@@ -127,8 +127,8 @@ def argument_block(
         block, 0, 0, 0, 0, x, g, h, t, y, w, u, loss, tiles, *plan.planned,
         kernel("check").address if variant.labelled else 0, *kernels_of(name, variant),
         ctypes.addressof(plan.table), at_partial, at_taken, at_segments, at_total,
-        lse, entropy, target_prob, prediction, target_rank,
-        w != 0, u != 0, loss != 0, _may_bypass(x, g, plan), ignore, keep, spread, factor, average, z, cap,
+        lse, sign, entropy, target_prob, prediction, target_rank,
+        w != 0, u != 0, w_period, u_period, loss != 0, _may_bypass(x, g, plan), ignore, keep, spread, factor, average, z, cap,
         _give_way(),
     )  # fmt: skip
     _set_totals(block, _AT_TOTAL, 0.0, 0.0, divisor or math.nan)

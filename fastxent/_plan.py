@@ -30,8 +30,8 @@ STRIP, FEWEST_OVERLAPPED = 16, 8
 CHUNK = 16384
 # Where class indices are checked, a unit is of this many, and so many units are handed out at a time.
 CHECKED, CHECKS = 8 * LANES, 128
-# What 16 logits of two classes, a logarithm each in float64, are worth in elements.
-BINARY_COST = 160
+# Elements that are a unit of a pointwise task, and units that are handed out at a time.
+POINTS, POINTS_CHUNK = 1024, 4
 # Fewer rows than this, and each longer than two segments: the row is split, or threads would have nothing to do.
 FEW_ROWS, SEGMENT = 64, 1024
 MOST_SEGMENTS = 64
@@ -67,7 +67,7 @@ class Variant(NamedTuple):
     split: bool = False  # a unit is a segment of a row
     kept: bool = False  # the exponentials of a unit are kept between the two trips, by the kernels that make two
     large: bool = False  # the logits are past the cache: what comes next is asked for early, the gradient bypasses the cache
-    differentiate: bool = False  # the binary task: with gradient
+    differentiate: bool = False  # a pointwise task: with gradient
 
     @property
     def acc(self) -> str:
@@ -289,9 +289,9 @@ def make_plan(
 
 
 @lru_cache(maxsize=4096)
-def binary_plan(n: int, logits: str, target: str, differentiate: bool) -> Plan:
-    """Plan a walk over n logits of two classes."""
-    n_units = -(-n // LANES)
-    chunk = CHUNK // BINARY_COST
-    planned = (n, 2, 1, n_units, n_units, 1, chunk, 1, 1, 0, 0, 0, 0)
-    return Plan(Variant(logits, target, differentiate=differentiate), planned, (), n_units, -(-n_units // chunk), n)
+def pointwise_plan(n: int, logits: str, target: str, differentiate: bool = False) -> Plan:
+    """Plan a walk over n elements, each by itself."""
+    n_units = -(-n // POINTS)
+    planned = (n, 2, 1, n_units, n_units, 1, POINTS_CHUNK, 1, 1, 0, 0, 0, 0)
+    variant = Variant(logits, target, differentiate=differentiate)
+    return Plan(variant, planned, (), n_units, -(-n_units // POINTS_CHUNK), n)

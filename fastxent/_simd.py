@@ -292,7 +292,7 @@ def absolute(typingctx, x):
     """``|x|`` of a floating vector."""
 
     def codegen(context, builder, sig, args):
-        return call_llvm(builder, f"llvm.fabs.v{LANES}{x.kind}", args[0].type, [args[0]])
+        return call_llvm(builder, f"llvm.fabs.v{x.lanes}{x.kind}", args[0].type, [args[0]])
 
     return x(x), codegen
 

@@ -30,8 +30,8 @@ OPERANDS = (
     ("h", "x"),  # (rows, C) out: Hessian diagonal, with the strides of g
     ("t", "t"),  # (rows, C) in: class probabilities
     ("y", "i64"),  # (rows,) in: class indices
-    ("w", "f64"),  # (C,) in: class weights
-    ("u", "f64"),  # (rows,) in: sample weights
+    ("w", "weight"),  # (C,) in: class weights
+    ("u", "weight"),  # (rows,) in: sample weights; a pointwise task: of the positive class
     ("loss", "acc"),  # (rows,) out
     ("tiles", "acc"),  # (threads, TILE bytes) scratch
 )
@@ -62,12 +62,15 @@ CALLED = (
     ("segments", "f64"),  # (n_units, 6) in/out, LINE bytes apart: statistics of the segments of split rows
     ("total", "f64"),  # (5,) out: sum of the kept rows' weights, of nothing, of the losses; in/out: see BAD, DIVISOR
     ("lse", "acc"),  # (rows,) out
+    ("sign", "acc"),  # (rows,) out: of the sum whose logarithm lse is
     ("entropy", "acc"),  # (rows,) out
     ("target_prob", "acc"),  # (rows,) out
     ("prediction", "i64"),  # (rows,) out
     ("target_rank", "i64"),  # (rows,) out
     ("weighted", "int"),  # is there a w?
     ("sampled", "int"),  # is there a u?
+    ("w_period", "int"),  # a pointwise task: after so many elements w begins again, and so it does for 16 more
+    ("u_period", "int"),  # the same for u
     ("store_loss", "int"),  # is there a loss array?
     ("stream", "int"),  # may g be written past the caches?
     ("ignore", "int"),  # class index of the rows to skip

@@ -94,8 +94,9 @@ def problem(
     label_smoothing: float,
     n_threads: int | None,
     name: str = "logits",
+    float_labels: bool = False,
 ) -> Problem:
-    """Check the arguments that the cross-entropy functions share."""
+    """Check the arguments that the cross-entropy functions share. ``float_labels``: class indices may be floats."""
     x, axis = check_logits(logits, axis, name)
     rows = x.shape[:axis] + x.shape[axis + 1 :]
     n_classes = x.shape[axis]
@@ -104,7 +105,7 @@ def problem(
     w = check_vector(weight, "weight", (n_classes,), "one weight per class")
     u = check_vector(sample_weight, "sample_weight", rows, "one weight per row")
     threads = None if n_threads is None else check_threads(n_threads, "n_threads")
-    y, t = check_target(target, x, axis, ignore)
+    y, t = check_target(target, x, axis, ignore, float_labels)
     if y is not None:
         divisor = 0.0
         if x.size == 0:  # no task reads them
@@ -116,15 +117,56 @@ def problem(
     return Problem(x, axis, rows, y, t, w, u, ignore, smoothing, divisor, threads)
 
 
+def as_array(a: object, name: str) -> Array:
+    """``a`` as a plain array. What would lose something on the way, a mask or its shape, is refused, whatever it holds."""
+    if type(a) is np.ndarray:
+        return a
+    if isinstance(a, (list, tuple)):
+        _refuse_masks_in(a, name)
+    try:
+        array = np.asanyarray(a)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of PyTorch's that are masked, say
+        raise (ValueError if isinstance(error, ValueError) else TypeError)(f"{name} is no array: {error}") from error
+    if hasattr(array, "mask"):
+        raise _masked(name)
+    if isinstance(array, np.matrix):
+        raise TypeError(f"{name} is a numpy.matrix, whose rows are matrices again; pass np.asarray({name})")
+    if array.dtype == object and hasattr(a, "toarray"):
+        raise TypeError(f"{name} is a sparse {type(a).__name__}; pass {name}.toarray()")
+    return np.asarray(array)
+
+
+def _refuse_masks_in(a: list[Any] | tuple[Any, ...], name: str) -> None:
+    kinds = set(map(type, a))
+    if any(issubclass(kind, np.ma.MaskedArray) for kind in kinds):
+        raise _masked(name)
+    if list in kinds or tuple in kinds:
+        for element in a:
+            if isinstance(element, (list, tuple)):
+                _refuse_masks_in(element, name)
+
+
+def _masked(name: str) -> TypeError:
+    return TypeError(
+        f"{name} is a masked array, whose mask would be lost; pass {name}.filled(value), "
+        "for class indices with ignore_index as the value"
+    )
+
+
 def floating(a: object, name: str) -> Array:
     """``a`` as a native floating array; integers become float64."""
-    array = np.asarray(a)
+    array = as_array(a, name)
     if array.dtype.kind in "iub":
         array = array.astype(np.float64)
     if storage(array.dtype) is None:
         allowed = "float16, bfloat16, float32, float64 or integers"
         raise TypeError(f"{name} has dtype {array.dtype}; it must hold {allowed}")
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    return native(array)
+
+
+def native(a: Array) -> Array:
+    """``a`` in this machine's byte order."""
+    return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
 
 
 def check_logits(logits: object, axis: int, name: str) -> tuple[Array, int]:
@@ -171,9 +213,11 @@ def new_gradient(x: Array, axis: int) -> Array:
     return _memory.empty(x.shape, x.dtype)
 
 
-def check_target(target: object, x: Array, axis: int, ignore: int) -> tuple[Array | None, Array | None]:
+def check_target(
+    target: object, x: Array, axis: int, ignore: int, float_labels: bool = False
+) -> tuple[Array | None, Array | None]:
     """``(y, None)`` for class indices, ``(None, t)`` for class probabilities."""
-    a = np.asarray(target)
+    a = as_array(target, "target")
     rows = x.shape[:axis] + x.shape[axis + 1 :]
     if a.size == 0 and not isinstance(target, np.ndarray) and a.shape == rows:
         a = a.astype(np.int64)  # [] has no dtype of its own
@@ -183,13 +227,16 @@ def check_target(target: object, x: Array, axis: int, ignore: int) -> tuple[Arra
                 f"target has the shape of logits, {x.shape}, and dtype {a.dtype}; "
                 "class probabilities (one-hot ones too) must be floating"
             )
-        t = a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
-        return None, _laid_out_as(t, x, axis)
+        return None, laid_out_as(native(a), x, axis)
     if a.shape != rows:
         raise ValueError(
             f"target has shape {a.shape}; for logits of shape {x.shape} with class axis {axis} it must be {rows} "
             f"(class indices) or {x.shape} (class probabilities)"
         )
+    if storage(a.dtype) is not None:
+        if not float_labels:
+            raise TypeError(f"target has dtype {a.dtype}; class indices must be integers: pass target.astype(int)")
+        return _from_floats(a, x.shape[axis], ignore), None
     if a.dtype.kind not in "iu":
         raise TypeError(f"target has dtype {a.dtype}; class indices must be integers")
     # int: NumPy 1 would compare the two as floats.
@@ -198,7 +245,20 @@ def check_target(target: object, x: Array, axis: int, ignore: int) -> tuple[Arra
     return np.ascontiguousarray(a, dtype=np.int64).reshape(rows), None
 
 
-def _laid_out_as(t: Array, x: Array, axis: int) -> Array:
+def _from_floats(a: Array, n_classes: int, ignore: int) -> Array:
+    """Class indices that came as floats, as they do from boosting libraries."""
+    values = a.astype(np.float64)
+    whole = np.isfinite(values) & (values == np.trunc(values))
+    if not whole.all():
+        first, where = _first(~whole)
+        raise ValueError(f"target{where} = {values[first]} is no class index: it is not a whole number")
+    bad = (values != ignore) & ((values < 0) | (values >= n_classes))
+    if bad.any():
+        raise _out_of_range(values, bad, n_classes)
+    return np.ascontiguousarray(values, np.int64).reshape(a.shape)
+
+
+def laid_out_as(t: Array, x: Array, axis: int) -> Array:
     """Probabilities whose lanes lie as those of the logits do."""
     if x.shape[axis] <= FEW_CLASSES or (t.strides[axis] == t.itemsize) == (x.strides[axis] == x.itemsize):
         return t
@@ -224,18 +284,23 @@ def out_of_range(y: Array, n_classes: int, ignore: int) -> IndexError:
 
 
 def _out_of_range(y: Array, bad: Array, n_classes: int) -> IndexError:
-    first = tuple(int(i) for i in np.argwhere(bad)[0])
-    where = f"[{', '.join(map(str, first))}]" if first else ""
+    first, where = _first(bad)
     count = int(bad.sum())
     rows = f"{count} of {y.size} rows {'is' if count == 1 else 'are'} out of range"
     return IndexError(f"target{where} = {y[first]} is outside [0, {n_classes}); {rows}")
+
+
+def _first(bad: Array) -> tuple[tuple[int, ...], str]:
+    """The first row that is marked, as an index and as it is written."""
+    first = tuple(int(i) for i in np.argwhere(bad)[0])
+    return first, f"[{', '.join(map(str, first))}]" if first else ""
 
 
 def check_vector(values: object, name: str, shape: tuple[int, ...], what: str) -> Array | None:
     """Weights as a contiguous float64 array of just this shape."""
     if values is None:
         return None
-    a = np.asarray(values)
+    a = as_array(values, name)
     if a.dtype.kind not in "iufb" and storage(a.dtype) is None:
         raise TypeError(f"{name} has dtype {a.dtype}; it must hold real numbers")
     if a.shape != shape:
@@ -254,7 +319,10 @@ def check_fraction(value: float, name: str) -> float:
 def check_integer(value: object, name: str) -> int:
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    number = int(value.__index__())
+    try:
+        number = int(value.__index__())
+    except TypeError:  # an array of several numbers, or of floats
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"{name} = {number} does not fit 64 bits")
     return number
@@ -270,6 +338,7 @@ def check_out(out: object, x: Array) -> Array:
     """An array that the result fits."""
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
+    as_array(out, "out")
     if out.shape != x.shape:
         raise ValueError(f"out has shape {out.shape}; it must be that of logits, {x.shape}")
     if out.dtype != x.dtype and out.dtype.newbyteorder("=") != x.dtype:

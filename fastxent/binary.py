@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from fastxent._parallel import check_threads, run
-from fastxent._plan import binary_plan
+from fastxent._plan import LANES, pointwise_plan
 from fastxent._validate import Array, accumulator, address, check_out, check_reduction, floating, storage
 
 
@@ -131,17 +132,19 @@ def _binary(
     if out is not None:
         check_out(out, x)
     threads = None if n_threads is None else check_threads(n_threads, "n_threads")
-    w, positive = (_spread(a, name, x) for a, name in ((weight, "weight"), (pos_weight, "pos_weight")))
-    x, t = (np.ascontiguousarray(a).reshape(x.shape) for a in (x, t))  # 0-d stays 0-d
     acc = accumulator(x.dtype, t.dtype)
+    w, w_period = _periodic(weight, "weight", x.shape, acc)
+    positive, u_period = _periodic(pos_weight, "pos_weight", x.shape, acc)
+    x, t = (np.ascontiguousarray(a).reshape(x.shape) for a in (x, t))  # 0-d stays 0-d
     rows = np.empty(x.shape, acc) if reduction == "none" else None
     g = np.empty_like(x) if differentiate else x
     total = 0.0
     if x.size:
-        plan = binary_plan(x.size, storage(x.dtype) or "", storage(t.dtype) or "", differentiate)
+        plan = pointwise_plan(x.size, storage(x.dtype) or "", storage(t.dtype) or "", differentiate)
         total, *_ = run(
             "binary", plan, threads, x=address(x), t=address(t), g=address(g) if differentiate else 0, w=address(w),
-            u=address(positive), loss=address(rows), divisor=x.size if reduction == "mean" else 1.0,
+            u=address(positive), w_period=w_period, u_period=u_period, loss=address(rows),
+            divisor=x.size if reduction == "mean" else 1.0,
         )  # fmt: skip
     if out is not None:
         np.copyto(out, g.reshape(out.shape))
@@ -153,12 +156,18 @@ def _binary(
     return acc.type(total), g
 
 
-def _spread(values: object, name: str, x: Array) -> Array | None:
-    """Weights as a float64 array of x's shape."""
+def _periodic(values: object, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array | None, int]:
+    """Weights in the order of the logits, up to where they begin again, and that number; a vector more of those that do."""
     if values is None:
-        return None
+        return None, 1
     a = floating(values, name)
+    if a.ndim == 0:
+        return np.full(LANES + 1, a, dtype), 1
     try:
-        return np.array(np.broadcast_to(a, x.shape), dtype=np.float64, order="C")
+        np.broadcast_to(a, shape)
     except ValueError:
-        raise ValueError(f"{name} has shape {a.shape}; it cannot be broadcast to that of logits, {x.shape}") from None
+        raise ValueError(f"{name} has shape {a.shape}; it cannot be broadcast to that of logits, {shape}") from None
+    while a.ndim and a.shape[0] == 1:
+        a = a[0]
+    a = np.ascontiguousarray(np.broadcast_to(a, shape[len(shape) - a.ndim :]), dtype=dtype).ravel()
+    return (a if a.size == math.prod(shape) else np.resize(a, a.size + LANES)), a.size

@@ -283,7 +283,7 @@ def cross_entropy_grad_hess(
     Parameters
     ----------
     logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads
-        As in `cross_entropy`. Nothing is reduced.
+        As in `cross_entropy`. Nothing is reduced. Class indices may be whole floats, as XGBoost and LightGBM hand them over.
 
     Returns
     -------
@@ -307,7 +307,7 @@ def cross_entropy_grad_hess(
     >>> grad, hess
     (array([[ 0.5, -0.5]]), array([[0.25, 0.25]]))
     """
-    p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
+    p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads, float_labels=True)
     grad, hess = like(p.x, p.axis), like(p.x, p.axis)
     if p.x.size:
         _run("grad_hess", p, p.plan(grad, may_split=False), g=address(grad), h=address(hess))
@@ -367,7 +367,7 @@ def nll_loss(
     if p.x.size:
         y = np.where(kept, p.y, 0)
         picked = np.take_along_axis(p.x, np.expand_dims(y, p.axis), p.axis).squeeze(p.axis).astype(np.float64)
-        loss = np.where(kept, -picked * (1.0 if p.w is None else p.w[y]), 0.0)
+        loss = np.where(kept, 0.0 - picked * (1.0 if p.w is None else p.w[y]), 0.0)
     return _reduced(loss.sum(), divisor, reduction, loss.astype(p.acc))
 
 

@@ -2,8 +2,9 @@
 
 Every function has the name and the arguments of its fast twin in `fastxent`, less ``out`` and ``n_threads``.
 It is the oracle of the tests and the baseline of the benchmarks, so it is written from the formula, not from
-the fast code, and it checks no argument. Logits of any float type are widened to float64 and results stay
-float64; `numpy.longdouble` logits stay as wide as they are, which gives a truth that is finer than float64.
+the fast code, and it checks no argument, but that no mask is lost. Logits of any float type are widened to
+float64 and results stay float64; `numpy.longdouble` logits stay as wide as they are, which gives a truth that
+is finer than float64.
 
 Notation: x are the logits of one row, C classes, y its class index, and
 
@@ -19,7 +20,10 @@ small 1 + rest would lose it: the logarithm is log n + log1p(rest / n), and 1 - 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +46,7 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 Axis = int | tuple[int, ...] | None
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class CrossEntropyStats(NamedTuple):
@@ -65,6 +70,20 @@ class _Rows(NamedTuple):
     keep: Array  # (...) False where the row is ignored
     u: Array  # (...) weight of the row, 0 where ignored
     divisor: float  # what "mean" divides by; nan for 0: the mean of nothing
+
+
+def _formula(function: Function) -> Function:
+    """What is nan or inf is returned without a word; an array whose mask would be lost is refused."""
+
+    @wraps(function)
+    @np.errstate(all="ignore")
+    def call(*args: Any, **options: Any) -> Any:
+        for name, value in signature(function).bind(*args, **options).arguments.items():
+            if isinstance(value, np.ma.MaskedArray):
+                raise TypeError(f"{name} is a masked array, whose mask would be lost; pass {name}.filled(value)")
+        return function(*args, **options)
+
+    return cast(Function, call)
 
 
 def _wide(a: npt.ArrayLike) -> Array:
@@ -104,7 +123,7 @@ def _rows(
 
 def _losses(r: _Rows) -> Array:
     """Loss of each row. The terms that are not in the formula are left out: 0 * inf would be nan."""
-    return np.where(r.keep, -r.u * np.where(r.used, r.q * log_softmax(r.x, -1), 0.0).sum(-1), 0.0)
+    return np.where(r.keep, r.u * (0.0 - np.where(r.used, r.q * log_softmax(r.x, -1), 0.0).sum(-1)), 0.0)
 
 
 def _gradients(r: _Rows) -> Array:
@@ -135,7 +154,7 @@ def _reduce(losses: Array, divisor: Any, reduction: str) -> Array:
     return losses[()] if reduction == "none" else losses.sum() / (divisor if reduction == "mean" else 1)
 
 
-@np.errstate(all="ignore")
+@_formula
 def softmax(x: npt.ArrayLike, axis: Axis = None) -> Array:
     """Softmax: p_c = exp(x_c) / sum_k exp(x_k), over `axis` (None: over all of `x`).
 
@@ -159,7 +178,7 @@ def softmax(x: npt.ArrayLike, axis: Axis = None) -> Array:
     return e / e.sum(axis, keepdims=True)
 
 
-@np.errstate(all="ignore")
+@_formula
 def log_softmax(x: npt.ArrayLike, axis: Axis = None) -> Array:
     """Logarithm of the softmax: logp_c = x_c - log sum_k exp(x_k), over `axis` (None: over all of `x`).
 
@@ -184,7 +203,7 @@ def log_softmax(x: npt.ArrayLike, axis: Axis = None) -> Array:
     return x - log_sum
 
 
-@np.errstate(all="ignore")
+@_formula
 def logsumexp(
     a: npt.ArrayLike,
     axis: Axis = None,
@@ -222,7 +241,7 @@ def logsumexp(
     return (value, sign) if return_sign else np.where(sign < 0, np.nan, value)[()]
 
 
-@np.errstate(all="ignore")
+@_formula
 def cross_entropy(
     logits: npt.ArrayLike,
     target: npt.ArrayLike,
@@ -269,7 +288,7 @@ def cross_entropy(
     return _reduce(_losses(r), r.divisor, reduction)
 
 
-@np.errstate(all="ignore")
+@_formula
 def cross_entropy_value_and_grad(
     logits: npt.ArrayLike,
     target: npt.ArrayLike,
@@ -306,7 +325,7 @@ def cross_entropy_value_and_grad(
     return _reduce(_losses(r), r.divisor, reduction), np.moveaxis(g, -1, axis)
 
 
-@np.errstate(all="ignore")
+@_formula
 def cross_entropy_stats(
     logits: npt.ArrayLike,
     target: npt.ArrayLike,
@@ -347,7 +366,7 @@ def cross_entropy_stats(
     r = _rows(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing)
     x, p, logp, y = r.x, softmax(r.x, -1), log_softmax(r.x, -1), r.t.argmax(-1)[..., None]
     x_y, ahead = np.take_along_axis(x, y, -1), np.arange(x.shape[-1]) < y
-    entropies = -np.where(p == 0, 0.0, p * logp).sum(-1)  # 0 log 0 = 0
+    entropies = 0.0 - np.where(p == 0, 0.0, p * logp).sum(-1)  # 0 log 0 = 0
     nan, nan_y = np.isnan(x), np.isnan(x_y)
     rank = ((x > x_y) | (nan & ~nan_y) | (ahead & ((x == x_y) | (nan & nan_y)))).sum(-1)
     values = [np.where(r.keep, v, 0.0)[()] for v in (logsumexp(x, -1), entropies, np.take_along_axis(p, y, -1)[..., 0])]
@@ -355,7 +374,7 @@ def cross_entropy_stats(
     return CrossEntropyStats(_reduce(_losses(r), r.divisor, reduction), *values, *places)
 
 
-@np.errstate(all="ignore")
+@_formula
 def cross_entropy_grad_hess(
     logits: npt.ArrayLike,
     target: npt.ArrayLike,
@@ -389,7 +408,7 @@ def cross_entropy_grad_hess(
     return np.moveaxis(_gradients(r), -1, axis), np.moveaxis(hess, -1, axis)
 
 
-@np.errstate(all="ignore")
+@_formula
 def nll_loss(
     log_probs: npt.ArrayLike,
     target: npt.ArrayLike,
@@ -418,10 +437,10 @@ def nll_loss(
     0.35667494
     """
     r = _rows(log_probs, target, axis, weight, None, ignore_index, 0.0)
-    return _reduce(-np.where(r.t, r.q * r.x, 0.0).sum(-1), r.divisor, reduction)
+    return _reduce(0.0 - np.where(r.t, r.q * r.x, 0.0).sum(-1), r.divisor, reduction)
 
 
-@np.errstate(all="ignore")
+@_formula
 def entropy(p: npt.ArrayLike, axis: int = -1) -> Array:
     """Shannon entropy in nats: H(p) = -sum_c p_c log p_c, with 0 log 0 = 0.
 
@@ -442,10 +461,10 @@ def entropy(p: npt.ArrayLike, axis: int = -1) -> Array:
     0.69314718
     """
     p = _wide(p)
-    return -np.where(p == 0, 0.0, p * np.log(p)).sum(axis)
+    return 0.0 - np.where(p == 0, 0.0, p * np.log(p)).sum(axis)
 
 
-@np.errstate(all="ignore")
+@_formula
 def kl_div(input: npt.ArrayLike, target: npt.ArrayLike, *, reduction: str = "mean", log_target: bool = False) -> Array:
     """Kullback-Leibler divergence, element by element: t (log t - input), as `torch.nn.functional.kl_div`.
 
@@ -474,7 +493,7 @@ def kl_div(input: npt.ArrayLike, target: npt.ArrayLike, *, reduction: str = "mea
     return _reduce(d, len(d) if reduction == "batchmean" else d.size, reduction.replace("batch", ""))
 
 
-@np.errstate(all="ignore")
+@_formula
 def binary_cross_entropy_with_logits(
     logits: npt.ArrayLike,
     target: npt.ArrayLike,
@@ -512,7 +531,7 @@ def binary_cross_entropy_with_logits(
     return _reduce(losses, losses.size, reduction)
 
 
-@np.errstate(all="ignore")
+@_formula
 def binary_cross_entropy_with_logits_value_and_grad(
     logits: npt.ArrayLike,
     target: npt.ArrayLike,

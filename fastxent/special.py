@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 
 from fastxent._parallel import check_threads, run
-from fastxent._plan import make_plan
+from fastxent._plan import make_plan, over, pointwise_plan
 from fastxent._validate import (
     Array,
     accumulator,
     address,
+    as_array,
     check_integer,
+    check_logits,
     check_out,
     check_reduction,
     floating,
+    laid_out_as,
     like,
     storage,
     walkable,
@@ -24,6 +27,7 @@ from fastxent._validate import (
 )
 
 Axis = int | tuple[int, ...] | None
+SPLITTERS = ("softmax", "log_softmax", "logsumexp")  # kernels that know rows that are split
 
 
 def softmax(x: object, axis: Axis = None, *, out: Array | None = None, n_threads: int | None = None) -> Array:
@@ -46,7 +50,7 @@ def softmax(x: object, axis: Axis = None, *, out: Array | None = None, n_threads
 
     Returns
     -------
-    ndarray
+    ndarray, or numpy floating scalar if ``x`` is a number
         Shape and dtype of ``x``; sums to 1 over ``axis``.
 
     Raises
@@ -81,7 +85,7 @@ def log_softmax(x: object, axis: Axis = None, *, out: Array | None = None, n_thr
 
     Returns
     -------
-    ndarray
+    ndarray, or numpy floating scalar if ``x`` is a number
         Shape and dtype of ``x``.
 
     Raises
@@ -122,18 +126,20 @@ def logsumexp(
     axis : int, tuple of ints or None
         Axes to sum over; None: all of them.
     b : array_like, optional
-        Factors of the exponentials, broadcast against ``a``; may be negative or 0.
+        Factors of the exponentials, broadcast against ``a``: the axes are those of both together. They may be negative; where
+        one is 0, its ``a`` does not matter.
     keepdims : bool
         Keep the reduced axes with length 1.
     return_sign : bool
-        Return ``(log |sum|, sign)``; without it a negative sum gives nan.
+        Return ``(log |sum|, sign)``; without it a negative sum gives nan. The sign of 0, also of a sum over nothing, is 0.
     n_threads : int, optional
         At most so many threads.
 
     Returns
     -------
     ndarray or scalar
-        float64 for float64, else float32.
+        float64 for float64, else float32. (``b`` of integers counts as in NumPy, a Python number has no say.) A number ``a``
+        is taken as one of an axis of length 1.
     sign : ndarray or scalar
         Only with ``return_sign``.
 
@@ -156,23 +162,20 @@ def logsumexp(
     >>> print(f"{value:.6f} {sign:.0f}")
     0.693147 -1
     """
-    x = floating(a, "a")
-    axes = _axes(axis, x.ndim)
-    shape = x.shape
-    if b is not None:
-        factors = floating(b, "b")
-        try:
-            shape = np.broadcast_shapes(shape, factors.shape)
-        except ValueError:
-            raise ValueError(f"b has shape {factors.shape}; it cannot be broadcast with that of a, {shape}") from None
-        lse, sign = _weighted_logsumexp(x, factors, axes)
-        if not return_sign:
-            lse = np.where(sign < 0, lse.dtype.type(np.nan), lse)
+    threads = None if n_threads is None else check_threads(n_threads, "n_threads")
+    if b is None:
+        x = np.atleast_1d(floating(a, "a"))
+        axes = _axes(axis, x.ndim)
+        lse = _logsumexp(x, axes, threads)
+        sign = np.where(np.isnan(lse), lse, lse > -np.inf).astype(lse.dtype)
     else:
-        lse = _logsumexp(x, axes, n_threads)
-        sign = np.ones_like(lse) if return_sign else lse
+        x, factors = _broadcast(a, b)
+        axes = _axes(axis, x.ndim)
+        lse, sign = _logsumexp_of_products(x, factors, axes, threads)
+        if not return_sign:
+            lse[sign < 0] = np.nan
     if keepdims:
-        kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
+        kept = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
         lse, sign = lse.reshape(kept), sign.reshape(kept)
     return (lse[()], sign[()]) if return_sign else lse[()]
 
@@ -212,9 +215,10 @@ def entropy(p: object, axis: int = -1) -> Any:
     >>> print(f"{fx.entropy([0.5, 0.25, 0.25]):.6f}")
     1.039721
     """
-    x = floating(p, "p")
-    (axis,) = _axes(axis, x.ndim)
-    return -_xlogx(_widened(x)).sum(axis=axis).astype(accumulator(x.dtype))[()]
+    x, axis = check_logits(p, axis, "p")
+    h = np.zeros(x.shape[:axis] + x.shape[axis + 1 :], accumulator(x.dtype))
+    _run("entropy", x, axis, None, entropy=address(h))
+    return h[()]
 
 
 def kl_div(input: object, target: object, *, reduction: str = "mean", log_target: bool = False) -> Any:
@@ -263,31 +267,28 @@ def kl_div(input: object, target: object, *, reduction: str = "mean", log_target
     if x.shape != t.shape:
         raise ValueError(f"target has shape {t.shape}; it must be that of input, {x.shape}")
     acc = accumulator(x.dtype, t.dtype)
-    x, t = _widened(x), _widened(t)
-    with np.errstate(invalid="ignore"):  # 0 * -inf: nan, as in PyTorch
-        d = np.exp(t) * (t - x) if log_target else _xlogx(t) - t * x
-    if reduction == "none":
-        return d.astype(acc)[()]
-    count = {"sum": 1, "mean": d.size, "batchmean": d.shape[0] if d.ndim else 1}[reduction]
-    return acc.type(d.sum() / count) if count else acc.type(np.nan)
+    x, t = (np.ascontiguousarray(a).reshape(a.shape) for a in (x, t))  # 0-d stays 0-d
+    d = np.empty(x.shape, acc) if reduction == "none" else None
+    total = 0.0
+    if x.size:
+        plan = pointwise_plan(x.size, storage(x.dtype) or "", storage(t.dtype) or "")
+        name = "divergence_of_logs" if log_target else "divergence"
+        total, *_ = run(name, plan, x=address(x), t=address(t), loss=address(d))
+    if d is not None:
+        return d[()]
+    count = {"sum": 1, "mean": x.size, "batchmean": x.shape[0] if x.ndim else 1}[reduction]
+    return acc.type(over(total, count))
 
 
 # ----------------------------------------------------------------------------------------------------
 
 
-def _widened(x: Array) -> Array:
-    """In a precision that hides the roundings of a formula of NumPy's operations."""
-    return x.astype(np.longdouble if x.dtype == np.float64 else np.float64)
-
-
-def _xlogx(p: Array) -> Array:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(p == 0, 0.0, p * np.log(p))
-
-
 def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
-    """Axes >= 0, each once."""
+    """Axes >= 0, each once. A number has one axis, as NumPy's reductions have it."""
+    ndim = max(1, ndim)
     axes = tuple(range(ndim)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    if not isinstance(axis, tuple) and axis is not None and not hasattr(axis, "__index__"):
+        raise TypeError(f"axis must be an integer, a tuple of integers or None, got {type(axis).__name__}")
     numbers = tuple(check_integer(a, "axis") for a in axes)
     for a in numbers:
         if not -ndim <= a < ndim:
@@ -314,6 +315,12 @@ def _elementwise(name: str, x: object, axis: Axis, out: Array | None, n_threads:
     threads = None if n_threads is None else check_threads(n_threads, "n_threads")
     if out is not None:
         check_out(out, a)
+    if a.ndim == 0:
+        one = _elementwise(name, a.reshape(1), axis, None, threads)[0]
+        if out is None:
+            return one
+        out[()] = one
+        return out
     if len(axes) == 1 and walkable(a, axes[0]):
         g = writable_place(out, a, axes[0])
         _run(name, a, axes[0], threads, g)
@@ -332,21 +339,24 @@ def _elementwise(name: str, x: object, axis: Axis, out: Array | None, n_threads:
     return out
 
 
-def _run(name: str, x: Array, axis: int, n_threads: int | None, g: Array | None = None, lse: Array | None = None) -> None:
+def _run(
+    name: str, x: Array, axis: int, n_threads: int | None, g: Array | None = None, t: Array | None = None, **results: int
+) -> None:
     if x.size == 0:
         return
-    strides = (x.strides, (x if g is None else g).strides, x.strides)
-    plan = make_plan(x.shape, strides, axis, storage(x.dtype) or "")
-    run(name, plan, n_threads, x=address(x), g=address(g), lse=address(lse))
+    strides = tuple((x if a is None else a).strides for a in (None, g, t))
+    plan = make_plan(
+        x.shape, strides, axis, storage(x.dtype) or "", None if t is None else storage(t.dtype), may_split=name in SPLITTERS
+    )  # fmt: skip
+    run(name, plan, n_threads, x=address(x), g=address(g), t=address(t), **results)
 
 
 def _logsumexp(x: Array, axes: tuple[int, ...], n_threads: int | None) -> Array:
-    threads = None if n_threads is None else check_threads(n_threads, "n_threads")
     flat, one = _one_axis(x, axes)
     flat = flat if walkable(flat, one) else like(flat, one, copy=True)
     rows = flat.shape[:one] + flat.shape[one + 1 :]
     lse = np.full(rows, -np.inf, accumulator(x.dtype))  # the sum over nothing is 0
-    _run("logsumexp", flat, one, threads, lse=lse)
+    _run("logsumexp", flat, one, n_threads, lse=address(lse))
     unsure = np.isnan(lse)
     if unsure.any():  # a row with +inf has sum nan and logarithm inf, unless it holds a nan too
         with np.errstate(invalid="ignore"):
@@ -355,13 +365,33 @@ def _logsumexp(x: Array, axes: tuple[int, ...], n_threads: int | None) -> Array:
     return lse
 
 
-def _weighted_logsumexp(x: Array, b: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    acc = accumulator(x.dtype, b.dtype)
-    x, b = np.broadcast_arrays(x.astype(np.float64), b.astype(np.float64))
-    x = np.where(b == 0, -np.inf, x)
-    m = np.max(x, axis=axes, keepdims=True, initial=-np.inf)
-    m = np.where(np.isfinite(m), m, 0.0)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        s = np.sum(np.where(b == 0, 0.0, b * np.exp(x - m)), axis=axes)
-        lse = np.log(np.abs(s)) + np.squeeze(m, axis=axes)
-    return lse.astype(acc), np.sign(s).astype(acc)
+def _broadcast(a: object, b: object) -> tuple[Array, Array]:
+    """The exponents and factors of a logsumexp, broadcast against each other."""
+    given = {"a": a, "b": b}
+    arrays = {name: as_array(value, name) for name, value in given.items()}
+    floats = {name: floating(array, name) for name, array in arrays.items()}
+    dtypes = [
+        x.dtype if x.dtype.kind in "iub" or x.dtype == np.float64 else np.dtype(np.float32)
+        for name, x in arrays.items()
+        if type(given[name]) not in (bool, int, float)
+    ]
+    acc = np.dtype(np.float32 if dtypes and np.result_type(*dtypes) == np.float32 else np.float64)
+    x, factors = (
+        np.atleast_1d(f.astype(acc) if arrays[name].dtype.kind in "iub" or f.dtype.itemsize > acc.itemsize else f)
+        for name, f in floats.items()
+    )
+    try:
+        shape = np.broadcast_shapes(x.shape, factors.shape)
+    except ValueError:
+        raise ValueError(f"b has shape {factors.shape}; it cannot be broadcast with that of a, {x.shape}") from None
+    return np.broadcast_to(x, shape), np.broadcast_to(factors, shape)
+
+
+def _logsumexp_of_products(x: Array, b: Array, axes: tuple[int, ...], n_threads: int | None) -> tuple[Array, Array]:
+    """log |sum b e^x| and the sum's sign; x and b have one shape."""
+    (x, one), (b, _) = _one_axis(x, axes), _one_axis(b, axes)
+    x = x if walkable(x, one) else like(x, one, copy=True)
+    rows, acc = x.shape[:one] + x.shape[one + 1 :], accumulator(x.dtype, b.dtype)
+    lse, sign = np.full(rows, -np.inf, acc), np.zeros(rows, acc)
+    _run("logsumexp_of_products", x, one, n_threads, t=laid_out_as(b, x, one), lse=address(lse), sign=address(sign))
+    return lse, sign

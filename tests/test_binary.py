@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import product
 from typing import Any
 
@@ -147,6 +148,20 @@ def test_weights_broadcast_any_way():
             want = fx.binary_cross_entropy_with_logits_value_and_grad(x, y, reduction=reduction, **full)
             np.testing.assert_array_equal(got[0], want[0])
             np.testing.assert_array_equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_weights_that_come_again_are_not_spread(dtype):
+    """A number, or one a label: nothing of the logits' size is made for it."""
+    x = np.zeros((3000, 100), dtype)
+    for w in (2.0, np.float64(2), np.ones(100), np.ones((1, 100), np.float16), np.ones((1, 1))):
+        for name in ("weight", "pos_weight"):
+            fx.binary_cross_entropy_with_logits(x, x, **{name: w})  # the kernel is there
+            tracemalloc.start()
+            fx.binary_cross_entropy_with_logits(x, x, **{name: w})
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert peak < x.nbytes / 8, (name, np.shape(w))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

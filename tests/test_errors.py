@@ -46,9 +46,8 @@ WRONG = {
     "no batch": (dict(logits=an(5), target=5), IndexError, "target", "= 5 is outside [0, 5)", "1 of 1 rows"),
     "no classes": (dict(logits=an(4, 0), target=[0, 0, 0, 0]), IndexError, "target[0] = 0 is outside [0, 0)"),
     # target: dtype and shape
-    "float coded": (dict(target=[0.0, 1.0, 2.0, 3.0]), TypeError, "target", "float64", "integers"),
-    "float32 coded": (dict(target=an(4)), TypeError, "target", "float32", "integers"),
     "float of another shape": (dict(target=an(4, 4)), ValueError, "target", "(4, 4)", "(4, 5)"),
+    "half a class": (dict(target=[0.0, 1.0, 2.5, 3.0]), (TypeError, ValueError), "target"),
     "boolean": (dict(target=[True, False, True, False]), TypeError, "target", "bool", "integers"),
     "object": (dict(target=np.array([0, 1, 2, None], object)), TypeError, "target", "object", "integers"),
     "text": (dict(target=["0", "1", "2", "3"]), TypeError, "target", "integers"),
@@ -95,7 +94,11 @@ WRONG = {
     "axis 2": (dict(axis=2), (ValueError, IndexError), "axis", "2", "[-2, 2)"),
     "axis -3": (dict(axis=-3), (ValueError, IndexError), "axis", "-3", "[-2, 2)"),
     "axis 1.0": (dict(axis=1.0), TypeError, "axis", "float"),
-    "axis none": (dict(axis=None), TypeError, "axis", "NoneType"),
+    "axis none": (dict(axis=None), TypeError, "axis", "integer", "NoneType"),
+    "axes": (dict(axis=(0, 1)), TypeError, "axis", "integer", "tuple"),
+    "axis of an array": (dict(axis=np.array([1])), TypeError, "axis", "integer"),
+    "ignore of an array": (dict(ignore_index=np.array(1.5)), TypeError, "ignore_index", "integer"),
+    "ragged logits": (dict(logits=[[0.0, 1.0], [2.0]]), (TypeError, ValueError), "logits"),
     "no threads": (dict(n_threads=0), ValueError, "n_threads", "0", "1"),
     "fewer threads": (dict(n_threads=-2), ValueError, "n_threads", "-2", "1"),
     "half a thread": (dict(n_threads=1.5), TypeError, "n_threads", "float"),
@@ -115,6 +118,38 @@ def assert_says(error: BaseException, words: list[str]) -> None:
     for word in words:
         pattern = rf"(?<![\w.-]){re.escape(word)}(?![\w]|\.\d)"
         assert re.search(pattern, str(error)), f"{word!r} is not in {str(error)!r}"
+
+
+@pytest.mark.parametrize("name", [*LOSSES[:3], "nll_loss"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_float_labels_are_to_be_made_integers(dtype, name):
+    first = dict(log_probs=good()["logits"]) if name == "nll_loss" else dict(logits=good()["logits"])
+    with pytest.raises(TypeError) as info:
+        getattr(fx, name)(**first, target=an(4, dtype=dtype))
+    assert_says(info.value, ["target", dtype.name, "integers", "target.astype(int)"])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_the_boosting_objective_takes_whole_floats_for_labels(dtype):
+    """As XGBoost and LightGBM hand them over; never class probabilities, which have another shape."""
+    x = make_case(FLOAT32, (4, 5)).logits
+    labels = np.array([3, -100, 0, 4])
+    for got, want in zip(
+        fx.cross_entropy_grad_hess(x, labels.astype(dtype)), fx.cross_entropy_grad_hess(x, labels), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+    for got, want in zip(
+        fx.cross_entropy_grad_hess(x[0], np.array(2, dtype)), fx.cross_entropy_grad_hess(x[0], 2), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+    for value in (0.5, np.nan, np.inf):
+        with pytest.raises(ValueError) as info:
+            fx.cross_entropy_grad_hess(x, np.array([0, 1, value, 3], dtype))
+        assert_says(info.value, [f"target[2] = {value}", "no class index"])
+    for value in (5.0, -1.0):
+        with pytest.raises(IndexError) as info:
+            fx.cross_entropy_grad_hess(x, np.array([0, 1, value, 3], dtype))
+        assert_says(info.value, [f"target[2] = {value} is outside [0, 5)", "1 of 4 rows"])
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "Mean", "", None, 0, True])
@@ -259,6 +294,12 @@ WRONG_ELSEWHERE = {
     "nll axis": (lambda: fx.nll_loss(X, [0] * 4, axis=3), (ValueError, IndexError), "axis", "3"),
     "nll weight": (lambda: fx.nll_loss(X, [0] * 4, weight=[1.0]), ValueError, "weight", "(1,)", "(5,)"),
     "entropy axis": (lambda: fx.entropy(X, 2), (ValueError, IndexError), "axis", "2"),
+    "entropy axis none": (lambda: fx.entropy(X, None), TypeError, "axis", "integer", "NoneType"),
+    "entropy axes": (lambda: fx.entropy(X, (0, 1)), TypeError, "axis", "integer", "tuple"),
+    "entropy of a number": (lambda: fx.entropy(0.5), ValueError, "p", "axis"),
+    "nll axis none": (lambda: fx.nll_loss(X, [0] * 4, axis=None), TypeError, "axis", "integer", "NoneType"),
+    "softmax axes in a list": (lambda: fx.softmax(X, [0]), TypeError, "axis", "tuple", "None", "list"),
+    "logsumexp axes in a list": (lambda: fx.logsumexp(X, [0]), TypeError, "axis", "tuple", "None", "list"),
     "entropy dtype": (lambda: fx.entropy(X.astype(complex)), TypeError, "p", "complex128"),
     "kl shapes": (lambda: fx.kl_div(X, X[1:]), ValueError, "target", "(3, 5)", "(4, 5)"),
     "kl reduction": (lambda: fx.kl_div(X, X, reduction="max"), ValueError, "reduction", "max", "batchmean"),

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     EVERYDAY_DTYPES,
+    FLOAT32,
     FLOAT64,
     GRID,
     LAYOUTS,
@@ -245,6 +246,23 @@ def test_entropy(dtype):
         assert got.dtype == accumulation(dtype) and got.min() == 0
         budget.add(got, ref.entropy(widest(p), axis), torch.special.entr(torch_of(p)).sum(axis).numpy())
     budget.check()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+def test_entropy_grid(dtype):
+    """Rows in lanes and classes in lanes, whole groups of vectors and what is left; denormal probabilities; a lone long row."""
+    budget = Budget()
+    for shape in [(17, 3), (33, 48), (100, 17), (5, 70), (3, 1000), (2, 2049), (1, 100000)]:
+        p = make_rng("entropy", shape).dirichlet(np.full(shape[1], 0.05), shape[0]).astype(dtype)
+        budget.add(fx.entropy(p), ref.entropy(widest(p)), torch.special.entr(torch_of(p)).sum(-1).numpy(), label=shape)
+    tiny = np.full((3, 70), np.finfo(dtype).smallest_subnormal * 9)
+    for axis in (0, 1):
+        budget.add(
+            fx.entropy(tiny, axis), ref.entropy(widest(tiny), axis), torch.special.entr(torch_of(tiny)).sum(axis).numpy()
+        )
+    budget.check()
+    assert np.isnan(fx.entropy(np.array([[0.5, -0.5], [0.5, NAN]], dtype))).all()
+    assert fx.entropy(np.zeros((2, 0), dtype)).tolist() == [0, 0] and fx.entropy(np.zeros((0, 2), dtype)).shape == (0,)
 
 
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
