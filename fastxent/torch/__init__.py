@@ -156,7 +156,15 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.inplace, self.z_loss, self.softcap = inplace, z_loss, softcap
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy(
-            input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
-            label_smoothing=self.label_smoothing, inplace=self.inplace, z_loss=self.z_loss, softcap=self.softcap,
-        )  # fmt: skip
+        if torch.jit.is_scripting():  # what it saves must run without us
+            if self.z_loss != 0.0 or self.softcap is not None:
+                raise NotImplementedError("CrossEntropyLoss: TorchScript has no z_loss and no softcap")
+            return nn.functional.cross_entropy(
+                input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
+                label_smoothing=self.label_smoothing,
+            )  # fmt: skip
+        else:
+            return cross_entropy(
+                input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
+                label_smoothing=self.label_smoothing, inplace=self.inplace, z_loss=self.z_loss, softcap=self.softcap,
+            )  # fmt: skip

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch._C import DisableTorchFunctionSubclass, _is_tracing, _len_torch_dispatch_stack
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from fastxent.torch._calls import NONE, SUM, Options, check_memory, value_and_grad
 from fastxent.torch._formula import differentiable_backward
+from fastxent.torch._operators import gradient_of_rows
+from fastxent.torch._watched import is_seen_by_a_mode
 
 # What a node knows besides tensors: the options, was the gradient written where the logits were, the call if it is known.
 Kept = tuple[Options, bool, Any]
@@ -31,15 +34,17 @@ class _Eager(torch.autograd.Function):
         grad = ctx.grad
         if grad is None or grad_output is None or is_grad_enabled():
             return _backward(ctx, grad_output), None
-        try:
-            factor = grad_output.item()
-        except RuntimeError:  # asked afterwards, for it is rare: is this one of vmap's tensors (batched gradients)?
-            if not _is_batched(grad_output):
-                raise
-            return grad * grad_output, None
         ours = not _get_current_graph_task_keep_graph()
         if ours:
             ctx.grad = None
+        if _len_torch_dispatch_stack() > 0 or _is_tracing() or type(grad_output) is not Tensor:
+            return _times(grad, grad_output), None  # its value is not for us to ask for
+        try:
+            factor = grad_output.item()
+        except RuntimeError:  # asked afterwards, for it is rare: does it stand for another, or others?
+            if not (_stands_for_others(grad_output) or is_seen_by_a_mode()):
+                raise
+            return _times(grad, grad_output), None
         if factor == 1.0:  # kept for another backward, it must not become somebody's .grad, which is added to in place
             return (grad if ours else grad.clone()), None
         options, inplace, _ = ctx.kept
@@ -57,7 +62,7 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
         return None
     options, inplace, known = ctx.kept
     reduced = options.reduction != NONE
-    if is_grad_enabled() or (not reduced and _is_batched(grad_output)):
+    if is_grad_enabled() or (not reduced and _stands_for_others(grad_output)):
         if inplace:
             raise RuntimeError("inplace=True has overwritten the logits: there is no double backward through it")
         return differentiable_backward(_saved(ctx), options, grad_output)
@@ -66,10 +71,15 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
             "Trying to backward through the graph a second time: the gradient was handed over by the first backward. "
             "Specify retain_graph=True there."
         )
-    input, target, weight, sample_weight = _saved(ctx)
+    input, target, weight, sample_weight = saved = _saved(ctx)
+    if type(grad_output) is not Tensor or is_seen_by_a_mode() or torch._is_functional_tensor(grad_output):
+        with DisableTorchFunctionSubclass():
+            return gradient_of_rows(saved, options, grad_output)
     check_memory(sample_weight)
     if grad_output._is_zerotensor():  # it has no memory
         grad_output = torch.zeros(grad_output.shape, dtype=grad_output.dtype, device="cpu")
+    elif grad_output.layout != torch.strided:
+        grad_output = grad_output.to_dense()
     out = input.detach() if inplace else None
     grad = None if known is None else known.gradient_of_rows(input, target, weight, grad_output, out)
     if grad is None:
@@ -102,6 +112,11 @@ def _saved(ctx: Any) -> list[Any]:
     return [*saved, *[None] * (4 - len(saved))]
 
 
-def _is_batched(t: Tensor) -> bool:
-    """Is it one of vmap's tensors (batched gradients: ``is_grads_batched``)?"""
-    return torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
+def _times(grad: Tensor, grad_output: Tensor) -> Tensor:
+    with DisableTorchFunctionSubclass():  # as in PyTorch's own backward
+        return (grad * grad_output).to(grad.dtype)
+
+
+def _stands_for_others(t: Tensor) -> bool:
+    """Is it a tensor of ``torch.func``, as of vmap (batched gradients: ``is_grads_batched``)?"""
+    return torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)

@@ -27,7 +27,7 @@ def formula(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight:
     if options.softcap:
         x = options.softcap * torch.tanh(x / options.softcap)
     kept = None
-    if target.shape != x.shape:
+    if target.dtype not in STORAGE:
         target = as_int64(target)
         kept = target != options.ignore_index
         x = torch.where(kept.unsqueeze(dim), x, 0.0)  # nothing of an ignored row leaks into its gradient

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, empty_like, is_grad_enabled
+from torch._C import _len_torch_dispatch_stack
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from fastxent._builtin import Operands, family_of, on_tensors
 from fastxent._family import Family
@@ -37,6 +38,7 @@ from fastxent.torch._calls import (
 )
 from fastxent.torch._eager import Kept, apply, attach
 from fastxent.torch._handles import c_interface
+from fastxent.torch._watched import is_watched
 
 # Number of threads, and tensors: the loss, x, g, y, and t, w, u, losses of the rows, or None where there is none. 1: the loss
 # has been written; 0: a class index is out of range; or NOT_THERE: a tensor has not the memory that it had; NOT_MET.
@@ -159,6 +161,8 @@ class Known:
         self, input: Tensor, target: Tensor, weight: Tensor | None, grad_output: Tensor, out: Tensor | None
     ) -> Tensor | None:
         """Of reduction none, times ``grad_output``; None if the tensors are not as they were."""
+        if _has_nested(input, target, weight):  # hooks on saved tensors may hand over anything
+            return None
         known = self.is_like is not None and self.is_like(*_given(input, target, weight))
         known = known or kind_of(input, target, weight, self.options, self.form and form_of(input, target)) == self.kind
         if not known or grad_output.shape != self.rows_of(input):
@@ -218,7 +222,9 @@ def guard(*tensors: Tensor, free: int = 0) -> Guard | None:
     """Are tensors like these in type, dispatch keys, dtype, shape, strides, ``requires_grad``, and is nobody transforming?
     The first ``free`` of them may have other extents and strides.
 
-    PyTorch's compiler asks that before it runs what it has compiled. It takes a fifth of `kind_of`.
+    PyTorch's compiler asks that before it runs what it has compiled. It takes a fifth of `kind_of`. It does not notice dispatch
+    modes that let themselves be compiled away, as that of `make_fx` does; and a nested tensor, which has no strides, makes it
+    end the process.
     """
     sizes, strides = (
         [[None] * t.dim() if nth < free else list(numbers_of(t)) for nth, t in enumerate(tensors)]
@@ -234,12 +240,11 @@ def guard(*tensors: Tensor, free: int = 0) -> Guard | None:
 
 def _is_out_of_the_ordinary() -> bool:
     """Is somebody tracing or transforming? (Autocast leaves float32 and float64 alone.)"""
-    return (
-        is_compiling()  # first: Dynamo must not look at the others
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return is_watched() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _has_nested(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    return input.is_nested or target.is_nested or (weight is not None and weight.is_nested)
 
 
 def form_of(input: Tensor, target: Tensor) -> Form | None:
@@ -286,9 +291,12 @@ def kind_of(
 
 def recall(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...], inplace: bool) -> Tensor | None:
     """The loss; None where all has to be checked."""
-    if is_compiling() or forward_ad._current_level >= 0:  # what a guard does not notice
+    # What a guard does not notice; Dynamo first, for it must not look at the others
+    if is_dynamo_compiling() or _len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0:
         return None
     try:
+        if input.is_nested or target.is_nested or (weight is not None and weight.is_nested):
+            return None
         for is_like, its_options, call in _guarded.get(weight is not None, ()):
             if (
                 its_options == options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,16 +54,22 @@ def _operator_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[
     ctx.save_for_backward(*tensors, grad)
 
 
+def gradient_of_rows(tensors: Sequence[Any], options: Options, grad_output: Tensor) -> Tensor:
+    """Of reduction none."""
+    input, target, weight, sample_weight = tensors
+    rows = grad_output if sample_weight is None else grad_output * sample_weight
+    _, grad = value_and_grad_op(input, target, weight, rows, *options._replace(reduction=SUM))
+    made: Tensor = grad
+    return made
+
+
 def _operator_backward(ctx: Any, grad_output: Tensor, _: None = None) -> tuple[Tensor | None, ...]:
     *tensors, grad = ctx.saved_tensors
     none = (None,) * (3 + len(ctx.options))
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return differentiable_backward(tensors, ctx.options, grad_output), *none
     if ctx.options.reduction == NONE:
-        input, target, weight, sample_weight = tensors
-        rows = grad_output if sample_weight is None else grad_output * sample_weight
-        _, grad = value_and_grad_op(input, target, weight, rows, *ctx.options._replace(reduction=SUM))
-        return grad, *none
+        return gradient_of_rows(tensors, ctx.options, grad_output), *none
     if grad is None:
         _, grad = value_and_grad_op(*tensors, *ctx.options)
     return (grad * grad_output).to(grad.dtype), *none

@@ -13,21 +13,23 @@ from fastxent.torch._eager import attach
 from fastxent.torch._formula import formula, loss_dtype, stock
 from fastxent.torch._known import remember
 from fastxent.torch._operators import value_and_grad_op, value_op
+from fastxent.torch._watched import is_traced, is_watched, stands_for_another
 
 
 def route(
     input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, numbers: tuple[Any, ...], inplace: bool
 ) -> Tensor:
     """``numbers``: those of `Options`."""
+    _require_tensors(input, target, weight, sample_weight)
     options = Options(*numbers)
     if options.label_smoothing < 0.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
-    if not _takes(input, target, weight, sample_weight, options):
+    if is_traced() or not _takes(input, target, weight, sample_weight, options):
         return _by_pytorch(input, target, weight, sample_weight, options)
     if _must_be_formula(input, target, weight, sample_weight):
         return formula(input, target, weight, sample_weight, options)
     differentiate = torch.is_grad_enabled() and input.requires_grad
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if is_watched():
         if differentiate and options.reduction != NONE:
             loss, _ = value_and_grad_op(input, target, weight, sample_weight, *options)
         else:
@@ -48,10 +50,20 @@ def route(
     return loss if loss.dtype == dtype else loss.to(dtype)
 
 
+def _require_tensors(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> None:
+    """What has a dtype and a shape need not be one: arrays of NumPy and JAX have them too."""
+    named = {"input": input, "target": target, "weight": weight, "sample_weight": sample_weight}
+    for nth, (name, t) in enumerate(named.items(), 1):
+        if not (isinstance(t, Tensor) or (nth > 2 and t is None)):
+            raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(t).__name__}")
+
+
 def _takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> bool:
     """Is this a call for the kernels? Else PyTorch computes it, or says what is wrong with it."""
+    if not _on_cpu(input, target):
+        return False
     shape = input.shape
-    if input.dtype not in STORAGE or not shape or not _on_cpu(input, target) or input.numel() == 0:
+    if input.dtype not in STORAGE or not shape or input.numel() == 0:
         return False
     if not options.label_smoothing <= 1.0:
         return False
@@ -63,16 +75,16 @@ def _takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: 
     elif target.shape != shape[:dim] + shape[dim + 1 :] or target.dtype not in INTEGERS:
         return False
     if weight is not None:
-        if weight.shape != (shape[dim],) or not _on_cpu(weight) or weight.dtype not in STORAGE:
+        if not _on_cpu(weight) or weight.shape != (shape[dim],) or weight.dtype not in STORAGE:
             return False
         if not probabilities and (weight.dtype != input.dtype or weight.requires_grad):
             return False
-    return sample_weight is None or (sample_weight.shape == shape[:dim] + shape[dim + 1 :] and _on_cpu(sample_weight))
+    return sample_weight is None or (_on_cpu(sample_weight) and sample_weight.shape == shape[:dim] + shape[dim + 1 :])
 
 
 def _by_pytorch(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
     """What the kernels do not take, PyTorch computes, or says what is wrong with it."""
-    if target.dtype in INTEGERS and target.shape != input.shape:
+    if target.dtype != torch.int64 and target.dtype in INTEGERS and target.shape != input.shape:
         target = as_int64(target)
     if sample_weight is None and options.z_loss == 0.0 and options.softcap == 0.0:
         return stock(input, target, weight, options)
@@ -80,6 +92,8 @@ def _by_pytorch(input: Tensor, target: Tensor, weight: Tensor | None, sample_wei
         stock(input, target, weight, options)  # it refuses what it would refuse without our options
     dim = 0 if input.dim() == 1 else 1
     rows = (*input.shape[:dim], *input.shape[dim + 1 :])
+    if sample_weight is not None and (sample_weight.layout != torch.strided or sample_weight.is_nested):
+        raise ValueError("sample_weight must be dense: one weight per row")
     if sample_weight is not None and sample_weight.shape != rows:
         raise ValueError(f"sample_weight has shape {tuple(sample_weight.shape)}; it must be {rows}: one weight per row")
     return formula(input, target, weight, sample_weight, options)
@@ -87,20 +101,9 @@ def _by_pytorch(input: Tensor, target: Tensor, weight: Tensor | None, sample_wei
 
 def _on_cpu(*tensors: Tensor) -> bool:
     """Are these tensors with memory of their own?"""
-    if not all([t.is_cpu and t.layout == torch.strided for t in tensors]):
+    if not all([t.is_cpu and t.layout == torch.strided and not t.is_nested for t in tensors]):
         return False
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    return not any([_stands_for_another(t) for t in tensors])
-
-
-def _stands_for_another(t: Tensor) -> bool:
-    return (
-        type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
-        or t._is_zerotensor()
-        or torch._is_functional_tensor(t)
-        or torch._C._functorch.is_functorch_wrapped_tensor(t)
-    )
+    return is_watched() or not any([stands_for_another(t) for t in tensors])
 
 
 def _must_be_formula(input: Tensor, *others: Tensor | None) -> bool:
