@@ -149,13 +149,13 @@ def made_ready(family, outer, n_classes, inner):
     tight = inner == 1
     extent = n_rows if n_classes == 1 or outer == 1 or inner == 1 else inner
     neighbours = n_rows > 1 and (inner > 1 or n_classes == 1)
-    across = is_across(n_rows, n_classes, size, tight, tight or word(family, _task.SOFT) == 0)
+    across = is_across(n_rows, n_classes, size, tight)
     s = strategy(
         across, n_rows, n_classes, extent, size, tight, across or neighbours, not across, True,
         word(family, _task.CAPPED) != 0, word(family, _task.UNROUNDED) != 0, word(family, _task.SINGLE) != 0,
     )  # fmt: skip
     kernel = kernel_for(family, number_of(s))
-    if kernel == 0 or max(s.n_chunks, n_checks(n_rows)) > _task.ROOM or (s.split and s.n_units > _task.ROOM):
+    if kernel == 0 or max(s.n_chunks, n_checks(n_rows)) > _task.ROOM:
         return _task.NOT_MET
     n_axes = set_axes(family, n_rows, n_classes, inner, extent)
     step = LANES * size if across else inner * size

@@ -157,11 +157,10 @@ def over(a: float, b: float) -> float:
     return a / b if b else math.nan
 
 
-def is_across(n_rows: int, n_classes: int, size: int, tight: bool, target_tight: bool) -> bool:
+def is_across(n_rows: int, n_classes: int, size: int, tight: bool) -> bool:
     """Are the lanes classes of one row? ``size``: bytes of a logit; tight: the classes lie side by side in all operands."""
     most_tiled = MOST_TILED_LARGE if n_rows * n_classes * size >= LARGE else MOST_TILED
-    most_together = most_tiled if target_tight and n_rows >= LANES else FEW_CLASSES
-    return n_classes > most_together and tight
+    return tight and n_classes > (most_tiled if n_rows >= LANES else FEW_CLASSES)
 
 
 def strategy(
@@ -261,7 +260,7 @@ def make_plan(
     for a in axes:
         n_rows *= a.extent
 
-    across = is_across(n_rows, n_classes, sizes[0], tight, target is None or steps[2] == sizes[2])
+    across = is_across(n_rows, n_classes, sizes[0], tight)
     neighbours, adjacent = True, False
     if across:
         steps = tuple(LANES * size for size in sizes)
