@@ -9,6 +9,7 @@ people call; read ``_route`` next. Who does what:
   finds a tensor's memory.
 * ``_route`` sorts the calls. What the kernels take goes on; all else (other devices, odd dtypes, wrong shapes) goes to
   PyTorch itself, whose result or error the caller then gets.
+* ``_watched`` knows who looks at operators: then ours are called as such.
 * ``_calls`` runs the kernels: tensors -> addresses.
 * ``_eager`` is the autograd node of eager mode. mean and sum: the forward makes the gradient, the backward returns it.
   none: the backward makes it, for only then each row's grad_output is known; it enters as a sample weight.
@@ -80,8 +81,8 @@ def cross_entropy(
 
     Raises
     ------
-    IndexError, RuntimeError, ValueError
-        Where PyTorch raises them, with its messages; also for ``label_smoothing < 0``.
+    IndexError, RuntimeError, TypeError, ValueError
+        Where PyTorch raises them, with its messages; also for ``label_smoothing < 0``, for sample weights that are not dense.
 
     References
     ----------
@@ -115,8 +116,11 @@ def cross_entropy(
             return loss
         return route(input, target, weight, sample_weight, options, inplace)
     except (AttributeError, TypeError, struct.error):
-        # Is an argument of a wrong type? PyTorch's parser says which one.
+        # Is an argument of a wrong type? PyTorch's parser says which one, if it is one of its own.
         torch._C._nn.cross_entropy_loss(input, target, weight, number, ignore_index, label_smoothing)  # type: ignore[arg-type]
+        for name, option in {"z_loss": z_loss, "softcap": softcap or 0.0}.items():
+            if not hasattr(option, "__float__"):
+                raise TypeError(f"cross_entropy(): argument '{name}' must be float, not {type(option).__name__}") from None
         raise
 
 
@@ -129,6 +133,13 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         As in PyTorch.
     inplace, z_loss, softcap
         As in `cross_entropy`.
+
+    Raises
+    ------
+    IndexError, RuntimeError, TypeError, ValueError
+        As in `cross_entropy`.
+    NotImplementedError
+        In ``torch.jit.script``, with z_loss or softcap. What is scripted or traced is made of PyTorch's operators.
 
     Examples
     --------

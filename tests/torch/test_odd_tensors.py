@@ -62,6 +62,12 @@ def installed(*arguments):
         return F.cross_entropy(*arguments)
 
 
+@pytest.mark.parametrize("option", ["label_smoothing", "ignore_index", "z_loss", "softcap"])
+def test_what_is_no_number_is_named(option):
+    with pytest.raises(TypeError, match=rf"argument '{option}' .*must be (float|int), not str"):
+        ft.cross_entropy(X, Y, **{option: "much"})
+
+
 def test_weight_of_the_module_that_is_no_tensor():
     with pytest.raises(TypeError, match="weight"):
         ft.CrossEntropyLoss(weight=np.ones(3, np.float32))
