@@ -61,33 +61,46 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
     if grad_output is None:
         return None
     options, inplace, known = ctx.kept
-    reduced = options.reduction != NONE
-    if is_grad_enabled() or (not reduced and _stands_for_others(grad_output)):
-        if inplace:
-            raise RuntimeError("inplace=True has overwritten the logits: there is no double backward through it")
-        return differentiable_backward(_saved(ctx), options, grad_output)
-    if reduced:
+    if is_grad_enabled():
+        return _differentiable(ctx, grad_output)
+    if options.reduction != NONE:
         raise RuntimeError(
             "Trying to backward through the graph a second time: the gradient was handed over by the first backward. "
             "Specify retain_graph=True there."
         )
-    input, target, weight, sample_weight = saved = _saved(ctx)
-    if type(grad_output) is not Tensor or is_seen_by_a_mode() or torch._is_functional_tensor(grad_output):
-        with DisableTorchFunctionSubclass():
-            return gradient_of_rows(saved, options, grad_output)
+    saved = input, target, weight, _ = _saved(ctx)
+    watched = type(grad_output) is not Tensor or is_seen_by_a_mode()
+    out = input.detach() if inplace else None
+    grad = None if known is None or watched else known.gradient_of_rows(input, target, weight, grad_output, out)
+    if grad is None:
+        if _stands_for_others(grad_output):
+            return _differentiable(ctx, grad_output)
+        if watched or torch._is_functional_tensor(grad_output):
+            with DisableTorchFunctionSubclass():
+                return gradient_of_rows(saved, options, grad_output)
+        grad = _new_gradient_of_rows(saved, options, grad_output, out)
+    if inplace:
+        torch.autograd.graph.increment_version(input)
+    return grad
+
+
+def _new_gradient_of_rows(saved: list[Any], options: Options, grad_output: Tensor, out: Tensor | None) -> Tensor:
+    """Of a call that is not known."""
+    input, target, weight, sample_weight = saved
     check_memory(sample_weight)
     if grad_output._is_zerotensor():  # it has no memory
         grad_output = torch.zeros(grad_output.shape, dtype=grad_output.dtype, device="cpu")
     elif grad_output.layout != torch.strided:
         grad_output = grad_output.to_dense()
-    out = input.detach() if inplace else None
-    grad = None if known is None else known.gradient_of_rows(input, target, weight, grad_output, out)
-    if grad is None:
-        rows = grad_output if sample_weight is None else grad_output * sample_weight
-        _, grad = value_and_grad(input, target, weight, rows, options._replace(reduction=SUM), out)
+    rows = grad_output if sample_weight is None else grad_output * sample_weight
+    return value_and_grad(input, target, weight, rows, options._replace(reduction=SUM), out)[1]
+
+
+def _differentiable(ctx: Any, grad_output: Tensor) -> Tensor:
+    options, inplace, _ = ctx.kept
     if inplace:
-        torch.autograd.graph.increment_version(input)
-    return grad
+        raise RuntimeError("inplace=True has overwritten the logits: there is no double backward through it")
+    return differentiable_backward(_saved(ctx), options, grad_output)
 
 
 # What stands in the graph: the engine calls the backward itself, not a method that looks for it; and slots spare a dict.

@@ -167,6 +167,8 @@ class Known:
         known = known or kind_of(input, target, weight, self.options, self.form and form_of(input, target)) == self.kind
         if not known or grad_output.shape != self.rows_of(input):
             return None
+        if grad_output.layout != torch.strided:
+            return None
         small = input.numel() < WORTH_A_THREAD
         if (team := 1 if small else self.team(input)) is None:
             return None
