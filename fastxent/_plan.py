@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 LANES = 16
@@ -98,31 +98,27 @@ class Strategy(NamedTuple):
     n_chunks: int
 
 
-@dataclass(frozen=True)
 class Plan:
-    """How the rows are walked over; ``planned`` are the values of ``_task.PLANNED``, ``axes`` the row axes' table."""
+    """How the rows are walked over; ``planned`` are the values of ``_task.PLANNED``, ``axes`` the row axes' table.
 
-    variant: Variant
-    planned: tuple[int, ...]
-    axes: tuple[int, ...]
-    n_units: int
-    n_chunks: int
-    elements: int
+    Made for each shape that was not met before, so it is made in few steps. It never changes.
+    """
+
+    __slots__ = ("axes", "elements", "most_chunks", "n_chunks", "n_units", "planned", "table", "variant")
+
+    def __init__(
+        self, variant: Variant, planned: tuple[int, ...], axes: tuple[int, ...], n_units: int, n_chunks: int, elements: int
+    ) -> None:
+        self.variant, self.planned, self.axes = variant, planned, axes
+        self.n_units, self.n_chunks, self.elements = n_units, n_chunks, elements
+        # Of the phase that has most of them: the check of the class indices, or all else.
+        self.most_chunks = max(n_chunks, n_checks(planned[0])) if variant.labelled else n_chunks
+        self.table = (ctypes.c_int64 * len(axes))(*axes)  # the axes as the kernels read them
 
     @property
     def itemsize(self) -> int:
         """Bytes of one logit."""
         return ITEMSIZE[self.variant.logits]
-
-    @cached_property
-    def most_chunks(self) -> int:
-        """Of the phase that has most of them: the check of the class indices, or all else."""
-        return max(self.n_chunks, n_checks(self.planned[0]) if self.variant.labelled else 0)
-
-    @cached_property
-    def table(self) -> ctypes.Array[ctypes.c_int64]:
-        """``axes`` as the kernels read it."""
-        return (ctypes.c_int64 * len(self.axes))(*self.axes)
 
 
 class Axis(NamedTuple):
@@ -139,13 +135,13 @@ def row_axes(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis:
     """The axes but the class axis, innermost first, neighbours merged where all operands allow it."""
     axes: list[Axis] = []
     row = 1
-    for i in reversed([i for i in range(len(shape)) if i != axis]):
-        x, g, t = (s[i] for s in strides)
-        outer = Axis(shape[i], x, g, t, row)
-        row *= shape[i]
-        if outer.extent == 1:
+    x, g, t = strides
+    for i in range(len(shape) - 1, -1, -1):
+        if i == axis or shape[i] == 1:
             continue
-        if axes and all(far == near * axes[-1].extent for far, near in zip(outer[1:], axes[-1][1:], strict=True)):
+        outer = Axis(shape[i], x[i], g[i], t[i], row)
+        row *= shape[i]
+        if axes and outer[1:] == tuple(near * axes[-1].extent for near in axes[-1][1:]):
             axes[-1] = axes[-1]._replace(extent=axes[-1].extent * outer.extent)
         else:
             axes.append(outer)
@@ -266,9 +262,11 @@ def make_plan(
         steps = tuple(LANES * size for size in sizes)
     else:
         # Lanes go along the axis whose rows lie side by side, or else the longest.
-        innermost = max(axes, key=lambda a: ((a.x, a.g, a.t) == sizes, a.extent))
-        axes.remove(innermost)
-        axes.insert(0, innermost)
+        innermost = axes[0]
+        if len(axes) > 1:
+            innermost = max(axes, key=lambda a: ((a.x, a.g, a.t) == sizes, a.extent))
+            axes.remove(innermost)
+            axes.insert(0, innermost)
         neighbours, adjacent = (innermost.x, innermost.g, innermost.t) == sizes, innermost.row == 1
     acc = precision(logits, target)
     s = strategy(
@@ -283,7 +281,7 @@ def make_plan(
         logits, target, labelled, smooth, across, neighbours, s.tiled, s.whole_rows, s.paired, s.overlapped, adjacent, capped,
         s.split, s.kept, s.large,
     )  # fmt: skip
-    table = tuple(value for a in axes for value in a)
+    table = tuple(chain.from_iterable(axes))
     return Plan(variant, planned, table, s.n_units, s.n_chunks, n_rows * n_classes)
 
 
