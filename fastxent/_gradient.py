@@ -67,7 +67,7 @@ def gradient_vector(task, unit, j, mask, f):
     if task.dense:
         q = target_weights(task, unit, j, mask)
         if task.soft and task.double:
-            g = (e - q * f.k) * f.a
+            g = (e - where(q == f.q_hot, f.e_hot, q * f.k)) * f.a
         g = g - q * f.b
     return through_cap(task, raw_logits(task, unit, j, mask), g) if task.capped else g
 

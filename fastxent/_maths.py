@@ -51,7 +51,7 @@ from fastxent._rows import (
     x_step,
 )
 from fastxent._short_rows import target_tile
-from fastxent._simd import LANES, WIDE, any_lane, as_numbers, fma, iota, lane, maximum, narrow, splat, where, widen
+from fastxent._simd import LANES, WIDE, absolute, any_lane, as_numbers, fma, iota, lane, maximum, narrow, splat, where, widen
 from fastxent._task import DIVISOR
 
 # ----------------------------------------------------------------------------------------------------
@@ -131,11 +131,12 @@ def vector_max(task, unit, start, stop):
 # The statistics of rows, or of parts of them
 # ----------------------------------------------------------------------------------------------------
 
-# m in the logits' precision; the sums s = top + beside, Q, D, E in float64, of which s and E carry exp_up's factor 2**UP. Of a
-# confident row (see ``CONFIDENT``) top is the term of its maximum; wherever nothing would be lost, top may be 0.
+# m in the logits' precision; the sums s = top + beside, Q, D, E in float64, of which s and E carry exp_up's factor 2**UP. top
+# are terms of 1, if they are told apart: see ``sums_of`` and ``_statistics.top_and_beside``.
 State = namedtuple("State", "m top beside q_sum q_dot e_dot")
 
-CONFIDENT = 0.0625  # r below which a float32 row's r is added up apart
+NAN, SMALLEST_Q = float("nan"), 1e-200
+CONFIDENT = 0.0625  # r below which a row's 1 + r is no factor of a product of many rows' s
 
 
 @njit(**INLINE)
@@ -145,14 +146,22 @@ def s_of(state):
 
 @njit(**INLINE)
 def sums_of(task, x, e, q, m):
-    """The sums s, Q, D, E over vector j, or over the group that begins there."""
+    """The sums top, beside, Q, D, E over vector j, or over the group that begins there.
+
+    In float32, terms of 1 are added up apart. If classes are in the lanes, few vectors of a row have one; if rows are, nearly
+    all have, and that would take an eighth of the time: there, all is beside."""
     d = x - m
     s = q_sum = q_dot = e_dot = fold(e)
+    top = splat(task.x, 0.0)
+    if task.across and not task.double:
+        if any_lane(s >= up(task.x)):
+            ones = where(e >= up(task.x), e, 0.0)
+            top, s = fold(ones), fold(e - ones)
     if task.dense:
         q_sum, q_dot = fold(q), fold(q * d)
     if task.entropic:
         e_dot = fold(where(e == 0.0, e, e * d))
-    return s, q_sum, q_dot, e_dot
+    return top, s, q_sum, q_dot, e_dot
 
 
 @njit(**INLINE)
@@ -295,10 +304,10 @@ def sum_loss(task, unit, state, y):
 # g_c = a e_c - b (q_c / share) and, at y, g_y = scaled(u (Q p_y - q_y)) computed from registers in float64. There p_y - 1 would
 # cancel: it is -(s - e_y) / s, and s - e_y = (top - e_y) + beside. So Q p_y - q_y = (Q - q_y) - Q (s - e_y) / s.
 # e = exp(x - m), a = scaled(u) Q / s, b = scaled(u) share.
-# Class probabilities that are one-hot cancel in the same way. For float64 rows whose Q is 1, g_c = a (e_c - k q_c) - b q_c with
-# k = 1 and b = scaled(u) (s - 1) / s; else k is 0.
+# Class probabilities that are one-hot cancel in the same way: q_y = Q. So of float64 rows, g_c = a (e_c - k q_c) - b q_c with
+# k = 1 / Q and b = scaled(u) (s - 1) / s, where k q_y is ``e_hot``, just 1. If Q is too small for that, k is 0, ``q_hot`` nan.
 # h_c = a e_c (1 - p_c), p_c = e_c / s. ``wide_a`` is a in float64, for parts of a row that have each another one.
-Factors = namedtuple("Factors", "shift power a wide_a b k inverse_s g_y")
+Factors = namedtuple("Factors", "shift power a wide_a b k q_hot e_hot inverse_s g_y")
 
 
 @njit(**INLINE)
@@ -329,10 +338,14 @@ def factors(task, unit, state, y, to_row):
         p_others = others / s if task.double else others * inverse_s
         g_y = where(unit.kept, scaled(task, u * ((q_sum - q_y) - q_sum * p_others)), 0.0)
     x = task.x
-    b, k = b * share(task), splat(task.w, 0.0)
+    b, k, q_hot, e_hot = b * share(task), splat(task.w, 0.0), q_sum, q_sum
     if task.soft and task.double:
         one = up(task.x)
-        proper = unit.kept & (q_sum == 1.0)
-        b, k = where(proper, b * (((state.top - one) + state.beside) / s), b), where(proper, splat(k, one), 0.0)
+        proper = unit.kept & (absolute(q_sum) > SMALLEST_Q) & (splat(s, task.z) == 0.0)
+        b = where(proper, b * (((state.top - one) + state.beside) / s), b)
+        e_hot = splat(k, one) / rest
+        k, q_hot = where(proper, e_hot / q_sum, 0.0), where(proper, q_sum, NAN)
     g_y = through_cap(task, y.raw_x_y, narrow(x, g_y))
-    return Factors(shift, power, narrow(x, a), a, narrow(x, b), narrow(x, k), narrow(x, inverse_s), g_y)
+    return Factors(
+        shift, power, narrow(x, a), a, narrow(x, b), narrow(x, k), narrow(x, q_hot), narrow(x, e_hot), narrow(x, inverse_s), g_y
+    )

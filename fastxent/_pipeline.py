@@ -178,7 +178,7 @@ def to_factors(task, unit, f, m, parts):
 def factors_of_part(f, parts, k):
     """Each is a number, and takes one register then."""
     a, b, g_y = splat(f.a, get(parts, k * itemsize(parts))), splat(f.b, lane(f.b, 0)), splat(f.g_y, lane(f.g_y, 0))
-    return Factors(f.shift, f.power, a, f.wide_a, b, f.k, f.inverse_s, g_y)
+    return Factors(f.shift, f.power, a, f.wide_a, b, f.k, f.q_hot, f.e_hot, f.inverse_s, g_y)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def factors_of_part(f, parts, k):
 def nothing_behind(task, unit):
     """Before the first row."""
     zero = splat(task.x, 0.0)
-    return Behind(unit, Factors(shift_by(zero), zero, zero, splat(task.w, 0.0), zero, zero, zero, zero), 0, -1, -1)
+    return Behind(unit, Factors(shift_by(zero), zero, zero, splat(task.w, 0.0), zero, zero, zero, zero, zero, zero), 0, -1, -1)
 
 
 @njit(**INLINE)

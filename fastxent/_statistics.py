@@ -4,11 +4,10 @@ from numba import njit
 
 from fastxent._across import add_halves, beside, max_across, repeat, sum_across, swap
 from fastxent._elementary import Shift, exp_of, exp_up, reduce, shift_by, up
-from fastxent._gradient import exponentials, keep
+from fastxent._gradient import keep
 from fastxent._inlined import INLINE, as_needed
 from fastxent._loadstore import itemsize, load, scratch, store, store_apart
 from fastxent._maths import (
-    CONFIDENT,
     INF,
     State,
     joined,
@@ -79,9 +78,9 @@ eight, two = wide_group(GROUP), wide_group(2)
 
 @njit(**INLINE)
 def both(a, b):
-    s, q_sum, q_dot, e_dot = a
-    t, r_sum, r_dot, f_dot = b
-    return s + t, q_sum + r_sum, q_dot + r_dot, e_dot + f_dot
+    top, s, q_sum, q_dot, e_dot = a
+    more, t, r_sum, r_dot, f_dot = b
+    return top + more, s + t, q_sum + r_sum, q_dot + r_dot, e_dot + f_dot
 
 
 @njit(**INLINE)
@@ -136,14 +135,16 @@ def widen_add(task, total, x):
 @njit(**INLINE)
 def add_sums(task, totals, sums):
     """The float64 totals with the sums of some vectors added."""
-    s, q_sum, q_dot, e_dot = totals
-    ds, dq_sum, dq_dot, de_dot = sums
+    top, s, q_sum, q_dot, e_dot = totals
+    dtop, ds, dq_sum, dq_dot, de_dot = sums
     s = widen_add(task, s, ds)
+    if task.across and not task.double:
+        top = widen_add(task, top, dtop)
     if task.dense:
         q_sum, q_dot = widen_add(task, q_sum, dq_sum), widen_add(task, q_dot, dq_dot)
     if task.entropic:
         e_dot = widen_add(task, e_dot, de_dot)
-    return s, q_sum, q_dot, e_dot
+    return top, s, q_sum, q_dot, e_dot
 
 
 @njit(**INLINE)
@@ -193,7 +194,7 @@ def pair(task, unit, j, m, r, power):
 def narrow_group(task, unit, first, end, m, r, power, totals, top, pipeline):
     """The totals, with those of vectors first ... end - 1, of which the first halves are done; and the maximum ahead."""
     nothing = splat(m, 0.0)
-    sums = nothing, nothing, nothing, nothing
+    sums = nothing, nothing, nothing, nothing, nothing
     for j in range(first, end, together(task)):  # sums of pairs lose fewer digits than a sum of all in a row
         top = alongside(task, pipeline, top, j)
         at = (j - first) * LANES * itemsize(r)
@@ -242,7 +243,7 @@ def total_over_classes(task, total):
     return over_lanes(task, value)
 
 
-def from_what_was_lost(task, unit, start, stop, shift, s):
+def _from_what_was_lost(task, top, s):
     """float64: what is beside 1 is what rounding lost when it was added to 1."""
     value, lost = s
     if task.across:
@@ -252,26 +253,14 @@ def from_what_was_lost(task, unit, start, stop, shift, s):
     return top, (value - top) + lost
 
 
-def from_another_look(task, unit, start, stop, shift, s):
-    """float32: the terms of confident rows are added up once more, without 1. They are still in the nearest caches."""
-    value, _ = s
-    value, one = over_lanes(task, value), up(task.x)
-    top, beside = splat(value, 0.0), value
-    confident = (value >= one) & (value < one * (1.0 + CONFIDENT))
-    if any_lane(confident):
-        less = widen(in_few_lanes(task, splat(task.x, 0.0)))
-        for j in range(start, stop):
-            mask = all_lanes() if j < unit.full else unit.reads
-            e = exponentials(task, unit, j, mask, shift, splat(task.x, 1.0))
-            less = less + widen(in_few_lanes(task, where(mask & (e < one), e, 0.0)))
-        top, beside = where(confident, splat(value, one), top), where(confident, over_lanes(task, less), value)
-    return top, beside
+def _added_apart(task, top, s):
+    return over_lanes(task, top[0]), over_lanes(task, s[0])
 
 
 @as_needed
 def top_and_beside(constants):
-    """The sum s of vectors start ... stop - 1 as two numbers: see ``State``. ``s``: lane by lane, and what it has lost."""
-    return from_what_was_lost if constants["double"] else from_another_look
+    """The sum over the classes as the two numbers of ``State``. ``top``, ``s``: lane by lane, and what each has lost."""
+    return _from_what_was_lost if constants["double"] else _added_apart
 
 
 @njit(**INLINE)
@@ -293,7 +282,7 @@ def state_of(task, unit, start, stop, m, pipeline):
     none = splat(task.w, 0.0)
     zero = widen(in_few_lanes(task, splat(task.x, 0.0)))
     nothing = zero, zero
-    totals = nothing, nothing, nothing, nothing
+    totals = nothing, nothing, nothing, nothing, nothing
     top = nothing_seen(task)
     n_whole = max(start, min(stop, unit.full))
     grouped = start
@@ -311,8 +300,8 @@ def state_of(task, unit, start, stop, m, pipeline):
         totals = add_sums(task, totals, vector_sums(task, unit, j, all_lanes(), finite, shift))
     for j in range(n_whole, stop):
         totals = add_sums(task, totals, vector_sums(task, unit, j, unit.reads, finite, shift))
-    s, q_sum, q_dot, e_dot = totals
-    s_top, s_beside = top_and_beside(task, unit, start, stop, shift, s)
+    s_top, s, q_sum, q_dot, e_dot = totals
+    s_top, s_beside = top_and_beside(task, s_top, s)
     state = State(
         m,
         s_top,
