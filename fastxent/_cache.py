@@ -166,7 +166,8 @@ def read(name: str) -> bytes | None:
     for folder in folders():
         path = os.path.join(folder.path, name)
         with suppress(OSError), open(path, "rb", opener=_open_itself) as file:
-            fault = _fault(os.fstat(file.fileno()), folder)
+            state = os.fstat(file.fileno())
+            fault = _fault(state, folder) if stat.S_ISREG(state.st_mode) else "it is no file"
             if fault is not None:
                 _warn_of(path, fault)  # and it will be replaced
                 continue
@@ -178,8 +179,8 @@ def read(name: str) -> bytes | None:
 
 
 def _open_itself(path: str, flags: int) -> int:
-    """Not what a link leads to: that lies in a folder which nobody has looked at."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+    """Not what a link leads to: that lies in a folder which nobody has looked at. And without waiting, as for a pipe."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
 def write(name: str, code: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from ctypes import addressof, c_byte
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -121,7 +122,7 @@ def as_array(a: object, name: str) -> Array:
     """``a`` as a plain array. What would lose something on the way, a mask or its shape, is refused, whatever it holds."""
     if type(a) is np.ndarray:
         return a
-    if isinstance(a, (list, tuple)):
+    if isinstance(a, Sequence) and not isinstance(a, (str, bytes, memoryview)):
         _refuse_masks_in(a, name)
     try:
         array = np.asanyarray(a)
@@ -136,14 +137,15 @@ def as_array(a: object, name: str) -> Array:
     return np.asarray(array)
 
 
-def _refuse_masks_in(a: list[Any] | tuple[Any, ...], name: str) -> None:
-    kinds = set(map(type, a))
-    if any(issubclass(kind, np.ma.MaskedArray) for kind in kinds):
-        raise _masked(name)
-    if list in kinds or tuple in kinds:
-        for element in a:
-            if isinstance(element, (list, tuple)):
-                _refuse_masks_in(element, name)
+def _refuse_masks_in(a: Sequence[Any], name: str) -> None:
+    kinds = set(map(type, a)) - {int, float, bool, np.ndarray}
+    if all(issubclass(kind, np.generic) for kind in kinds):
+        return
+    for element in a:
+        if isinstance(element, Sequence) and not isinstance(element, (str, bytes)):
+            _refuse_masks_in(element, name)
+        elif hasattr(element, "mask") or (hasattr(element, "__array__") and hasattr(np.asanyarray(element), "mask")):
+            raise _masked(name)
 
 
 def _masked(name: str) -> TypeError:
@@ -317,7 +319,7 @@ def check_fraction(value: float, name: str) -> float:
 
 
 def check_integer(value: object, name: str) -> int:
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+    if isinstance(value, (bool, np.bool_, np.ma.MaskedArray)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     try:
         number = int(value.__index__())

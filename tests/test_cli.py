@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 
@@ -130,6 +131,14 @@ def test_a_reader_that_goes_away_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="redirected by a shell")
+@pytest.mark.parametrize(("where", "code", "message"), [(">&-", 0, ""), (">/dev/full", 2, "fastxent info: error: ")])
+def test_an_output_that_is_closed_or_full(where, code, message):
+    command = f"{shlex.quote(sys.executable)} -m fastxent info {where}"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == code and result.stderr.startswith(message) and "Traceback" not in result.stderr
 
 
 # demo, info, warmup ---------------------------------------------------------------------------------------

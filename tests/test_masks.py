@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,9 @@ MASKED: dict[str, Callable[[np.ndarray], Any]] = {
     "nothing masked": np.ma.masked_array,
     "in a list": lambda a: [np.ma.masked_array(row) for row in a],
     "deep in a list": lambda a: [(row, [np.ma.masked]) for row in a],
+    "in a deque": lambda a: deque(np.ma.masked_array(row) for row in a),
     "disguised": Disguised,
+    "disguised, in a list": lambda a: [Disguised(row) for row in a],
 }
 OTHERS: dict[str, Callable[[np.ndarray], Any]] = {
     "matrix": np.matrix,
@@ -78,6 +81,12 @@ def test_nor_by_the_reference(name, argument):
     arguments = {k: v for k, v in CALLS[name].items() if k != "out"}
     with pytest.raises(TypeError, match=argument):
         getattr(fx.reference, name)(**arguments | {argument: np.ma.masked_array(arguments[argument])})
+
+
+@pytest.mark.parametrize("name", ["axis", "ignore_index"])
+def test_nor_those_of_numbers(name):
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got MaskedArray"):
+        fx.cross_entropy(X, Y, **{name: np.ma.masked_array(1, mask=True)})
 
 
 def test_a_known_call_is_not_known_with_a_mask():

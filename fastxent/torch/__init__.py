@@ -168,7 +168,10 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # what it saves must run without us
-            if self.z_loss != 0.0 or self.softcap is not None:
+            capped = False
+            if self.softcap is not None:
+                capped = self.softcap != 0.0
+            if self.z_loss != 0.0 or capped:
                 raise NotImplementedError("CrossEntropyLoss: TorchScript has no z_loss and no softcap")
             return nn.functional.cross_entropy(
                 input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction,

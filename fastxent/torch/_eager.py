@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import DisableTorchFunctionSubclass, _is_tracing, _len_torch_dispatch_stack
 from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch.autograd import forward_ad
 
-from fastxent.torch._calls import NONE, SUM, Options, check_memory, value_and_grad
+from fastxent.torch._calls import NONE, SUM, Options, check_memory, check_operands, value_and_grad
 from fastxent.torch._formula import differentiable_backward
 from fastxent.torch._operators import gradient_of_rows
 from fastxent.torch._watched import is_seen_by_a_mode
@@ -37,7 +38,7 @@ class _Eager(torch.autograd.Function):
         ours = not _get_current_graph_task_keep_graph()
         if ours:
             ctx.grad = None
-        if _len_torch_dispatch_stack() > 0 or _is_tracing() or type(grad_output) is not Tensor:
+        if _len_torch_dispatch_stack() > 0 or _is_tracing() or type(grad_output) is not Tensor or is_dual(grad_output):
             return _times(grad, grad_output), None  # its value is not for us to ask for
         try:
             factor = grad_output.item()
@@ -69,11 +70,11 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
             "Specify retain_graph=True there."
         )
     saved = input, target, weight, _ = _saved(ctx)
-    watched = type(grad_output) is not Tensor or is_seen_by_a_mode()
+    watched = type(grad_output) is not Tensor or is_seen_by_a_mode() or is_dual(grad_output)
     out = input.detach() if inplace else None
     grad = None if known is None or watched else known.gradient_of_rows(input, target, weight, grad_output, out)
     if grad is None:
-        if _stands_for_others(grad_output):
+        if _stands_for_others(grad_output) or is_dual(grad_output):
             return _differentiable(ctx, grad_output)
         if watched or torch._is_functional_tensor(grad_output):
             with DisableTorchFunctionSubclass():
@@ -87,11 +88,12 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
 def _new_gradient_of_rows(saved: list[Any], options: Options, grad_output: Tensor, out: Tensor | None) -> Tensor:
     """Of a call that is not known."""
     input, target, weight, sample_weight = saved
-    check_memory(sample_weight)
+    check_operands(input, target, weight, sample_weight)
     if grad_output._is_zerotensor():  # it has no memory
         grad_output = torch.zeros(grad_output.shape, dtype=grad_output.dtype, device="cpu")
     elif grad_output.layout != torch.strided:
         grad_output = grad_output.to_dense()
+    check_memory(grad_output, sample_weight)
     rows = grad_output if sample_weight is None else grad_output * sample_weight
     return value_and_grad(input, target, weight, rows, options._replace(reduction=SUM), out)[1]
 
@@ -128,6 +130,11 @@ def _saved(ctx: Any) -> list[Any]:
 def _times(grad: Tensor, grad_output: Tensor) -> Tensor:
     with DisableTorchFunctionSubclass():  # as in PyTorch's own backward
         return (grad * grad_output).to(grad.dtype)
+
+
+def is_dual(t: Tensor) -> bool:
+    """Has it a tangent of forward AD?"""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
 def _stands_for_others(t: Tensor) -> bool:

@@ -167,7 +167,7 @@ class Known:
         known = known or kind_of(input, target, weight, self.options, self.form and form_of(input, target)) == self.kind
         if not known or grad_output.shape != self.rows_of(input):
             return None
-        if grad_output.layout != torch.strided:
+        if grad_output.layout != torch.strided or not _is_there(grad_output, reach(grad_output)):
             return None
         small = input.numel() < WORTH_A_THREAD
         if (team := 1 if small else self.team(input)) is None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxent.torch._calls import NONE, STORAGE, SUM, Options, value, value_and_grad
-from fastxent.torch._formula import differentiable_backward
+from fastxent.torch._calls import NONE, STORAGE, SUM, Options, check_operands, value, value_and_grad
+from fastxent.torch._formula import differentiable_backward, formula
 
 _ARGUMENTS = (
     "Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, "
@@ -17,19 +17,33 @@ _ARGUMENTS = (
 )
 
 
+def _of_nothing(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
+    """No row, or no class."""
+    check_operands(input, target, weight, sample_weight)
+    loss = formula(input, target, weight, sample_weight, options)
+    return loss.to(torch.promote_types(loss.dtype, torch.float32))
+
+
 def _value_impl(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, *options: Any) -> Tensor:
+    if input.numel() == 0:
+        return _of_nothing(input, target, weight, sample_weight, Options(*options))
     return value(input, target, weight, sample_weight, Options(*options))
 
 
 def _value_and_grad_impl(
     input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
+    if input.numel() == 0:
+        return _of_nothing(input, target, weight, sample_weight, Options(*options)), torch.empty_like(input)
     return value_and_grad(input, target, weight, sample_weight, Options(*options))
 
 
 def _value_fake(
     input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, reduction: int, *_: Any
 ) -> Tensor:
+    for other in (target, weight, sample_weight):
+        if other is not None and other.device != input.device:
+            raise RuntimeError(f"Expected all tensors to be on the same device, got {input.device} and {other.device}")
     dim = 0 if input.dim() == 1 else 1
     rows = (*input.shape[:dim], *input.shape[dim + 1 :]) if reduction == NONE else ()
     dtype = torch.promote_types(input.dtype, torch.float32)

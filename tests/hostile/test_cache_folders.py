@@ -196,6 +196,15 @@ def test_a_link_is_not_followed(chosen, tmp_path):
     assert (tmp_path / "elsewhere" / "file").read_bytes().endswith(CODE)
 
 
+def test_a_pipe_is_not_waited_for(chosen):
+    (chosen / "file").unlink()
+    os.mkfifo(chosen / "file")
+    code, messages = read()
+    assert code is None and "it is no file" in str(messages)
+    _cache.write("file", b"ours")
+    assert read()[0] == b"ours"
+
+
 def test_the_packages_owner_is_trusted_beside_it(home, monkeypatch, tmp_path):
     """A colleague's installation: who owns it can run code as its users anyhow, but has no business elsewhere."""
     beside = tmp_path / "site" / "fastxent" / "__pycache__"
