@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# (kernels are typed by Numba, as in fastxent._kernels)
+# (kernels are typed by Numba, as in fastxent._kernels.steps)
 """The streaming floor: what it costs to read the inputs and write the gradient when nothing is computed but 1.0001 x.
 
 The same vectors, threads and way of handing out work as fastxent's kernels have. A gradient in place is written with plain
@@ -18,14 +18,16 @@ import numpy as np
 from numba import cfunc, njit, types
 
 from benchmarks.cases import GRAD, Array, Case
-from fastxent import _compile, _parallel, _task
-from fastxent._across import sum_across
-from fastxent._inlined import INLINE
-from fastxent._loadstore import load, prefetch, store, stream
-from fastxent._plan import CHUNK, Plan, Variant
-from fastxent._simd import LANES, lane, splat
-from fastxent._task import WORK
-from fastxent._walk import enter, one_by_one, walk
+from fastxent._abi import argument_block as _task
+from fastxent._abi.argument_block import WORK
+from fastxent._codegen import compiler as _compile
+from fastxent._kernels.parallel_for import enter, one_by_one, walk
+from fastxent._runtime import run as _parallel
+from fastxent._runtime.plan import CHUNK, Plan, Variant
+from fastxent._simd.lanes import sum_across
+from fastxent._simd.memory import load, prefetch, store, stream
+from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.vector import LANES, lane, splat
 
 VECTOR = 4 * LANES  # bytes
 AHEAD = 128  # vectors

@@ -69,7 +69,7 @@ def clone(tmp_path_factory) -> Clone:
     git(ROOT, "clone", "-q", "--shared", str(ROOT), str(folder))
     hashes = [git(folder, "rev-parse", "HEAD")]
     shutil.rmtree(folder / json.loads((folder / "asv.conf.json").read_text())["results_dir"], ignore_errors=True)
-    statistics = folder / "fastxent" / "_statistics.py"
+    statistics = folder / "fastxent" / "_kernels" / "reduce.py"
     assert " exp_up, reduce," in statistics.read_text()
     for file, text, subject in ((folder / "README.md", "\n", "no-op"), (statistics, TWICE, "each exp twice")):
         file.write_text(file.read_text() + text)

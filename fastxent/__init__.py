@@ -31,9 +31,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from fastxent import functional, reference
-    from fastxent._config import show_config, warmup
-    from fastxent._memory import release_buffers, set_buffer_limit
-    from fastxent._parallel import get_num_threads, set_num_threads
+    from fastxent._runtime.buffers import release_buffers, set_buffer_limit
+    from fastxent._runtime.config import show_config, warmup
+    from fastxent._runtime.run import get_num_threads, set_num_threads
     from fastxent.binary import (
         binary_cross_entropy_with_logits,
         binary_cross_entropy_with_logits_value_and_grad,
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
 
 _HOME = {
-    "_config": ("show_config", "warmup"),
-    "_memory": ("release_buffers", "set_buffer_limit"),
-    "_parallel": ("get_num_threads", "set_num_threads"),
+    "_runtime.config": ("show_config", "warmup"),
+    "_runtime.buffers": ("release_buffers", "set_buffer_limit"),
+    "_runtime.run": ("get_num_threads", "set_num_threads"),
     "binary": ("binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits_value_and_grad"),
     "special": ("entropy", "kl_div", "log_softmax", "logsumexp", "softmax"),
 }
@@ -64,7 +64,7 @@ def __getattr__(name: str) -> Any:
     modules = ("binary", "functional", "reference", "special", "torch")
     if name not in (*__all__, *modules):
         raise AttributeError(f"module 'fastxent' has no attribute {name!r}")
-    import_module("fastxent._uninterrupted").imported("numpy")  # half imported, it could not be imported again
+    import_module("fastxent._codegen.uninterrupted").imported("numpy")  # half imported, it could not be imported again
     if name in modules:
         return import_module(f"fastxent.{name}")
     value = getattr(import_module(f"fastxent.{_MODULE_OF.get(name, 'functional')}"), name)

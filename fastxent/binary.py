@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fastxent._parallel import check_threads, run
-from fastxent._plan import LANES, pointwise_plan
-from fastxent._validate import Array, accumulator, address, check_out, check_reduction, floating, storage
+from fastxent._runtime.arguments import Array, accumulator, address, check_out, check_reduction, floating, storage
+from fastxent._runtime.plan import LANES, pointwise_plan
+from fastxent._runtime.run import check_threads, run
 
 
 def binary_cross_entropy_with_logits(

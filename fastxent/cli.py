@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastxent._demo import Result, Step
-    from fastxent._evaluate import Evaluation
+    from fastxent._cli.demo import Result, Step
+    from fastxent._cli.evaluate import Evaluation
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -132,8 +132,8 @@ class _Version(argparse.Action):
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from fastxent._evaluate import evaluate
-    from fastxent._files import InputError
+    from fastxent._cli.evaluate import evaluate
+    from fastxent._cli.files import InputError
 
     try:
         with _progress("bytes") as progress:
@@ -162,9 +162,9 @@ def _demo(args: argparse.Namespace) -> int:
 
     console = None if args.json else _console()
     with _needs_extra():
-        from fastxent._demo import run
+        from fastxent._cli.demo import run
 
-    from fastxent._patience import quietly
+    from fastxent._codegen.patience import quietly
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(quietly())  # a caption says that kernels are compiled

@@ -1,7 +1,7 @@
 """Softmax cross-entropy of NumPy arrays: read first.
 
-A call goes two hops: these functions check their arguments (``_validate``), plan the walk over the rows (``_plan``) and hand
-addresses to a compiled task (``_parallel.run``), whose maths is in ``_maths``.
+A call goes two hops: these functions check their arguments (``arguments``), plan the walk over the rows (``plan``) and hand
+addresses to a compiled task (``run.run``), whose maths is in ``inputs``.
 
 Notation of all docstrings: N rows (the product of all axes but ``axis``), C classes, logits x, probabilities p = softmax(x),
 class indices y or class probabilities t, class weights w, sample weights u, label smoothing eps.
@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastxent._known import recall, remember
-from fastxent._parallel import run
-from fastxent._plan import Plan, over
-from fastxent._validate import (
+from fastxent._fastpath.callcache import recall, remember
+from fastxent._runtime.arguments import (
     Array,
     Problem,
     address,
@@ -29,6 +27,8 @@ from fastxent._validate import (
     problem,
     writable_place,
 )
+from fastxent._runtime.plan import Plan, over
+from fastxent._runtime.run import run
 
 
 class CrossEntropyStats(NamedTuple):

@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastxent._parallel import check_threads, run
-from fastxent._plan import make_plan, over, pointwise_plan
-from fastxent._validate import (
+from fastxent._runtime.arguments import (
     Array,
     accumulator,
     address,
@@ -25,6 +23,8 @@ from fastxent._validate import (
     walkable,
     writable_place,
 )
+from fastxent._runtime.plan import make_plan, over, pointwise_plan
+from fastxent._runtime.run import check_threads, run
 
 Axis = int | tuple[int, ...] | None
 SPLITTERS = ("softmax", "log_softmax", "logsumexp")  # kernels that know rows that are split

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from compiling import object_code
 from hypothesis import settings
 
-from fastxent import _machine_code
 from fastxent import reference as ref
+from fastxent._codegen import machine_code as _machine_code
 
 # Compiling a kernel leaves some 20 MB behind in LLVM, and the tests compile hundreds: a process of its own does it, and is
 # replaced from time to time.

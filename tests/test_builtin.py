@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 import fastxent as fx
-from fastxent import _builtin, _known, _parallel, _task
+from fastxent._abi import argument_block as _task
+from fastxent._fastpath import callcache as _known
+from fastxent._fastpath import table as _builtin
+from fastxent._runtime import run as _parallel
 
 DEFAULTS = (-1, -100, 0.0, "mean")
 AXIS, IGNORE, SMOOTHING, REDUCTION = DEFAULTS
@@ -233,7 +236,7 @@ threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
 for t in threads: t.start()
 for t in threads: t.join()
 assert not failed, failed
-from fastxent import _known
+from fastxent._fastpath import callcache as _known
 _known.known_calls.clear(); _known._tables.update(value=None, value_and_grad=None)
 signal.signal(signal.SIGALRM, handle)
 signal.setitimer(signal.ITIMER_REAL, 1e-3, 1e-2)

@@ -20,7 +20,9 @@ import pytest
 from cli_cases import ROOT, run_process, save
 
 import fastxent
-from fastxent import _config, _evaluate, cli
+from fastxent import cli
+from fastxent._cli import evaluate as _evaluate
+from fastxent._runtime import config as _config
 
 # The command as such --------------------------------------------------------------------------------------
 
@@ -76,7 +78,7 @@ def test_a_process_ends_with_the_exit_code_and_one_line():
     ],
 )
 def test_a_missing_extra_is_named(missing, args, extra, monkeypatch, capsys):
-    loaded = [name for name in sys.modules if name.startswith(("benchmarks", "fastxent._demo", missing))]
+    loaded = [name for name in sys.modules if name.startswith(("benchmarks", "fastxent._cli.demo", missing))]
     for name in loaded:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
@@ -175,7 +177,7 @@ def test_demo_json(capsys):
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 @pytest.mark.parametrize(("difference", "code"), [(1e-4, 0), (1e-2, 1), (math.nan, 1)])
 def test_demo_fails_with_a_check(monkeypatch, capsys, flags, difference, code):
-    from fastxent import _demo
+    from fastxent._cli import demo as _demo
 
     def run(folder, on_step=None):
         files = save(folder, logits=np.zeros((2, 3)), targets=np.zeros(2, int))

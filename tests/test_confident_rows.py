@@ -13,7 +13,7 @@ import fastxent as fx
 from fastxent.torch import cross_entropy as torch_cross_entropy
 
 # (N, C), (N, C, pixels), rows in several blocks, and a row that threads share. In each the target leads by 0 to 60, in the last
-# one by 40. float32 rows of few classes, and planes, keep PyTorch's accuracy: see ``sums_of`` in ``_maths``.
+# one by 40. float32 rows of few classes, and planes, keep PyTorch's accuracy: see ``sums_of`` in ``inputs``.
 FEW, MANY = (61, 7), (61, 400)
 CASES = [(shape, np.float64) for shape in (FEW, MANY, (4, 5, 67), (7, 9000), (1, 200_000))]
 CASES += [(shape, np.float32) for shape in (MANY, (7, 9000), (1, 200_000))]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastxent as fx
-from fastxent import _parallel
+from fastxent._runtime import run as _parallel
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

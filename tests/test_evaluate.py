@@ -16,8 +16,9 @@ import pytest
 from cli_cases import ROOT, TOLERANCE, assert_matches, evaluate, expected, save
 from conftest import DTYPES, FLOAT32, FLOAT64, make_case
 
-from fastxent import _evaluate, cli
+from fastxent import cli
 from fastxent import reference as ref
+from fastxent._cli import evaluate as _evaluate
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

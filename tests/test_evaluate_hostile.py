@@ -15,7 +15,9 @@ import pytest
 from cli_cases import assert_matches, error_of, evaluate, expected, save
 from conftest import BFLOAT16, make_case, make_rng
 
-from fastxent import _evaluate, _files, cli
+from fastxent import cli
+from fastxent._cli import evaluate as _evaluate
+from fastxent._cli import files as _files
 
 
 class Trap:

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 import fastxent as fx
-from fastxent import _direct, _known, _parallel, _task
-from fastxent._family import Family
-from fastxent._plan import ITEMSIZE, MOST_DIRECT, WORTH_A_THREAD, Plan, make_plan, number_of
+from fastxent._abi import argument_block as _task
+from fastxent._fastpath import callcache as _known
+from fastxent._fastpath import fastcall as _direct
+from fastxent._fastpath.family import Family
+from fastxent._runtime import run as _parallel
+from fastxent._runtime.plan import ITEMSIZE, MOST_DIRECT, WORTH_A_THREAD, Plan, make_plan, number_of
 
 EXTENTS = (1, 2, 3, 15, 16, 17, 33, 48, 49, 63, 64, 65, 112, 113, 256, 257, 320, 321, 1000, 5000, 40_000, 300_000)
 MOST_CHUNKS = (2044, 513, 2)  # in float16: its units are of two rows
@@ -28,7 +31,7 @@ def nothing_is_known(monkeypatch):
 
 
 def in_python() -> dict[str, Any]:
-    """The functions of ``_direct``, as Python runs them."""
+    """The functions of ``fastcall``, as Python runs them."""
 
     def set_word(at: int, nth: int, value: float) -> None:
         kind = c_double if isinstance(value, float) else c_int64

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import fastxent as fx
-from fastxent import _known, functional
+from fastxent import functional
+from fastxent._fastpath import callcache as _known
 
 SHAPES = [(5, 3), (16, 300), (700, 30), (40, 2000), (4, 70000)]  # the last three are for all threads
 OPTIONS: list[dict[str, Any]] = [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"ignore_index": 2}, {"axis": 0}]

@@ -11,7 +11,8 @@ import pytest
 from conftest import BFLOAT16, EVERYDAY_DTYPES, FLOAT16, FLOAT32, Budget, make_case, make_truth, run_torch
 
 import fastxent as fx
-from fastxent import _known, _plan
+from fastxent._fastpath import callcache as _known
+from fastxent._runtime import plan as _plan
 
 SHAPES = {
     (5, 300): "rows that begin anywhere in a cache line",

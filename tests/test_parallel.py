@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import fastxent as fx
-from fastxent import _parallel
-from fastxent._plan import MOST_KEPT, TILE
+from fastxent._runtime import run as _parallel
+from fastxent._runtime.plan import MOST_KEPT, TILE
 
 rng = np.random.default_rng(1)
 X = (rng.standard_normal((700, 301)) * 4).astype(np.float32)  # enough for several chunks and every thread
@@ -120,7 +120,7 @@ def test_torch_keeps_its_threads_and_shares_its_pool():
         fx.cross_entropy(x, y)
         print(torch.get_num_threads(), fx.get_num_threads() <= 3)
         maps = {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line}
-        from fastxent import _parallel
+        from fastxent._runtime import run as _parallel
         print({os.path.realpath(_parallel.openmp_path())} == maps)
         """
     )

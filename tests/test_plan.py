@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from fastxent._plan import (
+from fastxent._abi.argument_block import PLANNED
+from fastxent._runtime.plan import (
     CHECKED,
     CHECKS,
     CHUNK,
@@ -17,7 +18,6 @@ from fastxent._plan import (
     make_plan,
     row_axes,
 )
-from fastxent._task import PLANNED
 
 
 def c_strides(shape, itemsize=4):

@@ -8,12 +8,13 @@ import pytest
 from llvmlite import binding
 from numba import cfunc, types
 
-from fastxent import _compile, _simd
-from fastxent._across import beside, fold, repeat
-from fastxent._elementary import Shift, exp_up, log, log1p, shift_by, tanh
-from fastxent._loadstore import itemsize, load, store
-from fastxent._plan import Variant
-from fastxent._simd import narrow, where, widen
+from fastxent._codegen import compiler as _compile
+from fastxent._runtime.plan import Variant
+from fastxent._simd import vector as _simd
+from fastxent._simd.elementary import Shift, exp_up, log, log1p, shift_by, tanh
+from fastxent._simd.lanes import beside, fold, repeat
+from fastxent._simd.memory import itemsize, load, store
+from fastxent._simd.vector import narrow, where, widen
 
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 

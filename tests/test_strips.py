@@ -9,7 +9,8 @@ from conftest import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from test_large import aligned, planned_with
 
 import fastxent as fx
-from fastxent import _parallel, _plan
+from fastxent._runtime import plan as _plan
+from fastxent._runtime import run as _parallel
 
 # 1320 rows are 6 strips of 14 units, 515 are 3 of 11, 272 are 2 of 9, 129 are one of 9; 8 classes are the fewest that overlap.
 IMAGES = [(3, 20, 40, 33), (2, 49, 5, 103), (5, 8, 16, 17), (2, 3, 40, 33), (4, 20, 3, 43)]

@@ -135,7 +135,7 @@ def test_options_that_may_change_are_looked_at_every_time(name):
 
 
 def test_a_call_makes_ready_only_what_it_runs(monkeypatch):
-    from fastxent.torch import _known
+    from fastxent.torch import _callcache as _known
 
     made: list[str] = []
     ready = _known._ready
@@ -152,7 +152,7 @@ def test_a_call_makes_ready_only_what_it_runs(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of PyTorch's own forward-mode AD
 def test_what_only_looks_like_the_last_call():
-    from fastxent.torch import _known
+    from fastxent.torch import _callcache as _known
 
     _known.forget()
     x, y = torch.randn(6, 4), torch.arange(6) % 4
@@ -188,7 +188,7 @@ def test_what_only_looks_like_the_last_call():
 
 
 def test_known_calls_are_known_where_it_is_installed(monkeypatch):
-    from fastxent.torch import _route
+    from fastxent.torch import _dispatch as _route
 
     x, y = torch.randn(6, 4, requires_grad=True), torch.arange(6) % 4
     with ft.installed():

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import fastxent.torch as ft
-from fastxent.torch import _handles, _known, _route
+from fastxent.torch import _callcache as _known
+from fastxent.torch import _dispatch as _route
+from fastxent.torch import _stable_abi as _handles
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 

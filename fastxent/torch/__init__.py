@@ -2,19 +2,19 @@
 
     from fastxent.torch import cross_entropy        # instead of torch.nn.functional's
 
-An adapter: shapes, dtypes and autograd are PyTorch's, the maths is in ``fastxent._maths``. Here are the functions that
-people call; read ``_route`` next. Who does what:
+An adapter: shapes, dtypes and autograd are PyTorch's, the maths is in ``fastxent._kernels.inputs``. Here are the functions that
+people call; read ``_dispatch`` next. Who does what:
 
-* ``_known`` recognises calls that were met before, and runs the task that was made for them; ``_handles`` says how machine code
+* ``_callcache`` recognises calls that were met before, and runs the task that was made for them; ``_stable_abi`` says how machine code
   finds a tensor's memory.
-* ``_route`` sorts the calls. What the kernels take goes on; all else (other devices, odd dtypes, wrong shapes) goes to
+* ``_dispatch`` sorts the calls. What the kernels take goes on; all else (other devices, odd dtypes, wrong shapes) goes to
   PyTorch itself, whose result or error the caller then gets.
 * ``_watched`` knows who looks at operators: then ours are called as such.
-* ``_calls`` runs the kernels: tensors -> addresses.
-* ``_eager`` is the autograd node of eager mode. mean and sum: the forward makes the gradient, the backward returns it.
+* ``_bridge`` runs the kernels: tensors -> addresses.
+* ``_autograd`` is the autograd node of eager mode. mean and sum: the forward makes the gradient, the backward returns it.
   none: the backward makes it, for only then each row's grad_output is known; it enters as a sample weight.
 * ``_operators``: ``torch.ops.fastxent`` is what ``torch.compile``, ``torch.export`` and dispatch modes see.
-* ``_formula`` says the same in PyTorch's operators. It serves what must be differentiated further: double backward,
+* ``_decomposition`` says the same in PyTorch's operators. It serves what must be differentiated further: double backward,
   forward-mode AD, ``torch.func``, probabilities that require a gradient.
 * ``_install`` puts all this in PyTorch's place for the whole process.
 """
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from fastxent.torch._callcache import recall
+from fastxent.torch._dispatch import route
 from fastxent.torch._install import install, installed, uninstall
-from fastxent.torch._known import recall
-from fastxent.torch._route import route
 
 __all__ = ["CrossEntropyLoss", "cross_entropy", "install", "installed", "uninstall"]
 

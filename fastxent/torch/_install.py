@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastxent import __version__
-from fastxent.torch import _formula
-from fastxent.torch._calls import MEAN
-from fastxent.torch._known import recall
-from fastxent.torch._route import route
+from fastxent.torch import _decomposition as _formula
+from fastxent.torch._bridge import MEAN
+from fastxent.torch._callcache import recall
+from fastxent.torch._dispatch import route
 
 _CACHE_TAG = f" fastxent {__version__}"  # Inductor's cache on disk must tell our code for F.cross_entropy from PyTorch's
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxent.torch._calls import NONE, STORAGE, SUM, Options, check_operands, value, value_and_grad
-from fastxent.torch._formula import differentiable_backward, formula
+from fastxent.torch._bridge import NONE, STORAGE, SUM, Options, check_operands, value, value_and_grad
+from fastxent.torch._decomposition import differentiable_backward, formula
 
 _ARGUMENTS = (
     "Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, "

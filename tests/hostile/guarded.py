@@ -11,7 +11,9 @@ from unittest.mock import patch
 
 import numpy as np
 
-from fastxent import _parallel, _validate, binary, functional, special
+from fastxent import binary, functional, special
+from fastxent._runtime import arguments as _validate
+from fastxent._runtime import run as _parallel
 
 PAGE = mmap.PAGESIZE
 RED = 0xFF  # fills the rest of the pages: a nan in every floating dtype, -1 in every signed integer

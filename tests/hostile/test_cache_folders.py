@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 import fastxent
-from fastxent import _cache
+from fastxent._codegen import disk_cache as _cache
 
 CODE = b"machine code"
 SOMEBODY = 12345
@@ -28,7 +28,7 @@ def home(tmp_path, monkeypatch) -> Path:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(_cache, "__file__", str(tmp_path / "site.zip" / "fastxent" / "_cache.py"))
+    monkeypatch.setattr(_cache, "__file__", str(tmp_path / "site.zip" / "fastxent" / "_codegen" / "disk_cache.py"))
     (tmp_path / "site.zip").touch()
     monkeypatch.setattr(_cache._State, "warned", set())
     (tmp_path / "home").mkdir()
@@ -113,7 +113,7 @@ def test_there_is_no_home(value, home, monkeypatch):
     assert list(Path().iterdir()) == [] and _cache.cache_folder()
 
 
-@pytest.mark.parametrize("file", [None, "fastxent/_cache.py", "site.zip/fastxent/_cache.pyc"])
+@pytest.mark.parametrize("file", [None, "fastxent/_codegen/disk_cache.py", "site.zip/fastxent/_codegen/disk_cache.pyc"])
 def test_the_package_was_found_by_a_relative_path(file, home, monkeypatch):
     monkeypatch.delattr(_cache, "__file__") if file is None else monkeypatch.setattr(_cache, "__file__", file)
     assert trusted() == [str(home / ".cache" / "fastxent")]
@@ -210,7 +210,7 @@ def test_the_packages_owner_is_trusted_beside_it(home, monkeypatch, tmp_path):
     beside = tmp_path / "site" / "fastxent" / "__pycache__"
     (home / ".cache" / "fastxent").mkdir(parents=True)
     beside.mkdir(parents=True)
-    monkeypatch.setattr(_cache, "__file__", str(beside.parent / "_cache.py"))
+    monkeypatch.setattr(_cache, "__file__", str(beside.parent / "_codegen" / "disk_cache.py"))
     for name in ("stat", "lstat"):
         of_somebody(monkeypatch, name, beside, beside.parent, home / ".cache" / "fastxent")
     assert trusted() == [str(beside)]
@@ -263,7 +263,7 @@ def test_what_is_made_others_can_read_but_not_write(umask, home, tmp_path, monke
 SEEN = """
 import os, sys, warnings
 import numpy, llvmlite, fastxent as fx
-from fastxent import _machine_code
+from fastxent._codegen import machine_code as _machine_code
 seen = []
 def hook(event, arguments):
     if event in ("open", "os.mkdir", "os.rename") and isinstance(arguments[0], str) and not os.path.isabs(arguments[0]):

@@ -65,7 +65,7 @@ def test_a_header_that_promises_a_terabyte(tmp_path, capsys, targets):
 SHRINKING = """
 import os, sys
 import numpy as np
-from fastxent import _evaluate, _files
+from fastxent._cli import evaluate as _evaluate, files as _files
 folder, which = sys.argv[1:]
 x = np.lib.format.open_memmap(folder + "/x.npy", "w+", np.float32, (50_000, 500))
 np.save(folder + "/t.npy", np.zeros(50_000, np.int64))

@@ -9,8 +9,9 @@ import pytest
 from torch_cases import run_script
 
 import fastxent as fx
-from fastxent import _parallel, _patience
-from fastxent._uninterrupted import lock, uninterrupted
+from fastxent._codegen import patience as _patience
+from fastxent._codegen.uninterrupted import lock, uninterrupted
+from fastxent._runtime import run as _parallel
 
 LOSS = "0.126928"  # log(1 + exp(-2))
 
@@ -52,7 +53,7 @@ def test_ctrl_c_while_it_imports_and_compiles(tmp_path):
 SMALL_STACK = """
 import logging, sys, threading
 import fastxent as fx
-from fastxent import _patience
+from fastxent._codegen import patience as _patience
 _patience._State.left = 0
 threading.stack_size(64 * 1024)
 losses = []

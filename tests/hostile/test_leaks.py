@@ -17,7 +17,7 @@ from torch_cases import run_script
 
 import fastxent as fx
 import fastxent.torch as fxt
-from fastxent import _memory
+from fastxent._runtime import buffers as _memory
 
 HERE = os.path.dirname(__file__)
 
@@ -261,7 +261,7 @@ def test_threads_share_the_store_and_nothing_else():
 FORK = """
 import os, child
 import numpy as np, fastxent as fx
-from fastxent import _memory
+from fastxent._runtime import buffers as _memory
 buffer = lambda n: _memory.empty((n,), np.dtype("u1"))
 lent, freed = buffer(1 << 21), buffer(1 << 21)
 lent[:] = 1
@@ -287,7 +287,7 @@ def test_the_store_survives_a_fork():
 def test_signals_that_want_buffers_in_the_midst_of_the_store():
     """Whatever the store is doing: nobody waits, and no buffer goes to two."""
     code = (
-        "import signal, numpy as np; from fastxent._memory import empty\n"
+        "import signal, numpy as np; from fastxent._runtime.buffers import empty\n"
         "buffer = lambda: empty((2**20,), np.dtype('u1'))\n"
         "held = [buffer() for _ in range(3)]\n"
         "def handle(*_):\n"
@@ -326,5 +326,7 @@ def test_a_smaller_limit_lets_go_of_what_is_in_use():
 
 
 def test_buffers_at_the_end_of_the_process():
-    code = "import sys, numpy as np; from fastxent._memory import empty; sys.kept = [empty((2**20,), np.dtype('u1'))] * 3"
+    code = (
+        "import sys, numpy as np; from fastxent._runtime.buffers import empty; sys.kept = [empty((2**20,), np.dtype('u1'))] * 3"
+    )
     assert run_script(code) == ""

@@ -21,7 +21,7 @@ from torch_cases import run_script
 
 import fastxent as fx
 import fastxent.torch as fxt
-from fastxent import _parallel
+from fastxent._runtime import run as _parallel
 
 THREADS = 16
 HERE = os.path.dirname(__file__)
@@ -149,7 +149,7 @@ def test_calls_in_flight_share_the_cores(monkeypatch):
 
 SERVER = """
 import os, threading, child
-from fastxent import _parallel
+from fastxent._runtime import run as _parallel
 {how}
 def tasks():
     return len(os.listdir("/proc/self/task"))

@@ -9,7 +9,7 @@ import sys
 import pytest
 from torch_cases import run_script
 
-from fastxent import _parallel
+from fastxent._runtime import run as _parallel
 
 HERE = os.path.dirname(__file__)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="affinity masks, cgroups and libgomp are Linux's")
@@ -113,7 +113,7 @@ def test_limits_are_obeyed(before, environment, most):
 
 
 CGROUP = """
-import fastxent._parallel as p, builtins, io, os
+import fastxent._runtime.run as p, builtins, io, os
 from pathlib import Path
 files = {files!r}
 def read_text(self, *args, **kwargs):

@@ -82,7 +82,7 @@ def no_libgomp(self, name, *arguments, **options):
     load(self, name, *arguments, **options)
 ctypes.CDLL.__init__ = no_libgomp
 import child, fastxent as fx
-from fastxent import _parallel
+from fastxent._runtime import run as _parallel
 assert _parallel._openmp() is None and fx.get_num_threads() >= 1
 fx.set_num_threads(3)
 three = child.result()

@@ -73,7 +73,7 @@ def test_children_and_grandchildren():
 
 BUSY = """
 import threading, child
-from fastxent import _parallel
+from fastxent._runtime import run as _parallel
 {how}
 before = child.result()
 stop = False
@@ -104,7 +104,7 @@ def test_a_fork_while_others_compute(how):
 COMPILING = """
 import threading, time, child
 import numpy as np, fastxent as fx
-from fastxent import _machine_code
+from fastxent._codegen import machine_code as _machine_code
 begun, compiled = threading.Event(), _machine_code.compiled
 def signalling(*arguments):
     begun.set()
@@ -132,7 +132,7 @@ def test_a_fork_while_another_thread_compiles(tmp_path):
 INTERRUPTED = """
 import gc, os, random, signal, threading, time, child
 import numpy as np, fastxent as fx
-from fastxent import _parallel
+from fastxent._runtime import run as _parallel
 {how}
 random.seed(1)
 x, y = np.zeros((4000, 2000), np.float32), np.zeros(4000, int)
@@ -178,7 +178,7 @@ def test_ctrl_c(how):
 ENDING = """
 import logging, sys, threading, time, child
 import numpy as np, fastxent as fx
-from fastxent import _parallel
+from fastxent._runtime import run as _parallel
 {how}
 logging.getLogger("fastxent").setLevel("ERROR")  # it would say that it compiles
 child.result()

@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastxent.torch as ft
-from fastxent.torch import _known
+from fastxent.torch import _callcache as _known
 
 ROWS, CLASSES = 6, 4
 Make = Callable[[Tensor], Tensor]

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch_cases import REDUCTIONS, make_case, run_script
 
 import fastxent
-from fastxent import _builtin, _parallel
-from fastxent.torch import _known, cross_entropy, installed
+from fastxent._fastpath import table as _builtin
+from fastxent._runtime import run as _parallel
+from fastxent.torch import _callcache as _known
+from fastxent.torch import cross_entropy, installed
 
 ROWS, CLASSES = 512, 1024  # enough work for a dozen threads
 
@@ -155,7 +157,7 @@ for reduction in ("mean", "sum", "none"):
         fxt.cross_entropy(x, y, reduction=reduction).sum().backward()
 together = threads()
 F.cross_entropy(x, y).backward()
-from fastxent import _parallel
+from fastxent._runtime import run as _parallel
 maps = sorted({{os.path.realpath(line.split()[-1]) for line in open("/proc/self/maps") if "libgomp" in line}})
 used = os.path.realpath(_parallel.openmp_path())
 numbers = dict(alone=alone, together=together, later=threads(), threads=torch.get_num_threads())
@@ -183,7 +185,7 @@ import fastxent.torch as fxt
 fastxent.set_num_threads(None)
 torch.set_num_threads(2)
 fxt.cross_entropy(torch.zeros(512, 1024), torch.zeros(512, dtype=torch.long))
-from fastxent import _parallel
+from fastxent._runtime import run as _parallel
 maps = {os.path.realpath(line.split()[-1]) for line in open("/proc/self/maps") if "libgomp" in line}
 assert maps == {os.path.realpath(_parallel.openmp_path())}, maps
 assert torch.get_num_threads() == fastxent.get_num_threads() == 2

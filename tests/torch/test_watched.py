@@ -21,7 +21,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch_cases import one_torch_thread
 
 import fastxent.torch as ft
-from fastxent.torch import _formula, _known
+from fastxent.torch import _callcache as _known
+from fastxent.torch import _decomposition as _formula
 
 one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 X, Y = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 4, -100])

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from conftest import make_rng, widest
 from torch import Tensor
 
-from fastxent import _parallel
 from fastxent import reference as ref
-from fastxent.torch import _known
+from fastxent._runtime import run as _parallel
+from fastxent.torch import _callcache as _known
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 REDUCTIONS = ["none", "mean", "sum"]

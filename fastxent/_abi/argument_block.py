@@ -1,0 +1,125 @@
+"""The argument block of a kernel: one contract, read by the kernels (as a Numba type) and written by ``run``.
+
+8-byte slots: counters that the threads of a team share, each alone on its cache line, then the arguments in this order.
+"axis" is the class axis, the others are the row axes; strides and steps are bytes, pointers are addresses.
+"""
+
+import struct
+
+# What is done one after the other: the class indices are checked, the statistics of split rows are taken, the work is done.
+CHECK, SEGMENTS, WORK = range(3)
+PHASES = 3
+# Slots of the counters: threads at work; chunks done, 8 slots a phase; is a phase over?, a slot a phase.
+ENTERED, DONE, OVER = 0, 8, 32
+# Bytes of what is known about a chunk, and about a segment: alone on its cache line, for to take one from another core takes as
+# long as some hundred logits.
+LINE = 64
+# Bytes from the beginning of ``total``, behind a sum for each phase: is a class index out of range?; the gradient's divisor.
+BAD, DIVISOR = 24, 32
+
+# Who runs it: (name, kind)
+RUN = (
+    ("round", "int"),  # number of this run's first phase, of all phases of all runs of the process
+    ("thread_number", "int"),  # address of the OpenMP runtime's function that tells a thread's number, or 0
+    ("team", "int"),  # number of threads
+)
+# Where the arrays of a call are
+OPERANDS = (
+    ("x", "x"),  # (rows, C) in: logits
+    ("g", "x"),  # (rows, C) out: gradient, or (log-)probabilities; may be x
+    ("h", "x"),  # (rows, C) out: Hessian diagonal, with the strides of g
+    ("t", "t"),  # (rows, C) in: class probabilities
+    ("y", "i64"),  # (rows,) in: class indices
+    ("w", "weight"),  # (C,) in: class weights
+    ("u", "weight"),  # (rows,) in: sample weights; a pointwise task: of the positive class
+    ("loss", "acc"),  # (rows,) out
+    ("tiles", "acc"),  # (threads, TILE bytes) scratch
+)
+# What the plan knows
+PLANNED = (
+    ("n_rows", "int"),
+    ("n_classes", "int"),
+    ("n_vectors", "int"),  # vectors of a unit: see _rows
+    ("n_units", "int"),  # a unit: one row, or up to 16 rows of one line of the innermost row axis, or a segment of a row
+    ("units_per_line", "int"),
+    ("strip", "int"),  # units that are copied to the tile together
+    ("chunk", "int"),  # units handed out at a time
+    ("segment", "int"),  # vectors of a segment, where long rows are split
+    ("n_segments", "int"),
+    ("n_axes", "int"),
+    ("x_step", "int"),  # bytes from a unit's vector j to vector j + 1 in x ...
+    ("g_step", "int"),
+    ("t_step", "int"),
+)
+# What else one call knows
+CALLED = (
+    ("check", "int"),  # address of the kernel that checks the class indices, or 0
+    ("save_segment", "int"),  # of the one that takes the statistics of split rows, or 0
+    ("kernel", "int"),  # and of the one that does the work
+    ("axes", "i64"),  # (n_axes, 5) in: extent, strides in x, g, t, rows; innermost first
+    ("partial", "f64"),  # (n_chunks,) out, LINE bytes apart: sum of a chunk
+    ("taken", "i64"),  # (n_chunks,) in/out, LINE bytes apart: number of the last phase in which a thread took this chunk
+    ("segments", "f64"),  # (n_units, 6) in/out, LINE bytes apart: statistics of the segments of split rows
+    ("total", "f64"),  # (5,) out: sum of the kept rows' weights, of nothing, of the losses; in/out: see BAD, DIVISOR
+    ("lse", "acc"),  # (rows,) out
+    ("sign", "acc"),  # (rows,) out: of the sum whose logarithm lse is
+    ("entropy", "acc"),  # (rows,) out
+    ("target_prob", "acc"),  # (rows,) out
+    ("prediction", "i64"),  # (rows,) out
+    ("target_rank", "i64"),  # (rows,) out
+    ("weighted", "int"),  # is there a w?
+    ("sampled", "int"),  # is there a u?
+    ("w_period", "int"),  # a pointwise task: after so many elements w begins again, and so it does for 16 more
+    ("u_period", "int"),  # the same for u
+    ("store_loss", "int"),  # is there a loss array?
+    ("stream", "int"),  # may g be written past the caches?
+    ("ignore", "int"),  # class index of the rows to skip
+    ("keep", "float"),  # 1 - eps
+    ("spread", "float"),  # eps / C
+    ("factor", "float"),  # the gradient is multiplied by factor / divisor
+    ("average", "int"),  # with class indices: is the gradient divided by the sum of the weights of the rows that are kept?
+    ("z", "float"),  # factor of lse^2 in the loss
+    ("cap", "float"),  # softcap
+    ("give_way", "int"),  # address of the system's function by which a thread that waits lets others run, or 0
+)
+FIELDS = RUN + OPERANDS + PLANNED + CALLED
+FIRST_SLOT = 40
+SLOT = {name: FIRST_SLOT + nth for nth, (name, _) in enumerate(FIELDS)}
+_ZEROS = f"={8 * FIRST_SLOT}x"  # the counters begin at 0
+BLOCK = struct.Struct(_ZEROS + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
+START, START_ALONE = struct.Struct(_ZEROS + "3q"), struct.Struct(_ZEROS + "3q9q")  # RUN; and the operands
+TOTAL = struct.Struct("=16x3d")  # sum of the losses, BAD, DIVISOR
+
+# A family: calls that differ in the extents of their arrays only, which are dense. Words of 8 bytes, all numbers; see
+# ``family``: number of axes; the class axis; do the classes lie innermost (else as in C order)?; bytes of a logit; are there
+# class probabilities?; is their loss averaged?; number of class weights, or 0; label smoothing, a float64; what the plan is
+# told besides; number of kernels; the row axes' table, of two axes at most; of each kernel its number, that of its segments,
+# itself
+N_AXES, CLASS_AXIS, INNERMOST, SIZE, SOFT, AVERAGED, N_WEIGHTS, SMOOTHING, CAPPED, UNROUNDED, SINGLE, N_KERNELS = range(12)
+AXES = 12
+KERNELS, MOST_KERNELS, KERNEL = AXES + 2 * 5, 16, 3
+FAMILY = KERNELS + MOST_KERNELS * KERNEL  # behind them comes the argument block
+ROOM = 1024  # chunks, and segments, that there is room for behind that
+
+# The table of calls that are known, and not large: words again; see ``fastcall``.
+MOST_ENTRIES = 256
+# Its head: number of entries; is a gradient written?; types of arrays and of options; ``launch``, functions of Python's and of
+# the OpenMP runtime's
+COUNT, WRITES, NDARRAY_TYPE, INT_TYPE, FLOAT_TYPE, STR_TYPE, LAUNCH, TO_FLOAT, TO_BOOL, TO_INT, FROM_INT, COMPARE = range(12)
+PARALLEL, THREAD_NUMBER = range(12, 14)
+HEAD = 14
+EQUAL = 2  # Py_EQ
+# An entry: the family; dtypes of logits and class indices; options
+FAMILY_AT, X_DTYPE, Y_DTYPE, OPTIONS, N_OPTIONS = 0, 1, 2, 3, 4
+ENTRY = OPTIONS + N_OPTIONS
+# Where tensors are run on there are no entries, but: bytes from a tensor's object to its handle; functions of PyTorch's C
+# interface, and where they write; None
+HANDLE, DATA_PTR, STORAGE_SIZE, STORAGE_OFFSET, DIM, TENSOR_SIZES, TENSOR_STRIDES, FOUND, NOTHING = range(HEAD, HEAD + 9)
+# And a call is: has it a family, else a block alone?; is its loss a float64?; how many class weights are float32, and where
+# they go as float64; of each operand its slot in the block, bytes that must be there, those of an element
+OF_FAMILY, IS_DOUBLE, N_NARROW, WIDE_AT, FIRST_OPERAND, OPERAND = 0, 1, 2, 3, 4, 3
+NOT_THERE, NOT_MET = -1, -2  # a tensor has not the memory or layout that it must have; no kernel of the family is for this
+# The word in which it is, in CPython's and NumPy's objects. ``table`` looks at a real array before anybody relies on it.
+TYPE, DATA, NDIM, DIMS, DTYPE, FLAGS = 1, 2, 3, 4, 7, 8
+CONTIGUOUS_AND_ALIGNED, WRITEABLE = 0x101, 0x400  # of an array's flags
+LOW_HALF = 0xFFFFFFFF  # of a word: a C int

@@ -1,0 +1,58 @@
+"""Families: calls that differ in the extents of their arrays only, and whose arrays are dense.
+
+Sequences of ever new lengths, and an epoch's last batch, are of the family of those before. So machine code (``fastcall``) asks
+the plan (``plan.strategy``) about each call's extents, and writes what they change into the family's argument block: that
+takes some ten nanoseconds, where Python takes a tenth of a millisecond. Which kernel does the work it looks up here; a kernel
+that the family has not met yet is for Python to get.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from fastxent._abi import argument_block as _task
+from fastxent._runtime import run as _parallel
+from fastxent._runtime.plan import Plan, number_of
+
+
+class Family:
+    """``words`` is what machine code reads and writes, as ``argument_block`` says: numbers, the argument block, room for chunks."""
+
+    def __init__(
+        self, name: str, plan: Plan, axis: int, n_axes: int, *,
+        innermost: bool = False, n_weights: int = 0, smoothing: float = 0.0, tiles: int, **arguments: Any,
+    ) -> None:  # fmt: skip
+        """``plan``: of one of its calls. ``arguments``: as `run.argument_block` takes them."""
+        block = bytes(_parallel.argument_block(name, plan, tiles=tiles, **arguments))[: _parallel.HEAD_OF_BLOCK]
+        n_bytes = 8 * _task.FAMILY + len(block) + _task.LINE * (1 + 2 * _task.ROOM)
+        self.name, self.words = name, np.zeros(-(-n_bytes // 8), np.int64)
+        variant = plan.variant
+        soft = variant.target is not None
+        self.words[: _task.N_KERNELS] = (
+            n_axes, axis, innermost, plan.itemsize, soft, soft and arguments.get("average", False), n_weights, 0,
+            variant.capped, variant.logits == variant.acc, variant.acc == "f32",
+        )  # fmt: skip
+        self.words.view(np.float64)[_task.SMOOTHING] = smoothing
+        begin = self.words.ctypes.data
+        at_block = begin + 8 * _task.FAMILY
+        ctypes.memmove(at_block, block, len(block))
+        at_chunks = at_block + len(block)
+        at_chunks += -at_chunks % _task.LINE
+        for slot, at in (
+            ("axes", begin + 8 * _task.AXES), ("total", at_block + _task.BLOCK.size), ("taken", at_chunks),
+            ("partial", at_chunks + 8), ("segments", at_chunks + _task.LINE * _task.ROOM), ("team", 1),
+        ):  # fmt: skip
+            self.words[_task.FAMILY + _task.SLOT[slot]] = at
+        self.meet(plan)
+
+    def meet(self, plan: Plan) -> None:
+        """Get the kernels of a call, if there is room for them."""
+        new = number_of(plan.variant), *_parallel.kernels_of(self.name, plan.variant)
+        kernels = self.words[_task.KERNELS :][: _task.MOST_KERNELS * _task.KERNEL].reshape(-1, _task.KERNEL)
+        nth = int(self.words[_task.N_KERNELS])
+        if nth < _task.MOST_KERNELS and new[0] not in kernels[:nth, 0]:
+            kernels[nth] = new
+            self.words[_task.N_KERNELS] = nth + 1

@@ -1,0 +1,157 @@
+"""Kernels that take element after element of arrays in one piece: the binary loss, and the terms of a divergence.
+
+Binary: x is the logit of the second of two classes, t its probability, P its extra weight, w the element's weight.
+    softplus(x) = log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)),  sigmoid(x) = exp(x - softplus(x))
+    l     = w ((1 - t) softplus(x) + P t softplus(-x))
+    dl/dx = w ((1 - t) sigmoid(x) - P t sigmoid(-x))
+No term of l is negative, so none takes the digits of another.
+"""
+
+from numba import njit
+
+from fastxent._abi.argument_block import DIVISOR
+from fastxent._kernels.addressing import sum_rows
+from fastxent._kernels.reduce import beside_each_other, total_over_classes, widen_add
+from fastxent._runtime.plan import POINTS
+from fastxent._simd.elementary import exp_down, log1p_to_1, x_log_x
+from fastxent._simd.lanes import fold
+from fastxent._simd.memory import get, itemsize, load_masked, store_apart, store_first
+from fastxent._simd.numba_backend import INLINE, as_needed
+from fastxent._simd.vector import LANES, WIDE, absolute, all_lanes, at_least, first_lanes, fma, splat, where
+
+# Vectors of 16 elements: number j, of which the lanes in ``mask`` are read.
+
+
+@njit(**INLINE)
+def logits_at(task, mask, j):
+    return load_masked(task.x + j * LANES * itemsize(task.x), mask)
+
+
+@njit(**INLINE)
+def targets_at(task, mask, j):
+    return load_masked(task.t + j * LANES * itemsize(task.t), mask)
+
+
+@njit(**INLINE)
+def periodic(p, period, mask, j):
+    first = j * LANES
+    if first >= period:
+        first = 0 if period == 1 else first % period
+    return load_masked(p + first * itemsize(p), mask)
+
+
+@njit(**INLINE)
+def weights_at(task, mask, j):
+    return periodic(task.w, task.w_period, mask, j)
+
+
+@njit(**INLINE)
+def positive_weights_at(task, mask, j):
+    return periodic(task.u, task.u_period, mask, j)
+
+
+# Formulas: what becomes of ``size`` vectors from number j on, step by step beside each other: a loss and a gradient.
+
+
+def binary_loss(size):
+    side_by_side = beside_each_other(size)
+
+    @njit(**INLINE)
+    def formula(task, mask, j, factor):
+        x, t = side_by_side(logits_at, task, mask, j), side_by_side(targets_at, task, mask, j)
+        negative, positive = splat(t, 1.0) - t, t
+        if task.sampled != 0:
+            positive = t * side_by_side(positive_weights_at, task, mask, j)
+        weight = negative
+        if task.weighted != 0:
+            weight = side_by_side(weights_at, task, mask, j)
+        e = exp_down(absolute(x) * -1.0)
+        log1p_e = log1p_to_1(e)
+        loss = fma(negative, log1p_e + at_least(x, 0.0), positive * (log1p_e + at_least(x * -1.0, 0.0)))
+        if task.weighted != 0:
+            loss = loss * weight
+        g = loss
+        if task.differentiate:
+            larger = splat(e, 1.0) / (e + 1.0)
+            smaller = e * larger
+            up_hill, down_hill = where(x > 0.0, larger, smaller), where(x > 0.0, smaller, larger)
+            g = (negative * up_hill - positive * down_hill) * factor
+            if task.weighted != 0:
+                g = g * weight
+        return loss, g
+
+    return formula
+
+
+def divergence_term(size):
+    """t (log t - x), x the logarithm of a probability."""
+    side_by_side = beside_each_other(size)
+
+    @njit(**INLINE)
+    def formula(task, mask, j, factor):
+        x, t = side_by_side(logits_at, task, mask, j), side_by_side(targets_at, task, mask, j)
+        term = x_log_x(t) - t * x
+        return term, term
+
+    return formula
+
+
+def divergence_term_of_logs(size):
+    """exp(t) (t - x). A t above 0 is no logarithm of a probability, but may come."""
+    side_by_side = beside_each_other(size)
+
+    @njit(**INLINE)
+    def formula(task, mask, j, factor):
+        x, t = side_by_side(logits_at, task, mask, j), side_by_side(targets_at, task, mask, j)
+        e = exp_down(absolute(t) * -1.0)
+        term = where(t > 0.0, splat(e, 1.0) / e, e) * (t - x)
+        return term, term
+
+    return formula
+
+
+def pointwise(formula):
+    """A kernel: the losses of a unit's elements, their sum, and the gradient if it is wanted."""
+    one, two, four = formula(1), formula(2), formula(4)
+
+    @as_needed
+    def group(constants):
+        """As many vectors as keep the processor busy: it does not look far enough ahead by itself."""
+        if not WIDE:
+            return lambda task, mask, j, factor: one(task, mask, j, factor)
+        if constants["double"]:
+            return lambda task, mask, j, factor: two(task, mask, j, factor)
+        return lambda task, mask, j, factor: four(task, mask, j, factor)
+
+    @njit(**INLINE)
+    def visit(task, tile, number):
+        first = number * POINTS // LANES
+        n = min(task.n_rows - number * POINTS, POINTS)
+        size = (2 if task.double else 4) if WIDE else 1  # of a group
+        in_groups = first + n // LANES // size * size
+        factor = task.factor / get(task.total, DIVISOR)
+        nothing = splat(task.total, 0.0)
+        total = nothing, nothing
+        mask = all_lanes()
+        for j in range(first, in_groups, size):
+            loss, g = group(task, mask, j, factor)
+            total = widen_add(task, total, fold(loss))
+            if task.store_loss != 0:
+                store_apart(task.loss + j * LANES * itemsize(task.loss), loss, LANES * itemsize(task.loss))
+            if task.differentiate:
+                store_apart(task.g + j * LANES * itemsize(task.g), g, LANES * itemsize(task.g))
+        for j in range(in_groups, first + (n + LANES - 1) // LANES):
+            mask = first_lanes(n - (j - first) * LANES)
+            loss, g = one(task, mask, j, factor)
+            total = widen_add(task, total, where(mask, loss, 0.0))
+            if task.store_loss != 0:
+                store_first(task.loss + j * LANES * itemsize(task.loss), loss, mask)
+            if task.differentiate:
+                store_first(task.g + j * LANES * itemsize(task.g), g, mask)
+        return sum_rows(task, total_over_classes(task, total)), 1.0
+
+    return visit
+
+
+binary = pointwise(binary_loss)
+divergence, divergence_of_logs = pointwise(divergence_term), pointwise(divergence_term_of_logs)

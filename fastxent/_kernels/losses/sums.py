@@ -1,0 +1,103 @@
+"""Kernels of sums over classes that are no softmax: what each does with one unit of rows. See ``steps``."""
+
+from numba import njit
+
+from fastxent._kernels.addressing import locate, put_rows
+from fastxent._kernels.inputs import INF, logits, target_weights, whole_logits
+from fastxent._kernels.reduce import beside_each_other, in_few_lanes, total_over_classes, widen_add
+from fastxent._simd.elementary import exp_up, log, log1p, shift_by, up, x_log_x
+from fastxent._simd.lanes import fold, max_across
+from fastxent._simd.numba_backend import INLINE, as_needed
+from fastxent._simd.vector import WIDE, absolute, all_lanes, any_lane, maximum, narrow, splat, where, widen
+
+
+@njit(**INLINE)
+def reads(unit, j):
+    """Which lanes of vector j are read."""
+    return all_lanes() if j < unit.full else unit.reads
+
+
+@njit(**INLINE)
+def no_total(task):
+    nothing = widen(in_few_lanes(task, splat(task.x, 0.0)))
+    return nothing, nothing
+
+
+def group_of_terms(size):
+    side_by_side = beside_each_other(size)
+    return njit(**INLINE)(lambda task, unit, j: fold(x_log_x(side_by_side(whole_logits, task, unit, j))))
+
+
+one, two, four = group_of_terms(1), group_of_terms(2), group_of_terms(4)
+
+
+@as_needed
+def grouped(constants):
+    """The terms of so many vectors that the processor has enough to do: it does not look far enough ahead by itself."""
+    if not WIDE:
+        return lambda task, unit, j: one(task, unit, j)
+    if constants["double"]:
+        return lambda task, unit, j: two(task, unit, j)
+    return lambda task, unit, j: four(task, unit, j)
+
+
+@njit(**INLINE)
+def at_once(task):
+    """How many these are."""
+    return (2 if task.double else 4) if WIDE else 1
+
+
+@njit(**INLINE)
+def entropy(task, tile, number):
+    """-sum_c p_c log p_c, the logits being probabilities; 0 log 0 = 0."""
+    unit = locate(task, tile, number)
+    total = no_total(task)
+    in_groups = unit.full // at_once(task) * at_once(task)
+    for j in range(0, in_groups, at_once(task)):
+        total = widen_add(task, total, grouped(task, unit, j))
+    for j in range(in_groups, unit.stop):
+        total = widen_add(task, total, x_log_x(logits(task, unit, j, reads(unit, j))))
+    h = splat(task.w, 0.0) - total_over_classes(task, total)
+    put_rows(task, task.entropy, unit, narrow(task.entropy, h))
+    return 0.0, 1.0
+
+
+@njit(**INLINE)
+def exponents(task, unit, j):
+    """x, and b, the class probabilities of other kernels; where b is 0, x counts as -inf."""
+    mask = reads(unit, j)
+    b = target_weights(task, unit, j, mask)
+    return where(b == 0.0, splat(b, -INF), logits(task, unit, j, mask)), b
+
+
+@njit(**INLINE)
+def logsumexp_of_products(task, tile, number):
+    """log |sum_c b_c exp(x_c)| and the sum's sign.
+
+    With B = sum of b_c over the classes with x_c = m, and R = sum of b_c exp(x_c - m) over the others, it is
+    m + log |B| + log1p(R / B), which keeps the digits of a small R. Where R is not small it may cancel B: m + log |B + R|.
+    """
+    unit = locate(task, tile, number)
+    m = splat(task.x, -INF)
+    for j in range(unit.start, unit.stop):
+        m = maximum(m, exponents(task, unit, j)[0])
+    if task.across:
+        m = max_across(m)
+    shift, down = shift_by(m), 1.0 / up(task.x)
+    # What the largest exponentials count: inf - inf is nan, and nothing but exp(-inf) is 0.
+    size = where(m == INF, m, where(m == -INF, splat(m, 0.0), 1.0))
+    top, rest = no_total(task), no_total(task)
+    for j in range(unit.start, unit.stop):
+        x, b = exponents(task, unit, j)
+        is_top = x == m
+        if any_lane(is_top):
+            top = widen_add(task, top, where(is_top, b * size, 0.0))
+        rest = widen_add(task, rest, where(is_top | (b == 0.0), splat(b, 0.0), exp_up(x, shift) * down * b))
+    top, rest = total_over_classes(task, top), total_over_classes(task, rest)
+    total, ratio, m = top + rest, rest / top, widen(m)
+    close = absolute(ratio) <= 0.5
+    by_ratio = (m + log(absolute(top))) + log1p(where(close, ratio, 0.0))
+    put_rows(task, task.lse, unit, narrow(task.lse, where(close, by_ratio, m + log(absolute(total)))))
+    sign = where(total > 0.0, splat(total, 1.0), where(total < 0.0, splat(total, -1.0), total))
+    put_rows(task, task.sign, unit, narrow(task.sign, sign))
+    return 0.0, 1.0

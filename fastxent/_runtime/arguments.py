@@ -1,0 +1,365 @@
+"""Arguments -> checked arrays that a kernel may trust, or an error that names argument, row and value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from ctypes import addressof, c_byte
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastxent._runtime import buffers as _memory
+from fastxent._runtime.plan import FEW_CLASSES, Plan, make_plan
+from fastxent._runtime.run import check_threads
+
+Array = np.ndarray[Any, Any]
+
+STORAGE = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+
+
+@lru_cache(maxsize=64)
+def storage(dtype: np.dtype[Any]) -> str | None:
+    """How the kernels call a dtype; None if they do not take it. bfloat16 is known by its name, whoever defined it."""
+    return STORAGE.get(dtype.name)
+
+
+@lru_cache(maxsize=64)
+def accumulator(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
+    """dtype of the losses of such logits (and probabilities)."""
+    return np.dtype(np.float64 if any(dtype == np.float64 for dtype in dtypes) else np.float32)
+
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class Problem(NamedTuple):
+    """A checked call: every array native, every shape right. Class indices are checked by the task that reads them."""
+
+    x: Array  # logits
+    axis: int  # class axis, >= 0
+    rows: tuple[int, ...]  # shape of the rows
+    y: Array | None  # (rows,) int64, contiguous: class indices ...
+    t: Array | None  # ... or, laid out as x, class probabilities
+    w: Array | None  # (C,) float64: class weights
+    u: Array | None  # (rows,) float64, contiguous: sample weights
+    ignore: int
+    smoothing: float
+    divisor: float  # of the mean, with t; with y, the task makes it
+    n_threads: int | None
+
+    @property
+    def acc(self) -> np.dtype[Any]:
+        """dtype of the losses."""
+        return accumulator(self.x.dtype) if self.t is None else accumulator(self.x.dtype, self.t.dtype)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The options as the tasks know them."""
+        return {"ignore": self.ignore, "keep": 1.0 - self.smoothing, "spread": self.smoothing / self.x.shape[self.axis]}
+
+    def plan(self, g: Array | None = None, may_split: bool = True) -> Plan:
+        """How a kernel walks over this problem and writes ``g``."""
+        x, t = self.x, self.t
+        strides = (x.strides, (x if g is None else g).strides, (x if t is None else t).strides)
+        return make_plan(
+            x.shape,
+            strides if t is not None else (strides[0], strides[1], strides[0]),
+            self.axis,
+            storage(x.dtype) or "",
+            None if t is None else storage(t.dtype),
+            labelled=self.y is not None,
+            smooth=self.y is not None and self.smoothing > 0,
+            may_split=may_split,
+        )
+
+
+def address(a: Array | None) -> int:
+    """Where an array's first element lies; 0 for None."""
+    if a is None:
+        return 0
+    try:
+        return addressof(c_byte.from_buffer(a))  # type: ignore[arg-type]  # a third of the time of what follows
+    except (TypeError, ValueError, BufferError):  # strided, read-only, empty, or of a dtype that buffers do not know
+        return a.__array_interface__["data"][0]
+
+
+def problem(
+    logits: object,
+    target: object,
+    axis: int,
+    weight: object,
+    sample_weight: object,
+    ignore_index: int,
+    label_smoothing: float,
+    n_threads: int | None,
+    name: str = "logits",
+    float_labels: bool = False,
+) -> Problem:
+    """Check the arguments that the cross-entropy functions share. ``float_labels``: class indices may be floats."""
+    x, axis = check_logits(logits, axis, name)
+    rows = x.shape[:axis] + x.shape[axis + 1 :]
+    n_classes = x.shape[axis]
+    smoothing = check_fraction(label_smoothing, "label_smoothing")
+    ignore = check_integer(ignore_index, "ignore_index")
+    w = check_vector(weight, "weight", (n_classes,), "one weight per class")
+    u = check_vector(sample_weight, "sample_weight", rows, "one weight per row")
+    threads = None if n_threads is None else check_threads(n_threads, "n_threads")
+    y, t = check_target(target, x, axis, ignore, float_labels)
+    if y is not None:
+        divisor = 0.0
+        if x.size == 0:  # no task reads them
+            check_classes(y, n_classes, None, ignore)
+    else:
+        if ignore >= 0:
+            raise ValueError(f"ignore_index = {ignore} has no meaning for a target of class probabilities")
+        divisor = float(math.prod(rows) if u is None else u.sum()) if n_classes else 0.0
+    return Problem(x, axis, rows, y, t, w, u, ignore, smoothing, divisor, threads)
+
+
+def as_array(a: object, name: str) -> Array:
+    """``a`` as a plain array. What would lose something on the way, a mask or its shape, is refused, whatever it holds."""
+    if type(a) is np.ndarray:
+        return a
+    if isinstance(a, Sequence) and not isinstance(a, (str, bytes, memoryview)):
+        _refuse_masks_in(a, name)
+    try:
+        array = np.asanyarray(a)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of PyTorch's that are masked, say
+        raise (ValueError if isinstance(error, ValueError) else TypeError)(f"{name} is no array: {error}") from error
+    if hasattr(array, "mask"):
+        raise _masked(name)
+    if isinstance(array, np.matrix):
+        raise TypeError(f"{name} is a numpy.matrix, whose rows are matrices again; pass np.asarray({name})")
+    if array.dtype == object and hasattr(a, "toarray"):
+        raise TypeError(f"{name} is a sparse {type(a).__name__}; pass {name}.toarray()")
+    return np.asarray(array)
+
+
+def _refuse_masks_in(a: Sequence[Any], name: str) -> None:
+    kinds = set(map(type, a)) - {int, float, bool, np.ndarray}
+    if all(issubclass(kind, np.generic) for kind in kinds):
+        return
+    for element in a:
+        if isinstance(element, Sequence) and not isinstance(element, (str, bytes)):
+            _refuse_masks_in(element, name)
+        elif hasattr(element, "mask") or (hasattr(element, "__array__") and hasattr(np.asanyarray(element), "mask")):
+            raise _masked(name)
+
+
+def _masked(name: str) -> TypeError:
+    return TypeError(
+        f"{name} is a masked array, whose mask would be lost; pass {name}.filled(value), "
+        "for class indices with ignore_index as the value"
+    )
+
+
+def floating(a: object, name: str) -> Array:
+    """``a`` as a native floating array; integers become float64."""
+    array = as_array(a, name)
+    if array.dtype.kind in "iub":
+        array = array.astype(np.float64)
+    if storage(array.dtype) is None:
+        allowed = "float16, bfloat16, float32, float64 or integers"
+        raise TypeError(f"{name} has dtype {array.dtype}; it must hold {allowed}")
+    return native(array)
+
+
+def native(a: Array) -> Array:
+    """``a`` in this machine's byte order."""
+    return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
+
+
+def check_logits(logits: object, axis: int, name: str) -> tuple[Array, int]:
+    """Logits that the kernels can walk over as they lie, and their class axis."""
+    x = floating(logits, name)
+    if x.ndim == 0:
+        raise ValueError(f"{name} is a number; it needs a class axis")
+    axis = check_integer(axis, "axis")
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis = {axis} is outside [{-x.ndim}, {x.ndim}) for {name} of shape {x.shape}")
+    axis %= x.ndim
+    return (x if walkable(x, axis) else like(x, axis, copy=True)), axis
+
+
+def walkable(x: Array, axis: int) -> bool:
+    """May a kernel take x as it lies? Else lanes would be gathered for many classes: a copy is faster."""
+    unit = x.itemsize
+    return (
+        x.size == 0
+        or x.shape[axis] <= FEW_CLASSES
+        or x.strides[axis] == unit
+        or any(n > 1 and s == unit for i, (n, s) in enumerate(zip(x.shape, x.strides, strict=True)) if i != axis)
+    )
+
+
+def like(x: Array, axis: int, copy: bool = False) -> Array:
+    """A new array in the order of x's axes if they are tight enough, else with the classes innermost."""
+    # NumPy orders the axes by their strides: one of a broadcast row, 0, would take the innermost place.
+    closer = any(n > 1 and abs(s) <= x.itemsize for i, (n, s) in enumerate(zip(x.shape, x.strides, strict=True)) if i != axis)
+    if x.shape[axis] > FEW_CLASSES and (copy or (x.strides[axis] == x.itemsize and closer)):
+        rows = x.shape[:axis] + x.shape[axis + 1 :]
+        new = np.moveaxis(np.empty((*rows, x.shape[axis]), x.dtype), -1, axis)
+    else:
+        new = np.empty_like(x, subok=False)
+    if copy:
+        new[...] = x
+    return new
+
+
+def new_gradient(x: Array, axis: int) -> Array:
+    """A new array for the gradient of x: `like`, but of whole cache lines, and touched before, where that counts."""
+    if x.nbytes < _memory.SMALLEST or not x.flags.c_contiguous:
+        return like(x, axis)
+    return _memory.empty(x.shape, x.dtype)
+
+
+def check_target(
+    target: object, x: Array, axis: int, ignore: int, float_labels: bool = False
+) -> tuple[Array | None, Array | None]:
+    """``(y, None)`` for class indices, ``(None, t)`` for class probabilities."""
+    a = as_array(target, "target")
+    rows = x.shape[:axis] + x.shape[axis + 1 :]
+    if a.size == 0 and not isinstance(target, np.ndarray) and a.shape == rows:
+        a = a.astype(np.int64)  # [] has no dtype of its own
+    if a.shape == x.shape:
+        if storage(a.dtype) is None:
+            raise TypeError(
+                f"target has the shape of logits, {x.shape}, and dtype {a.dtype}; "
+                "class probabilities (one-hot ones too) must be floating"
+            )
+        return None, laid_out_as(native(a), x, axis)
+    if a.shape != rows:
+        raise ValueError(
+            f"target has shape {a.shape}; for logits of shape {x.shape} with class axis {axis} it must be {rows} "
+            f"(class indices) or {x.shape} (class probabilities)"
+        )
+    if storage(a.dtype) is not None:
+        if not float_labels:
+            raise TypeError(f"target has dtype {a.dtype}; class indices must be integers: pass target.astype(int)")
+        return _from_floats(a, x.shape[axis], ignore), None
+    if a.dtype.kind not in "iu":
+        raise TypeError(f"target has dtype {a.dtype}; class indices must be integers")
+    # int: NumPy 1 would compare the two as floats.
+    if a.dtype.kind == "u" and a.itemsize == 8 and a.size and int(a.max()) > np.iinfo(np.int64).max:
+        raise _out_of_range(a, (a >= x.shape[axis]) & (a != np.uint64(max(ignore, 0))), x.shape[axis])
+    return np.ascontiguousarray(a, dtype=np.int64).reshape(rows), None
+
+
+def _from_floats(a: Array, n_classes: int, ignore: int) -> Array:
+    """Class indices that came as floats, as they do from boosting libraries."""
+    values = a.astype(np.float64)
+    whole = np.isfinite(values) & (values == np.trunc(values))
+    if not whole.all():
+        first, where = _first(~whole)
+        raise ValueError(f"target{where} = {values[first]} is no class index: it is not a whole number")
+    bad = (values != ignore) & ((values < 0) | (values >= n_classes))
+    if bad.any():
+        raise _out_of_range(values, bad, n_classes)
+    return np.ascontiguousarray(values, np.int64).reshape(a.shape)
+
+
+def laid_out_as(t: Array, x: Array, axis: int) -> Array:
+    """Probabilities whose lanes lie as those of the logits do."""
+    if x.shape[axis] <= FEW_CLASSES or (t.strides[axis] == t.itemsize) == (x.strides[axis] == x.itemsize):
+        return t
+    new = like(x, axis).astype(t.dtype)
+    new[...] = t
+    return new
+
+
+def check_classes(y: Array, n_classes: int, w: Array | None, ignore: int) -> float:
+    """The sum of the kept rows' weights: the divisor of the mean. Raises if a class index is neither a class nor ignored.
+
+    For those that no kernel reads: a kernel checks what it reads by itself.
+    """
+    kept = y[y != ignore]
+    if ((kept < 0) | (kept >= n_classes)).any():
+        raise out_of_range(y, n_classes, ignore)
+    return float(kept.size if w is None else w[kept].sum())
+
+
+def out_of_range(y: Array, n_classes: int, ignore: int) -> IndexError:
+    """What is said of class indices some of which are neither classes nor ignored."""
+    return _out_of_range(y, (y != ignore) & ((y < 0) | (y >= n_classes)), n_classes)
+
+
+def _out_of_range(y: Array, bad: Array, n_classes: int) -> IndexError:
+    first, where = _first(bad)
+    count = int(bad.sum())
+    rows = f"{count} of {y.size} rows {'is' if count == 1 else 'are'} out of range"
+    return IndexError(f"target{where} = {y[first]} is outside [0, {n_classes}); {rows}")
+
+
+def _first(bad: Array) -> tuple[tuple[int, ...], str]:
+    """The first row that is marked, as an index and as it is written."""
+    first = tuple(int(i) for i in np.argwhere(bad)[0])
+    return first, f"[{', '.join(map(str, first))}]" if first else ""
+
+
+def check_vector(values: object, name: str, shape: tuple[int, ...], what: str) -> Array | None:
+    """Weights as a contiguous float64 array of just this shape."""
+    if values is None:
+        return None
+    a = as_array(values, name)
+    if a.dtype.kind not in "iufb" and storage(a.dtype) is None:
+        raise TypeError(f"{name} has dtype {a.dtype}; it must hold real numbers")
+    if a.shape != shape:
+        raise ValueError(f"{name} has shape {a.shape}; it must be {shape}: {what}")
+    return np.ascontiguousarray(a, dtype=np.float64).reshape(shape)
+
+
+def check_fraction(value: float, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} = {value} is outside [0, 1]")
+    return float(value)
+
+
+def check_integer(value: object, name: str) -> int:
+    if isinstance(value, (bool, np.bool_, np.ma.MaskedArray)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    try:
+        number = int(value.__index__())
+    except TypeError:  # an array of several numbers, or of floats
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} = {number} does not fit 64 bits")
+    return number
+
+
+def check_reduction(reduction: str, allowed: tuple[str, ...] = REDUCTIONS) -> str:
+    if reduction not in allowed:
+        raise ValueError(f"reduction = {reduction!r} is not one of {', '.join(map(repr, allowed))}")
+    return reduction
+
+
+def check_out(out: object, x: Array) -> Array:
+    """An array that the result fits."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
+    as_array(out, "out")
+    if out.shape != x.shape:
+        raise ValueError(f"out has shape {out.shape}; it must be that of logits, {x.shape}")
+    if out.dtype != x.dtype and out.dtype.newbyteorder("=") != x.dtype:
+        raise TypeError(f"out has dtype {out.dtype}; it must be that of logits, {x.dtype}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
+    if out.size and 0 in out.strides and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
+        raise ValueError(f"out has strides {out.strides}: several of its elements share one place")
+    return out
+
+
+def writable_place(out: Array | None, x: Array, axis: int, others: tuple[Array | None, ...] = ()) -> Array:
+    """Where a kernel may write: ``out`` itself if it lies well, else a new array to be copied to ``out`` afterwards.
+
+    ``out`` may be x itself. Any other overlap with an input, or lanes that lie differently, take the new array.
+    """
+    if out is None:
+        return like(x, axis)
+    lies_well = (out.strides[axis] == out.itemsize) == (x.strides[axis] == x.itemsize) or x.shape[axis] <= FEW_CLASSES
+    clean = not any(a is not None and np.may_share_memory(out, a) for a in others)
+    apart = not np.may_share_memory(out, x) or (out.strides == x.strides and address(out) == address(x))
+    return out if out.dtype.isnative and lies_well and clean and apart else like(x, axis)

@@ -1,0 +1,294 @@
+"""Shapes, strides and options -> how a kernel walks over them. Pure data: no array is touched, no kernel is run."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import lru_cache
+from itertools import chain
+from typing import NamedTuple
+
+LANES = 16
+ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
+
+# A row of this many classes or fewer is worked on with its 15 neighbours, a class a vector; a longer one by itself. Up to
+# MOST_TILED classes if the rows need not be gathered: those are read whole, or lie side by side; less where they are large.
+FEW_CLASSES, MOST_TILED, MOST_TILED_LARGE = 48, 320, 256  # multiples of 16
+# Vectors of a row whose exponentials are kept in a thread's tile until the row's sum is known (1 MB of float32, in the second
+# or third cache); those of a longer row are computed twice.
+MOST_KEPT = 16384
+TILE = MOST_KEPT * LANES * 8  # bytes
+KEEPERS = ("value_and_grad", "softmax", "keep_segment")
+# Short rows of so many classes are worked on two units at a time, by these kernels: all that they read and write in float32 has
+# room in the nearest cache. Past the caches more than a few classes are held up by the memory.
+MOST_PAIRED, MOST_PAIRED_LARGE = 112, 16
+PAIRERS = ("value", "value_and_grad")
+# Units of neighbouring rows that are copied to the tile together; of so many classes, and more than these units side by side,
+# they are read and written while others are worked on: see ``plane_tiles``.
+STRIP, FEWEST_OVERLAPPED = 16, 8
+# Elements handed to a thread at a time: long enough to hide the counter, short enough to share out evenly.
+CHUNK = 16384
+# Where class indices are checked, a unit is of this many, and so many units are handed out at a time.
+CHECKED, CHECKS = 8 * LANES, 128
+# Elements that are a unit of a pointwise task, and units that are handed out at a time.
+POINTS, POINTS_CHUNK = 1024, 4
+# Fewer rows than this, and each longer than two segments: the row is split, or threads would have nothing to do.
+FEW_ROWS, SEGMENT = 64, 1024
+MOST_SEGMENTS = 64
+# Bytes of logits that no cache keeps until they are read again. Of such an array a thread takes enough rows at a time to look
+# ahead to the next one, yet leaves this many pieces to share out.
+LARGE, PIECES = 1 << 24, 128
+# Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
+WORTH_A_THREAD = 16384
+# Bytes of the logits of a call that a builtin may run, which keeps the GIL: 0.2 ms on one thread, of two classes 2 ms.
+MOST_DIRECT = 1 << 22
+
+
+def precision(logits: str, target: str | None) -> str:
+    """Of the arithmetic on logits and class probabilities of these storages."""
+    return "f64" if "f64" in (logits, target) else "f32"
+
+
+class Variant(NamedTuple):
+    """What a kernel is compiled for. Storage is "f16", "bf16", "f32" or "f64"."""
+
+    logits: str
+    target: str | None = None  # storage of class probabilities; None: class indices, or no target
+    labelled: bool = False  # class indices
+    smooth: bool = False  # label smoothing, with class indices
+    across: bool = False  # lanes are classes of one row; else rows
+    neighbours: bool = False  # what the lanes hold lies side by side in memory
+    tiled: bool = False  # rows in lanes, put together once in a tile, class by class
+    whole_rows: bool = False  # what goes into the tile are rows with their classes side by side
+    paired: bool = False  # two units of such rows are worked on at a time, by the kernels that do
+    overlapped: bool = False  # neighbours in a tile are read and written while others are worked on, by the kernels that do
+    adjacent: bool = False  # rows in lanes, numbered one by one
+    capped: bool = False  # softcap
+    split: bool = False  # a unit is a segment of a row
+    kept: bool = False  # the exponentials of a unit are kept between the two trips, by the kernels that make two
+    large: bool = False  # the logits are past the cache: what comes next is asked for early, the gradient bypasses the cache
+    differentiate: bool = False  # a pointwise task: with gradient
+
+    @property
+    def acc(self) -> str:
+        """Precision of the arithmetic and of the losses."""
+        return precision(self.logits, self.target)
+
+
+class Strategy(NamedTuple):
+    """What is chosen for some extents: a variant's properties that depend on them, and numbers as in ``argument_block.PLANNED``."""
+
+    across: bool
+    neighbours: bool
+    tiled: bool
+    whole_rows: bool
+    paired: bool
+    overlapped: bool
+    adjacent: bool
+    split: bool
+    kept: bool
+    large: bool
+    n_vectors: int
+    n_units: int
+    units_per_line: int
+    strip: int
+    chunk: int
+    segment: int
+    n_segments: int
+    n_chunks: int
+
+
+class Plan:
+    """How the rows are walked over; ``planned`` are the values of ``argument_block.PLANNED``, ``axes`` the row axes' table.
+
+    Made for each shape that was not met before, so it is made in few steps. It never changes.
+    """
+
+    __slots__ = ("axes", "elements", "most_chunks", "n_chunks", "n_units", "planned", "table", "variant")
+
+    def __init__(
+        self, variant: Variant, planned: tuple[int, ...], axes: tuple[int, ...], n_units: int, n_chunks: int, elements: int
+    ) -> None:
+        self.variant, self.planned, self.axes = variant, planned, axes
+        self.n_units, self.n_chunks, self.elements = n_units, n_chunks, elements
+        # Of the phase that has most of them: the check of the class indices, or all else.
+        self.most_chunks = max(n_chunks, n_checks(planned[0])) if variant.labelled else n_chunks
+        self.table = (ctypes.c_int64 * len(axes))(*axes)  # the axes as the kernels read them
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one logit."""
+        return ITEMSIZE[self.variant.logits]
+
+
+class Axis(NamedTuple):
+    """One axis of the rows: extent, and bytes from one to the next in logits, gradient, probabilities; rows by number."""
+
+    extent: int
+    x: int
+    g: int
+    t: int
+    row: int
+
+
+def row_axes(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int) -> list[Axis]:
+    """The axes but the class axis, innermost first, neighbours merged where all operands allow it."""
+    axes: list[Axis] = []
+    row = 1
+    x, g, t = strides
+    for i in range(len(shape) - 1, -1, -1):
+        if i == axis or shape[i] == 1:
+            continue
+        outer = Axis(shape[i], x[i], g[i], t[i], row)
+        row *= shape[i]
+        if axes and outer[1:] == tuple(near * axes[-1].extent for near in axes[-1][1:]):
+            axes[-1] = axes[-1]._replace(extent=axes[-1].extent * outer.extent)
+        else:
+            axes.append(outer)
+    return axes or [Axis(1, 0, 0, 0, 1)]
+
+
+def over(a: float, b: float) -> float:
+    """a / b, and nan for b = 0: a mean over nothing, or over rows that all weigh nothing, and its gradient."""
+    return a / b if b else math.nan
+
+
+def is_across(n_rows: int, n_classes: int, size: int, tight: bool) -> bool:
+    """Are the lanes classes of one row? ``size``: bytes of a logit; tight: the classes lie side by side in all operands."""
+    most_tiled = MOST_TILED_LARGE if n_rows * n_classes * size >= LARGE else MOST_TILED
+    return tight and n_classes > (most_tiled if n_rows >= LANES else FEW_CLASSES)
+
+
+def strategy(
+    across: bool,
+    n_rows: int,
+    n_classes: int,
+    extent: int,  # of the innermost row axis, along which the lanes go if they are rows
+    size: int,
+    tight: bool,
+    neighbours: bool,
+    adjacent: bool,
+    may_split: bool,
+    capped: bool,
+    unrounded: bool,  # the logits are stored in the precision of the arithmetic
+    single: bool,  # which is float32
+) -> Strategy:
+    """The choice itself. It takes and gives numbers only, and needs nothing else of Python, so that machine code can make it
+    for calls that differ in their extents only: see ``family``."""
+    past_caches = n_rows * n_classes * size >= LARGE
+    split = tiled = whole_rows = False
+    segment = n_segments = strip = 1
+    if across:
+        n_vectors = -(-n_classes // LANES)
+        units_per_line = extent
+        split = may_split and n_rows < FEW_ROWS and n_vectors >= 2 * SEGMENT
+        if split:
+            segment = max(SEGMENT, -(-n_vectors // MOST_SEGMENTS))
+            n_segments = -(-n_vectors // segment)
+        n_units = n_rows * n_segments
+        per_unit = n_classes // n_segments
+    else:
+        tiled = n_classes <= (MOST_TILED_LARGE if past_caches else MOST_TILED)
+        whole_rows = tiled and not neighbours and tight
+        n_vectors = n_classes
+        units_per_line = -(-extent // LANES)
+        if tiled and neighbours:  # whole strips, the last of which may have empty units
+            strip = -(-units_per_line // -(-units_per_line // STRIP))
+            units_per_line = -(-units_per_line // strip) * strip
+        n_units = units_per_line * (n_rows // extent)
+        per_unit = n_classes * LANES
+
+    # The exponentials of a split row are kept where its gradient will be.
+    kept = not capped and (tiled or (across and (unrounded if split else n_vectors <= MOST_KEPT)))
+    large = past_caches and (neighbours or whole_rows) and not split
+    paired = whole_rows and n_classes <= (MOST_PAIRED_LARGE if large else MOST_PAIRED)
+    overlapped = large and tiled and neighbours and kept and single
+    overlapped = overlapped and n_classes >= FEWEST_OVERLAPPED and units_per_line > strip
+    chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
+    together = 2 if paired else strip  # units that belong into one chunk
+    chunk = -(-chunk // together) * together
+    return Strategy(
+        across, neighbours, tiled, whole_rows, paired, overlapped, adjacent, split, kept, large,
+        n_vectors, n_units, units_per_line, strip, chunk, segment, n_segments, -(-n_units // chunk),
+    )  # fmt: skip
+
+
+def number_of(s: Strategy | Variant) -> int:
+    """Of the kernel among those of a family."""
+    return (
+        s.across * 1 + s.neighbours * 2 + s.tiled * 4 + s.whole_rows * 8 + s.paired * 16 + s.overlapped * 32
+        + s.adjacent * 64 + s.split * 128 + s.kept * 256 + s.large * 512
+    )  # fmt: skip
+
+
+def n_checks(n_rows: int) -> int:
+    """Chunks of the phase that checks the class indices."""
+    return -(-n_rows // (CHECKED * CHECKS))
+
+
+def useful_threads(n_chunks: int, elements: int) -> int:
+    """How many threads have something to do."""
+    return min(n_chunks, 1 + elements // WORTH_A_THREAD)
+
+
+@lru_cache(maxsize=4096)
+def make_plan(
+    shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    axis: int,
+    logits: str,
+    target: str | None = None,
+    labelled: bool = False,
+    smooth: bool = False,
+    capped: bool = False,
+    may_split: bool = True,
+) -> Plan:
+    """Plan a walk over ``shape`` with the class axis ``axis``; ``strides`` of logits, gradient and probabilities.
+
+    The choice depends on shapes, strides and dtypes only, never on threads: that is why their number changes no bit.
+    """
+    sizes = (ITEMSIZE[logits], ITEMSIZE[logits], ITEMSIZE[target or logits])
+    n_classes = shape[axis]
+    axes = row_axes(shape, strides, axis)
+    steps = tuple(s[axis] for s in strides)
+    tight = steps == sizes
+    n_rows = 1
+    for a in axes:
+        n_rows *= a.extent
+
+    across = is_across(n_rows, n_classes, sizes[0], tight)
+    neighbours, adjacent = True, False
+    if across:
+        steps = tuple(LANES * size for size in sizes)
+    else:
+        # Lanes go along the axis whose rows lie side by side, or else the longest.
+        innermost = axes[0]
+        if len(axes) > 1:
+            innermost = max(axes, key=lambda a: ((a.x, a.g, a.t) == sizes, a.extent))
+            axes.remove(innermost)
+            axes.insert(0, innermost)
+        neighbours, adjacent = (innermost.x, innermost.g, innermost.t) == sizes, innermost.row == 1
+    acc = precision(logits, target)
+    s = strategy(
+        across, n_rows, n_classes, axes[0].extent, sizes[0], tight, neighbours, adjacent, may_split, capped,
+        logits == acc, acc == "f32",
+    )  # fmt: skip
+    planned = (
+        n_rows, n_classes, s.n_vectors, s.n_units, s.units_per_line, s.strip, s.chunk, s.segment, s.n_segments,
+        len(axes), *steps,
+    )  # fmt: skip
+    variant = Variant(
+        logits, target, labelled, smooth, across, neighbours, s.tiled, s.whole_rows, s.paired, s.overlapped, adjacent, capped,
+        s.split, s.kept, s.large,
+    )  # fmt: skip
+    table = tuple(chain.from_iterable(axes))
+    return Plan(variant, planned, table, s.n_units, s.n_chunks, n_rows * n_classes)
+
+
+@lru_cache(maxsize=4096)
+def pointwise_plan(n: int, logits: str, target: str, differentiate: bool = False) -> Plan:
+    """Plan a walk over n elements, each by itself."""
+    n_units = -(-n // POINTS)
+    planned = (n, 2, 1, n_units, n_units, 1, POINTS_CHUNK, 1, 1, 0, 0, 0, 0)
+    variant = Variant(logits, target, differentiate=differentiate)
+    return Plan(variant, planned, (), n_units, -(-n_units // POINTS_CHUNK), n)

@@ -1,0 +1,330 @@
+"""The elementary functions of the kernels, 16 lanes at a time: exp, tanh, log, each with its derivation."""
+
+import math
+from collections import namedtuple
+from functools import partial
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.vector import I32, I64, SCALAR, absolute, at_least, call_llvm, fma, lanes_of, splat, where
+
+# exp(x - m) for x <= m, with exp(0) exactly 1 and no error from the difference x - m, which is the largest one elsewhere
+# (half an ulp of x - m = -12.3 is 4e-7, and so is then the relative error of the exponential).
+#   k   = round((x - m) / ln 2), from adding 1.5 * 2^(mantissa bits): the sum's low bits are k, rounded by the adder.
+#   r   = x - m - k ln 2, |r| <= ln(2)/2, exact but for its own rounding and a lesser one: m is split into base + coarse + fine,
+#         and ln 2 into high + low (Cody, Waite), where coarse and high are multiples of so large a power of two (the grid) that
+#         c = coarse + k high is exact; r = (x - base - c) - (fine + k low). If m is beyond the reach of the grid, all of it is
+#         base: x - base is exact then for every x that matters.
+#   e^r = 1 + r + r^2 q(r), q interpolated at Chebyshev nodes: 0.2 (f32), 0.002 (f64) of a half-ulp.
+#   2^k   is the low bits moved to the exponent's place: with bias + UP in what is added, they are k + bias + UP.
+#         2^k e^r = 2^k + 2^k (r + r^2 q(r)), rounded once.
+# Softmax needs ratios of exponentials only. So exp_up returns exp(x - m) 2^UP, UP = 24 or 52: the factor cancels, and a
+# probability too small for a normal number keeps its bits until the last multiplication rounds it to a denormal one.
+# Below x - m = -(bias + UP) ln 2 the exponent field is 0 and the result exactly 0, also for x = -inf.
+
+_Q32 = (0.5, 0.16666575, 0.041666552, 0.008363472, 0.0013926551)
+_Q64 = (
+    0.5, 0.1666666666666667, 0.04166666666666667, 0.008333333333325848, 0.0013888888888883544,
+    0.00019841269875819578, 2.4801587326261104e-05, 2.755725413931689e-06, 2.7557272742699346e-07,
+    2.5105739219586713e-08, 2.0915059884917686e-09,
+)  # fmt: skip
+SHORT = 5  # terms of a polynomial that are added up one after the other
+_GRID = {"f32": 2.0**-9, "f64": 2.0**-32}
+_FORMAT = {  # mantissa bits, exponent bias, UP, ln 2 high part (a multiple of the grid), ln 2 low part, q
+    "f32": (23, 127, 24, 0.693359375, -2.1219444005469057e-4, _Q32),
+    "f64": (52, 1023, 52, 6.93147180369123816490e-01, 1.90821492927058770002e-10, _Q64),
+}
+
+
+def _polynomial(coefficients):
+    """A jitted ``c0 + c1 x + c2 x^2 + ...`` of x and x^2, by Horner's rule: a short one in x, the fewest
+    instructions; a long one in x^2, of pairs of terms, which wait for nothing."""
+
+    @intrinsic
+    def polynomial(typingctx, x, xx):
+        vector = lanes_of(SCALAR[x.kind], x.lanes)
+        constants = [ir.Constant(vector, [c] * x.lanes) for c in coefficients]
+
+        def codegen(context, builder, sig, args):
+            fused = partial(call_llvm, builder, f"llvm.fmuladd.v{x.lanes}{x.kind}", vector)
+            terms, variable = constants, args[0]
+            if len(constants) > SHORT:
+                pairs = [fused([args[0], b, a]) for a, b in zip(constants[::2], constants[1::2], strict=False)]
+                terms, variable = pairs + constants[2 * len(pairs) :], args[1]  # an odd one is left over
+            *rest, y = terms
+            for term in reversed(rest):
+                y = fused([y, variable, term])
+            return y
+
+        return x(x, xx), codegen
+
+    return polynomial
+
+
+@intrinsic
+def _power_of_two(typingctx, shifted):
+    """``2^(n - bias)`` from ``shifted = 1.5 2^mantissa + n``, n >= 0; 0 for n = 0."""
+    mantissa = _FORMAT[shifted.kind][0]
+    integer = {"f32": I32, "f64": I64}[shifted.kind]
+
+    def codegen(context, builder, sig, args):
+        ints = lanes_of(integer, shifted.lanes)
+        field = builder.shl(builder.bitcast(args[0], ints), ir.Constant(ints, [mantissa] * shifted.lanes))
+        return builder.bitcast(field, args[0].type)
+
+    return shifted(shifted), codegen
+
+
+Shift = namedtuple("Shift", "base coarse fine lowest")  # a maximum m in parts; the x below which exp_up is 0
+
+
+def shift_by(m):
+    """What ``exp_up`` needs to know of ``m``; -inf counts as 0, for -inf - -inf would be nan."""
+    raise TypeError("shift_by is for kernels")
+
+
+@overload(shift_by, jit_options=INLINE)
+def _shift_by(m):
+    mantissa, bias, up, *_ = _FORMAT[m.kind]
+    to_grid = 1.5 * 2.0**mantissa * _GRID[m.kind]  # adding and subtracting it rounds to the grid
+    reach = to_grid / 3.0
+    lowest = -(bias + up) * math.log(2.0)
+
+    def shift_by(m):
+        m = where(m == -math.inf, splat(m, 0.0), m)
+        far = absolute(m) >= reach
+        near = where(far, splat(m, 0.0), m)
+        coarse = (near + to_grid) - to_grid
+        return Shift(where(far, m, 0.0), coarse, near - coarse, coarse + lowest)
+
+    return shift_by
+
+
+@njit(**INLINE)
+def _minus(x, base):
+    return x - base
+
+
+@njit(**INLINE)
+def _itself(x, base):
+    return x
+
+
+def reduce(x, shift):
+    """``(r, 2**(k + UP))``, of which ``exp_of`` makes ``exp(x - m) * 2**UP``: see ``exp_up``."""
+    raise TypeError("reduce is for kernels")
+
+
+@overload(reduce, jit_options=INLINE)
+def _reduce(x, shift):
+    mantissa, bias, up, ln2_high, ln2_low, _ = _FORMAT[x.kind]
+    offset = 1.5 * 2.0**mantissa + (bias + up)
+    log2e = 1.0 / math.log(2.0)
+    less = _itself if shift.types[0] == types.none else _minus
+
+    def reduce(x, shift):
+        x = at_least(less(x, shift.base), shift.lowest)
+        shifted = fma(x - shift.coarse, log2e, splat(x, offset))
+        k = shifted - offset
+        r = (x - fma(k, ln2_high, shift.coarse)) - fma(k, ln2_low, shift.fine)
+        return r, _power_of_two(shifted)
+
+    return reduce
+
+
+def exp_of(r, power):
+    """``power e^r``, |r| <= ln(2)/2."""
+    raise TypeError("exp_of is for kernels")
+
+
+@overload(exp_of, jit_options=INLINE)
+def _exp_of(r, power):
+    q_of = _polynomial(_FORMAT[r.kind][-1])
+
+    def exp_of(r, power):
+        rr = r * r
+        return fma(power, fma(rr, q_of(r, rr), r), power)
+
+    return exp_of
+
+
+@njit(**INLINE)
+def exp_up(x, shift):
+    """``exp(x - m) * 2**UP`` for ``x <= m``, -inf and nan; error below 1.5 ulp; ``shift = shift_by(m)``.
+
+    Where the base is 0, it may be None: one operation less.
+    """
+    r, power = reduce(x, shift)
+    return exp_of(r, power)
+
+
+def tanh(x, height):
+    """``height tanh(x)``, relative error of some ulps also near 0: with d = -2 |x|, e^d - 1 = 2^k (e^r - 1) + (2^k - 1)."""
+    raise TypeError("tanh is for kernels")
+
+
+@overload(tanh, jit_options=INLINE)
+def _tanh(x, height):
+    mantissa, bias, _, ln2_high, ln2_low, q = _FORMAT[x.kind]
+    offset = 1.5 * 2.0**mantissa + bias
+    lowest = -1.5 * mantissa  # e^d is nothing beside 1 there
+    log2e = 1.0 / math.log(2.0)
+    q_of = _polynomial(q)
+
+    def tanh(x, height):
+        d = at_least(absolute(x) * -2.0, lowest)
+        shifted = fma(d, log2e, splat(d, offset))
+        k = shifted - offset
+        r = fma(k, -ln2_low, fma(k, -ln2_high, d))
+        rr = r * r
+        power = _power_of_two(shifted)
+        expm1 = fma(power, fma(rr, q_of(r, rr), r), power - 1.0)
+        size = (expm1 * -height) / (expm1 + 2.0)
+        return where(x < 0.0, size * -1.0, size)
+
+    return tanh
+
+
+@njit(**INLINE)
+def sech_squared(x):
+    """``1 - tanh(x)^2``, the slope of tanh, as 4 r (1 - r) with r = 1 / (1 + e^(2 |x|)): it keeps its digits at a large |x|."""
+    d = absolute(x) * -2.0
+    e = exp_up(d, shift_by(splat(d, 0.0))) / up(d)
+    r = e / (e + 1.0)
+    return r * 4.0 * (splat(r, 1.0) - r)
+
+
+def up(like):
+    """What ``exp_up`` gives for ``exp(0) = 1``: the factor 2**UP of ``like``'s kind (a Vec or a Ptr)."""
+    raise TypeError("up is for kernels")
+
+
+@overload(up, jit_options=INLINE)
+def _up(like):
+    factor = 2.0 ** _FORMAT[like.kind][2]
+    return lambda like: factor
+
+
+# log(x) = k ln 2 + log(m), x = m 2^k with m in [sqrt(1/2), sqrt(2)).
+#   log(m) = 2 atanh(s) = 2 s + 2 s z L(z), with f = m - 1, which is exact, s = f / (2 + f) and z = s^2. The rounding of s would
+#   be that of the result; but 2 s = f - s f = f - f^2/2 + s f^2/2, where it stands in the small terms only.
+#   A denormal number has no exponent of its own: it is multiplied by 2^UP first.
+# log(1 + e) for 0 <= e <= 1 is the same with f = e and k = 0: it keeps the digits of a small e, and z <= 1/9 needs a longer L.
+
+_L = {  # 2 L, z <= 0.03; and z <= 1/9
+    "f32": (
+        (0.6666668503957586, 0.3998878056602198, 0.29579949391972),
+        (0.6666666732052742, 0.3999970632992968, 0.28592357998302836, 0.21706575800880374, 0.23224329224025236),
+    ),
+    "f64": (
+        (
+            0.6666666666666666, 0.4000000000000094, 0.28571428570764852, 0.2222222240054776, 0.181817947008978,
+            0.15386290534658992, 0.13267418596475648, 0.13100723383501488,
+        ),
+        (
+            0.6666666666666666, 0.40000000000014585, 0.2857142856710876, 0.22222222717427864, 0.18181789436132858,
+            0.15385570065018625, 0.13314144209654935, 0.12001072809590704, 0.08800738486144673, 0.16164045611943932,
+        ),
+    ),
+}  # fmt: skip
+_SQRT_HALF_BITS = {"f32": 0x3F3504F3, "f64": 0x3FE6A09E667F3BCD}
+
+
+@intrinsic
+def split_exponent(typingctx, x):
+    """``(k, m)`` with ``x = m * 2**k`` and m in [sqrt(1/2), sqrt(2)); k as lanes like x."""
+    mantissa, integer = {"f32": (23, I32), "f64": (52, I64)}[x.kind]
+
+    def codegen(context, builder, sig, args):
+        ints = lanes_of(integer, x.lanes)
+        const = lambda v: ir.Constant(ints, [v] * x.lanes)  # noqa: E731
+        bits = builder.bitcast(args[0], ints)
+        k = builder.ashr(builder.sub(bits, const(_SQRT_HALF_BITS[x.kind])), const(mantissa))
+        m = builder.bitcast(builder.sub(bits, builder.shl(k, const(mantissa))), args[0].type)
+        k = builder.sitofp(k, args[0].type)
+        return context.make_tuple(builder, sig.return_type, [k, m])
+
+    return types.UniTuple(x, 2)(x), codegen
+
+
+def log(x):
+    """Natural logarithm; about 1 ulp."""
+    raise TypeError("log is for kernels")
+
+
+@overload(log, jit_options=INLINE)
+def _log(x):
+    _, bias, up, ln2_high, ln2_low, _ = _FORMAT[x.kind]
+    least, raised = 2.0 ** (1 - bias), 2.0**up
+    l_of = _polynomial(_L[x.kind][0])
+
+    def log(x):
+        denormal = x < least
+        k, m = split_exponent(where(denormal, x * raised, x))
+        k = where(denormal, k - up, k)
+        f = m - 1.0
+        s = f / (f + 2.0)
+        z = s * s
+        half = f * f * 0.5
+        tail = s * fma(z, l_of(z, z * z), half) + k * ln2_low
+        y = k * ln2_high - ((half - tail) - f)
+        y = where(x == 0.0, splat(x, -math.inf), y)
+        y = where(x == math.inf, x, y)
+        return where(x >= 0.0, y, math.nan)
+
+    return log
+
+
+@njit(**INLINE)
+def x_log_x(x):
+    """``x log(x)``, 0 for 0."""
+    return where(x == 0.0, x, x * log(x))
+
+
+def log1p_to_1(e):
+    """``log(1 + e)``, 0 <= e <= 1; about 1 ulp."""
+    raise TypeError("log1p_to_1 is for kernels")
+
+
+@overload(log1p_to_1, jit_options=INLINE)
+def _log1p_to_1(e):
+    l_of = _polynomial(_L[e.kind][1])
+
+    def log1p_to_1(e):
+        s = e / (e + 2.0)
+        z = s * s
+        half = e * e * 0.5
+        return e - fma(s * -1.0, fma(z, l_of(z, z * z), half), half)
+
+    return log1p_to_1
+
+
+@njit(**INLINE)
+def log1p(e):
+    """``log(1 + e)`` of float64 lanes ``e >= -1/2``: what rounding 1 + e lost is put back."""
+    u = e + 1.0
+    return log(u) + (e - (u - 1.0)) / u
+
+
+def exp_down(x):
+    """``exp(x)``, x <= 0: without a maximum whose digits have to be kept, some operations less than `exp_up`."""
+    raise TypeError("exp_down is for kernels")
+
+
+@overload(exp_down, jit_options=INLINE)
+def _exp_down(x):
+    mantissa, bias, up, ln2_high, ln2_low, _ = _FORMAT[x.kind]
+    offset = 1.5 * 2.0**mantissa + (bias + up)
+    lowest, log2e, down = -(bias + up) * math.log(2.0), 1.0 / math.log(2.0), 2.0**-up
+
+    def exp_down(x):
+        x = at_least(x, lowest)
+        shifted = fma(x, log2e, splat(x, offset))
+        k = shifted - offset
+        r = fma(k, -ln2_low, fma(k, -ln2_high, x))
+        return exp_of(r, _power_of_two(shifted)) * down
+
+    return exp_down

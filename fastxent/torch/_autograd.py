@@ -1,0 +1,142 @@
+"""The autograd node of eager mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch._C import DisableTorchFunctionSubclass, _is_tracing, _len_torch_dispatch_stack
+from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch.autograd import forward_ad
+
+from fastxent.torch._bridge import NONE, SUM, Options, check_memory, check_operands, value_and_grad
+from fastxent.torch._decomposition import differentiable_backward
+from fastxent.torch._operators import gradient_of_rows
+from fastxent.torch._watched import is_seen_by_a_mode
+
+# What a node knows besides tensors: the options, was the gradient written where the logits were, the call if it is known.
+Kept = tuple[Options, bool, Any]
+
+
+class _Eager(torch.autograd.Function):
+    """The node of eager mode. Its gradient is no saved tensor: the first backward hands it over."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, made: tuple[Tensor, Tensor | None, tuple[Tensor | None, ...], Kept]) -> Tensor:
+        """``made``: the loss, its gradient (None for reduction none), the tensors to be saved, the rest. One argument, since
+        each costs autograd a check. Only the logits are differentiated here."""
+        loss, ctx.grad, ctx.to_save, ctx.kept = made
+        ctx.materialize_grads = False
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None]:
+        grad = ctx.grad
+        if grad is None or grad_output is None or is_grad_enabled():
+            return _backward(ctx, grad_output), None
+        ours = not _get_current_graph_task_keep_graph()
+        if ours:
+            ctx.grad = None
+        if _len_torch_dispatch_stack() > 0 or _is_tracing() or type(grad_output) is not Tensor or is_dual(grad_output):
+            return _times(grad, grad_output), None  # its value is not for us to ask for
+        try:
+            factor = grad_output.item()
+        except RuntimeError:  # asked afterwards, for it is rare: does it stand for another, or others?
+            if not (_stands_for_others(grad_output) or is_seen_by_a_mode()):
+                raise
+            return _times(grad, grad_output), None
+        if factor == 1.0:  # kept for another backward, it must not become somebody's .grad, which is added to in place
+            return (grad if ours else grad.clone()), None
+        options, inplace, _ = ctx.kept
+        if grad.element_size() == 2 and not inplace:
+            # Half precision: a gradient that has been rounded once, perhaps to 0, cannot be scaled up any more.
+            input, target, weight, sample_weight = _saved(ctx)
+            out = grad if ours else None
+            return value_and_grad(input, target, weight, sample_weight, options, out, factor)[1], None
+        return (grad.mul_(factor) if ours else grad * factor), None
+
+
+def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
+    """What the forward has not prepared: gradients of reduction none, and those that are to be differentiated again."""
+    if grad_output is None:
+        return None
+    options, inplace, known = ctx.kept
+    if is_grad_enabled():
+        return _differentiable(ctx, grad_output)
+    if options.reduction != NONE:
+        raise RuntimeError(
+            "Trying to backward through the graph a second time: the gradient was handed over by the first backward. "
+            "Specify retain_graph=True there."
+        )
+    saved = input, target, weight, _ = _saved(ctx)
+    watched = type(grad_output) is not Tensor or is_seen_by_a_mode() or is_dual(grad_output)
+    out = input.detach() if inplace else None
+    grad = None if known is None or watched else known.gradient_of_rows(input, target, weight, grad_output, out)
+    if grad is None:
+        if _stands_for_others(grad_output) or is_dual(grad_output):
+            return _differentiable(ctx, grad_output)
+        if watched or torch._is_functional_tensor(grad_output):
+            with DisableTorchFunctionSubclass():
+                return gradient_of_rows(saved, options, grad_output)
+        grad = _new_gradient_of_rows(saved, options, grad_output, out)
+    if inplace:
+        torch.autograd.graph.increment_version(input)
+    return grad
+
+
+def _new_gradient_of_rows(saved: list[Any], options: Options, grad_output: Tensor, out: Tensor | None) -> Tensor:
+    """Of a call that is not known."""
+    input, target, weight, sample_weight = saved
+    check_operands(input, target, weight, sample_weight)
+    if grad_output._is_zerotensor():  # it has no memory
+        grad_output = torch.zeros(grad_output.shape, dtype=grad_output.dtype, device="cpu")
+    elif grad_output.layout != torch.strided:
+        grad_output = grad_output.to_dense()
+    check_memory(grad_output, sample_weight)
+    rows = grad_output if sample_weight is None else grad_output * sample_weight
+    return value_and_grad(input, target, weight, rows, options._replace(reduction=SUM), out)[1]
+
+
+def _differentiable(ctx: Any, grad_output: Tensor) -> Tensor:
+    options, inplace, _ = ctx.kept
+    if inplace:
+        raise RuntimeError("inplace=True has overwritten the logits: there is no double backward through it")
+    return differentiable_backward(_saved(ctx), options, grad_output)
+
+
+# What stands in the graph: the engine calls the backward itself, not a method that looks for it; and slots spare a dict.
+_Eager._backward_cls = type(
+    "CrossEntropyBackward", (_Eager._backward_cls,), {"__slots__": ("grad", "kept"), "apply": _Eager.backward}
+)
+# Function.apply without its look for functorch's tensors: `route` has sent those elsewhere.
+apply = super(torch.autograd.Function, _Eager).apply
+
+
+def attach(input: Tensor, loss: Tensor, grad: Tensor | None, others: tuple[Tensor | None, ...], kept: Kept) -> Tensor:
+    """The loss, with its node. ``grad``: None for reduction none; ``others``: target, weight, sample weights."""
+    if grad is not None and kept[1]:
+        torch.autograd.graph.increment_version(input)
+        return apply(input, (loss, grad, (), kept))
+    return apply(input, (loss, grad, (input, *others), kept))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    """The logits, target, weight, sample weights."""
+    saved = ctx.saved_tensors
+    return [*saved, *[None] * (4 - len(saved))]
+
+
+def _times(grad: Tensor, grad_output: Tensor) -> Tensor:
+    with DisableTorchFunctionSubclass():  # as in PyTorch's own backward
+        return (grad * grad_output).to(grad.dtype)
+
+
+def is_dual(t: Tensor) -> bool:
+    """Has it a tangent of forward AD?"""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+
+
+def _stands_for_others(t: Tensor) -> bool:
+    """Is it a tensor of ``torch.func``, as of vmap (batched gradients: ``is_grads_batched``)?"""
+    return torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
