@@ -18,12 +18,13 @@ import numpy as np
 from numba import cfunc, njit, types
 
 from benchmarks.cases import GRAD, Array, Case
-from fastxent._abi import argument_block as _task
+from fastxent._abi import argument_block as abi
 from fastxent._abi.argument_block import WORK
-from fastxent._codegen import compiler as _compile
+from fastxent._abi.variant import CHUNK, Variant
+from fastxent._codegen import compiler, registry
 from fastxent._kernels.parallel_for import enter, one_by_one, walk
-from fastxent._runtime import run as _parallel
-from fastxent._runtime.plan import CHUNK, Plan, Variant
+from fastxent._runtime import run
+from fastxent._runtime.plan import Plan
 from fastxent._simd.lanes import sum_across
 from fastxent._simd.memory import load, prefetch, store, stream
 from fastxent._simd.numba_backend import INLINE
@@ -108,9 +109,9 @@ TASKS = {"streamed": streamed_task, "stored": stored_task, "read": read_task}
 
 
 @lru_cache
-def kernel(name: str, variant: Variant) -> _parallel.Kernel:
-    compiled = cfunc(types.void(_compile.task_type("floor", variant)))(TASKS[name])
-    return _parallel.Kernel(_parallel._FUNCTION(compiled.address), compiled.address, compiled)
+def kernel(name: str, variant: Variant) -> registry.Kernel:
+    compiled = cfunc(types.void(compiler.task_type("floor", variant)))(TASKS[name])
+    return registry.Kernel(registry._FUNCTION(compiled.address), compiled.address, compiled)
 
 
 def floats(nbytes: int) -> Array:
@@ -138,20 +139,18 @@ class Floor:
         self.t = floats(n_units * unit) if soft else None
         self.g = self.x if which == IN_PLACE else floats(n_units * unit) if which == OUT else None
         self.sums = np.zeros(5)
-        self.chunks = floats(n_chunks * _task.LINE)
+        self.chunks = floats(n_chunks * abi.LINE)
         self.chunks.fill(0.0)
         fields = {
             "n_rows": -(-read_bytes // unit), "n_vectors": vectors, "n_units": n_units, "chunk": chunk,
             "total": self.sums.ctypes.data, "partial": self.chunks.ctypes.data + 8, "taken": self.chunks.ctypes.data,
             "x": self.x.ctypes.data, "t": _address(self.t), "g": _address(self.g),
         }  # fmt: skip
-        self.block = ctypes.create_string_buffer(_task.BLOCK.size)
-        _task.BLOCK.pack_into(self.block, 0, *(fields.get(field, 0) for field, _ in _task.FIELDS))
+        self.block = ctypes.create_string_buffer(abi.BLOCK.size)
+        abi.BLOCK.pack_into(self.block, 0, *(fields.get(field, 0) for field, _ in abi.FIELDS))
         variant = Variant("f32", target="f32" if soft else None)
         plan = Plan(variant, (), (), n_units, n_chunks, case.logit_bytes // 4)
-        self.launch: Callable[[str], object] = lambda task: _parallel._launch(
-            kernel(task, variant), self.block, plan, n_threads
-        )
+        self.launch: Callable[[str], object] = lambda task: run._launch(kernel(task, variant), self.block, plan, n_threads)
         self.bytes_moved = read_bytes * (1 + soft) + (case.logit_bytes if case.mode == GRAD else 0)
         self.task, *others = TASKS_OF[which]
         if others:

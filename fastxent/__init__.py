@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fastxent import functional, reference
     from fastxent._runtime.buffers import release_buffers, set_buffer_limit
     from fastxent._runtime.config import show_config, warmup
-    from fastxent._runtime.run import get_num_threads, set_num_threads
+    from fastxent._runtime.threads import get_num_threads, set_num_threads
     from fastxent.binary import (
         binary_cross_entropy_with_logits,
         binary_cross_entropy_with_logits_value_and_grad,

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from fastxent._abi.variant import LANES
 from fastxent._runtime.arguments import Array, accumulator, address, check_out, check_reduction, floating, storage
-from fastxent._runtime.plan import LANES, pointwise_plan
-from fastxent._runtime.run import check_threads, run
+from fastxent._runtime.plan import pointwise_plan
+from fastxent._runtime.run import run
+from fastxent._runtime.threads import check_threads
 
 
 def binary_cross_entropy_with_logits(

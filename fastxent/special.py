@@ -24,7 +24,8 @@ from fastxent._runtime.arguments import (
     writable_place,
 )
 from fastxent._runtime.plan import make_plan, over, pointwise_plan
-from fastxent._runtime.run import check_threads, run
+from fastxent._runtime.run import run
+from fastxent._runtime.threads import check_threads
 
 Axis = int | tuple[int, ...] | None
 SPLITTERS = ("softmax", "log_softmax", "logsumexp")  # kernels that know rows that are split

@@ -27,7 +27,7 @@ from compiling import object_code
 from hypothesis import settings
 
 from fastxent import reference as ref
-from fastxent._codegen import machine_code as _machine_code
+from fastxent._codegen import machine_code
 
 # Compiling a kernel leaves some 20 MB behind in LLVM, and the tests compile hundreds: a process of its own does it, and is
 # replaced from time to time.
@@ -39,7 +39,7 @@ def _compiled_elsewhere(name: str, variant: Any) -> bytes:
     return _compiler.apply_async(object_code, (name, variant)).get(timeout=300)
 
 
-_machine_code.compiled = _compiled_elsewhere
+machine_code.compiled = _compiled_elsewhere
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ from benchmarks.floor import IN_PLACE, OUT, READ, Floor
 from benchmarks.measure import Effort, ratio, run_group, spread
 from benchmarks.providers import BY_NAME, PROVIDERS, Call, Provider
 from fastxent._abi.argument_block import WORK
-from fastxent._runtime.run import available_cpus
+from fastxent._runtime.threads import available_cpus
 
 TINY = Case((17, 60))  # 60 classes: enough for lanes to be classes
 FEW = Effort(3, 3, 0.0)

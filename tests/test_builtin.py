@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import fastxent as fx
-from fastxent._abi import argument_block as _task
-from fastxent._fastpath import callcache as _known
+from fastxent._abi import argument_block as abi
+from fastxent._fastpath import callcache
 from fastxent._fastpath import table as _builtin
-from fastxent._runtime import run as _parallel
+from fastxent._runtime import run, threads
 
 DEFAULTS = (-1, -100, 0.0, "mean")
 AXIS, IGNORE, SMOOTHING, REDUCTION = DEFAULTS
@@ -23,8 +23,8 @@ AXIS, IGNORE, SMOOTHING, REDUCTION = DEFAULTS
 
 @pytest.fixture(autouse=True)
 def nothing_is_known(monkeypatch):
-    monkeypatch.setattr(_known, "known_calls", {})
-    monkeypatch.setattr(_known, "_tables", dict.fromkeys(_known._tables))
+    monkeypatch.setattr(callcache, "known_calls", {})
+    monkeypatch.setattr(callcache, "_tables", dict.fromkeys(callcache._tables))
 
 
 def arrays(shape: tuple[int, ...] = (6, 4), dtype: Any = np.float32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -33,7 +33,7 @@ def arrays(shape: tuple[int, ...] = (6, 4), dtype: Any = np.float32, seed: int =
 
 
 def answer(name: str, *args: Any, options: tuple[Any, ...] = DEFAULTS, team: int = 1) -> Any:
-    table = _known._tables[name]
+    table = callcache._tables[name]
     return table is not None and table.answer(team, *args, *options)
 
 
@@ -71,20 +71,20 @@ def test_a_team_is_of_whom_there_is(monkeypatch):
     no OpenMP. With another OpenMP runtime, that one's functions are called."""
     x, y = arrays((40, 1000))
     want = fx.cross_entropy(x, y, n_threads=1)
-    table = _known._tables["value"]
+    table = callcache._tables["value"]
     assert table is not None
     with monkeypatch.context() as patch:
-        patch.setattr(_parallel._State, "setting", 3)
+        patch.setattr(run._State, "setting", 3)
         assert table.team() == 3 and fx.cross_entropy(x, y) == want
-        patch.setattr(_parallel._State, "forked", True)
+        patch.setattr(run._State, "forked", True)
         assert table.team() == 1 and fx.cross_entropy(x, y) == want
     with monkeypatch.context() as patch:
-        patch.setattr(_parallel._State, "calls", {object()})
+        patch.setattr(run._State, "calls", {object()})
         assert table.team() == 0 and fx.cross_entropy(x, y) == want
     before = table.words.copy()
     with monkeypatch.context() as patch:
-        patch.setattr(_parallel, "_openmp", lambda: None)
-        assert table.team() == 0 and not table.words[[_task.PARALLEL, _task.THREAD_NUMBER]].any()
+        patch.setattr(threads, "_openmp", lambda: None)
+        assert table.team() == 0 and not table.words[[abi.PARALLEL, abi.THREAD_NUMBER]].any()
         assert fx.cross_entropy(x, y) == want
     assert table.team() > 0 and np.array_equal(table.words, before)
 
@@ -94,7 +94,7 @@ def test_the_public_functions_ask_it(shape, monkeypatch):
     x, y = arrays(shape)
     fx.cross_entropy(x, y)
     fx.cross_entropy_value_and_grad(x, y)
-    monkeypatch.setattr(_known, "known_calls", {})
+    monkeypatch.setattr(callcache, "known_calls", {})
     monkeypatch.setattr(fx.functional, "problem", None)  # whoever is not known is checked
     loss, g = fx.cross_entropy_value_and_grad(x, y)
     assert loss == fx.cross_entropy(x, y) and type(loss) is np.float32 and g is not x
@@ -179,14 +179,14 @@ def test_a_class_index_out_of_range(bad):
 
 def test_a_full_table_stays_as_it_is():
     x, y = arrays()
-    indices = range(-_task.MOST_ENTRIES - 3, 0)  # to be ignored: none is a class
+    indices = range(-abi.MOST_ENTRIES - 3, 0)  # to be ignored: none is a class
     loss = fx.cross_entropy(x, y, ignore_index=indices[0])
     assert all(fx.cross_entropy(x, y, ignore_index=ignore) == loss for ignore in indices)
     gc.collect()
     for nth, ignore in enumerate(indices):
         options = (AXIS, ignore, SMOOTHING, REDUCTION)
         known = answer("value", x, y, x, options=options)
-        assert known == (pytest.approx(loss, rel=1e-6) if nth < _task.MOST_ENTRIES else False), nth
+        assert known == (pytest.approx(loss, rel=1e-6) if nth < abi.MOST_ENTRIES else False), nth
         assert fx.cross_entropy(x, y, ignore_index=ignore) == loss
 
 
@@ -236,8 +236,8 @@ threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
 for t in threads: t.start()
 for t in threads: t.join()
 assert not failed, failed
-from fastxent._fastpath import callcache as _known
-_known.known_calls.clear(); _known._tables.update(value=None, value_and_grad=None)
+from fastxent._fastpath import callcache
+callcache.known_calls.clear(); callcache._tables.update(value=None, value_and_grad=None)
 signal.signal(signal.SIGALRM, handle)
 signal.setitimer(signal.ITIMER_REAL, 1e-3, 1e-2)
 for seed in range(5): work(seed)
@@ -258,7 +258,7 @@ def test_where_objects_lie_otherwise_the_longer_way_is_taken(monkeypatch):
     assert _builtin.table(writes=True) is not None
     for name in ("TYPE", "DATA", "NDIM", "DIMS", "DTYPE", "FLAGS"):
         with monkeypatch.context() as patched:
-            patched.setattr(_task, name, getattr(_task, name) - 1)
+            patched.setattr(abi, name, getattr(abi, name) - 1)
             assert _builtin.table(writes=True) is None, name
     monkeypatch.setattr(sys, "implementation", type("other", (), {"name": "other"}))
     x, y = arrays()

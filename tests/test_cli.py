@@ -21,7 +21,7 @@ from cli_cases import ROOT, run_process, save
 
 import fastxent
 from fastxent import cli
-from fastxent._cli import evaluate as _evaluate
+from fastxent._cli import evaluate
 from fastxent._runtime import config as _config
 
 # The command as such --------------------------------------------------------------------------------------
@@ -177,14 +177,14 @@ def test_demo_json(capsys):
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 @pytest.mark.parametrize(("difference", "code"), [(1e-4, 0), (1e-2, 1), (math.nan, 1)])
 def test_demo_fails_with_a_check(monkeypatch, capsys, flags, difference, code):
-    from fastxent._cli import demo as _demo
+    from fastxent._cli import demo
 
     def run(folder, on_step=None):
         files = save(folder, logits=np.zeros((2, 3)), targets=np.zeros(2, int))
-        checks = [_demo.Check("coefficients", difference, 1e-3)]
-        return _demo.Result([], 1.0, 1.0, checks, _evaluate.evaluate(*files))
+        checks = [demo.Check("coefficients", difference, 1e-3)]
+        return demo.Result([], 1.0, 1.0, checks, evaluate.evaluate(*files))
 
-    monkeypatch.setattr(_demo, "run", run)
+    monkeypatch.setattr(demo, "run", run)
     assert cli.main(["demo", *flags]) == code
     out = capsys.readouterr().out
     assert ('"passed": false' in out) if flags and code else ("FAILED" in out) == bool(code)

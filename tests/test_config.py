@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 
 import fastxent as fx
-from fastxent._runtime import run as _parallel
+from fastxent._codegen import registry
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_calls_after_a_warmup_compile_nothing(dtype, monkeypatch):
     warmed: set[Any] = set()
     used: set[Any] = set()
-    kernel = _parallel.kernel
+    kernel = registry.kernel
 
-    def noting(name: str, variant: Any = _parallel._ANY) -> Any:
+    def noting(name: str, variant: Any = registry._ANY) -> Any:
         used.add((name, variant))
         return kernel(name, variant)
 
-    monkeypatch.setattr(_parallel, "kernel", lambda name, variant=_parallel._ANY: warmed.add((name, variant)))
+    monkeypatch.setattr(registry, "kernel", lambda name, variant=registry._ANY: warmed.add((name, variant)))
     fx.warmup([dtype])
-    monkeypatch.setattr(_parallel, "kernel", noting)
+    monkeypatch.setattr(registry, "kernel", noting)
     for shape in ((7, 3), (40, 100), (40, 1000), (200, 32000)):
         for _ in range(2):
             fx.cross_entropy_value_and_grad(np.zeros(shape, dtype), np.zeros(shape[0], int))

@@ -18,7 +18,7 @@ from conftest import DTYPES, FLOAT32, FLOAT64, make_case
 
 from fastxent import cli
 from fastxent import reference as ref
-from fastxent._cli import evaluate as _evaluate
+from fastxent._cli import evaluate as evaluation
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,7 +63,7 @@ def test_ignore_index(tmp_path, capsys):
 @pytest.mark.parametrize("option", ["index", "probabilities"])
 @pytest.mark.parametrize("block_rows", [1, 7, 1000])
 def test_any_axis_order_file_and_block(tmp_path, capsys, monkeypatch, axis, order, how, option, block_rows):
-    monkeypatch.setattr(_evaluate, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(evaluation, "BLOCK_ROWS", block_rows)
     case = make_case(FLOAT64, (3, 5, 4, 6), option)
     target = case.target if option == "index" else np.moveaxis(case.target, -1, axis)
     arrays = {"logits": np.moveaxis(case.logits, -1, axis), "targets": target}

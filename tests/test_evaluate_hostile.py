@@ -16,8 +16,8 @@ from cli_cases import assert_matches, error_of, evaluate, expected, save
 from conftest import BFLOAT16, make_case, make_rng
 
 from fastxent import cli
-from fastxent._cli import evaluate as _evaluate
-from fastxent._cli import files as _files
+from fastxent._cli import evaluate as evaluation
+from fastxent._cli import files
 
 
 class Trap:
@@ -138,12 +138,12 @@ def test_nothing_is_unpickled(tmp_path, capsys):
 def test_hostile_targets(tmp_path, capsys, monkeypatch, target, words):
     files = save(tmp_path, logits=np.zeros((5, 3)), t=target)
     assert words in error_of(capsys, *files)
-    monkeypatch.setattr(_evaluate, "BLOCK_ROWS", 2)  # rows are counted through the file, not the block
+    monkeypatch.setattr(evaluation, "BLOCK_ROWS", 2)  # rows are counted through the file, not the block
     assert words in error_of(capsys, *files)
 
 
 def test_a_bad_target_in_more_dimensions_is_named_by_its_place(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(_evaluate, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(evaluation, "BLOCK_ROWS", 2)
     target = np.zeros((4, 5), int)
     target[2, 3] = 7
     files = save(tmp_path, logits=np.zeros((4, 6, 5)), t=target)
@@ -230,7 +230,7 @@ def test_scattered_rows_in_a_large_archive_are_refused(tmp_path, capsys, monkeyp
     (good,) = save(tmp_path, t=np.zeros(5, int))
     np.savez(tmp_path / "x.npz", np.zeros((5, 3), order="F"))
     assert evaluate(capsys, tmp_path / "x.npz", good)["rows"] == 5
-    monkeypatch.setattr(_files, "WHOLE_BYTES", 100)
+    monkeypatch.setattr(files, "WHOLE_BYTES", 100)
     assert "use a .npy file" in error_of(capsys, tmp_path / "x.npz", good)
 
 

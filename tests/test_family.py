@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 import fastxent as fx
-from fastxent._abi import argument_block as _task
-from fastxent._fastpath import callcache as _known
-from fastxent._fastpath import fastcall as _direct
+from fastxent._abi import argument_block as abi
+from fastxent._abi.variant import ITEMSIZE
+from fastxent._codegen import registry
+from fastxent._fastpath import callcache, fastcall
 from fastxent._fastpath.family import Family
-from fastxent._runtime import run as _parallel
-from fastxent._runtime.plan import ITEMSIZE, MOST_DIRECT, WORTH_A_THREAD, Plan, make_plan, number_of
+from fastxent._runtime import run
+from fastxent._runtime.plan import MOST_DIRECT, WORTH_A_THREAD, Plan, make_plan, number_of
 
 EXTENTS = (1, 2, 3, 15, 16, 17, 33, 48, 49, 63, 64, 65, 112, 113, 256, 257, 320, 321, 1000, 5000, 40_000, 300_000)
 MOST_CHUNKS = (2044, 513, 2)  # in float16: its units are of two rows
@@ -26,8 +27,8 @@ MOST_CHUNKS = (2044, 513, 2)  # in float16: its units are of two rows
 
 @pytest.fixture
 def nothing_is_known(monkeypatch):
-    monkeypatch.setattr(_known, "known_calls", {})
-    monkeypatch.setattr(_known, "_tables", dict.fromkeys(_known._tables))
+    monkeypatch.setattr(callcache, "known_calls", {})
+    monkeypatch.setattr(callcache, "_tables", dict.fromkeys(callcache._tables))
 
 
 def in_python() -> dict[str, Any]:
@@ -37,10 +38,10 @@ def in_python() -> dict[str, Any]:
         kind = c_double if isinstance(value, float) else c_int64
         kind.from_address(at + 8 * nth).value = value
 
-    names: dict[str, Any] = dict(vars(_direct))
-    for name, function in vars(_direct).items():
+    names: dict[str, Any] = dict(vars(fastcall))
+    for name, function in vars(fastcall).items():
         if hasattr(function, "py_func"):
-            ours = function.py_func.__module__ == _direct.__name__
+            ours = function.py_func.__module__ == fastcall.__name__
             names[name] = FunctionType(function.py_func.__code__, names, name) if ours else function.py_func
     names["word"] = lambda at, nth: c_int64.from_address(at + 8 * nth).value
     names["number"] = lambda at, nth: c_double.from_address(at + 8 * nth).value
@@ -60,7 +61,7 @@ def plan_of(shape: tuple[int, ...], axis: int, logits: str, soft: bool) -> Plan:
 def test_machine_code_plans_as_python_does(monkeypatch):
     """Over the borders between strategies, of few rows, split rows, several threads."""
     ready_for = in_python()["ready_for"]
-    monkeypatch.setattr(_parallel, "kernel", lambda *_: SimpleNamespace(address=7))
+    monkeypatch.setattr(registry, "kernel", lambda *_: SimpleNamespace(address=7))
     rng, n_met, kinds = random.Random(0), 0, set()
     for nth in range(20_000):
         shape = tuple(rng.choice(EXTENTS) for _ in range(rng.randrange(1, 5)))
@@ -74,22 +75,22 @@ def test_machine_code_plans_as_python_does(monkeypatch):
         family = Family("value", first, axis, len(shape), smoothing=0.1, tiles=0, average=True)
         at, sizes = family.words.ctypes.data, np.array(shape)
         if number_of(plan.variant) != number_of(first.variant):
-            assert ready_for(at, sizes.ctypes.data) == _task.NOT_MET
+            assert ready_for(at, sizes.ctypes.data) == abi.NOT_MET
         family.meet(plan)
         useful = ready_for(at, sizes.ctypes.data)
-        block = family.words[_task.FAMILY :]
-        assert (nth == 0) == (plan.most_chunks > _task.ROOM) and (not plan.variant.split or plan.n_units <= _task.ROOM)
+        block = family.words[abi.FAMILY :]
+        assert (nth == 0) == (plan.most_chunks > abi.ROOM) and (not plan.variant.split or plan.n_units <= abi.ROOM)
         if nth == 0:
-            assert useful == _task.NOT_MET
+            assert useful == abi.NOT_MET
             continue
-        planned = tuple(block[_task.SLOT["n_rows"] :][: len(plan.planned)].tolist())
+        planned = tuple(block[abi.SLOT["n_rows"] :][: len(plan.planned)].tolist())
         assert planned == plan.planned, (shape, axis, logits)
-        assert tuple(family.words[_task.AXES :][: len(plan.axes)].tolist()) == plan.axes, (shape, axis, logits)
+        assert tuple(family.words[abi.AXES :][: len(plan.axes)].tolist()) == plan.axes, (shape, axis, logits)
         assert useful == min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD)
-        assert block.view(np.float64)[_task.SLOT["spread"]] == 0.1 / shape[axis]
+        assert block.view(np.float64)[abi.SLOT["spread"]] == 0.1 / shape[axis]
         n_met, kinds = n_met + 1, kinds | {number_of(plan.variant)}
     assert n_met > 5000 and len(kinds) > 6
-    assert len(kinds) <= _task.MOST_KERNELS
+    assert len(kinds) <= abi.MOST_KERNELS
 
 
 def arrays(shape: tuple[int, ...], axis: int = -1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -111,10 +112,10 @@ def test_the_bits_do_not_depend_on_what_was_met_before(axis, shapes, nothing_is_
     options: dict[str, Any] = {"axis": axis, "label_smoothing": 0.1}
     cold = {}
     for shape in shapes:
-        _known.known_calls.clear()
-        _known._tables.update(dict.fromkeys(_known._tables))
+        callcache.known_calls.clear()
+        callcache._tables.update(dict.fromkeys(callcache._tables))
         cold[shape] = fx.cross_entropy_value_and_grad(*arrays(shape, axis), **options)
-    _known._tables.update(dict.fromkeys(_known._tables))
+    callcache._tables.update(dict.fromkeys(callcache._tables))
     for shape in [*shapes, *reversed(shapes)]:
         for n_threads in (None, 1, 3):
             loss, g = fx.cross_entropy_value_and_grad(*arrays(shape, axis), n_threads=n_threads, **options)
@@ -134,12 +135,12 @@ def test_nothing_is_made_for_extents_that_are_new(with_out, n_threads, nothing_i
     for name in ("make_plan", "problem"):
         monkeypatch.setattr(fx._validate, name, None)
     monkeypatch.setattr(fx.functional, "problem", None)
-    monkeypatch.setattr(_parallel, "argument_block", None)
-    before = dict(_known.known_calls)
+    monkeypatch.setattr(run, "argument_block", None)
+    before = dict(callcache.known_calls)
     for n, c in itertools.product((2, 5, 16, 200, 4000), (10, 11, 30)):
         call(n, c)
-    assert _known.known_calls == before
-    assert all(table.words[_task.COUNT] == 1 for table in _known._tables.values())
+    assert callcache.known_calls == before
+    assert all(table.words[abi.COUNT] == 1 for table in callcache._tables.values())
 
 
 def test_what_does_not_fit_is_refused_at_any_extents(nothing_is_known):

@@ -9,7 +9,7 @@ import pytest
 
 import fastxent as fx
 from fastxent import functional
-from fastxent._fastpath import callcache as _known
+from fastxent._fastpath import callcache
 
 SHAPES = [(5, 3), (16, 300), (700, 30), (40, 2000), (4, 70000)]  # the last three are for all threads
 OPTIONS: list[dict[str, Any]] = [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"ignore_index": 2}, {"axis": 0}]
@@ -131,7 +131,7 @@ def test_where_the_gradient_may_lie():
 
 
 def test_not_too_many_are_known(monkeypatch):
-    monkeypatch.setattr(_known, "MOST_KNOWN", 4)
+    monkeypatch.setattr(callcache, "MOST_KNOWN", 4)
     for n in range(1, 12):
         fx.cross_entropy(np.zeros((n, 3)), np.zeros(n, int))
-        assert len(_known.known_calls) <= 4
+        assert len(callcache.known_calls) <= 4

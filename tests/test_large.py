@@ -11,8 +11,8 @@ import pytest
 from conftest import BFLOAT16, EVERYDAY_DTYPES, FLOAT16, FLOAT32, Budget, make_case, make_truth, run_torch
 
 import fastxent as fx
-from fastxent._fastpath import callcache as _known
-from fastxent._runtime import plan as _plan
+from fastxent._fastpath import callcache
+from fastxent._runtime import plan
 
 SHAPES = {
     (5, 300): "rows that begin anywhere in a cache line",
@@ -26,12 +26,12 @@ OPTIONS = ["index", "weight ignore smoothing sample_weight", "probabilities weig
 
 def planned_with(monkeypatch, limit: str) -> Iterator[None]:
     """Plans as if one of their limits were 0; calls that were known before have other ones."""
-    monkeypatch.setattr(_known, "known_calls", {})
-    monkeypatch.setattr(_known, "_tables", dict.fromkeys(_known._tables))
-    monkeypatch.setattr(_plan, limit, 0)
-    _plan.make_plan.cache_clear()
+    monkeypatch.setattr(callcache, "known_calls", {})
+    monkeypatch.setattr(callcache, "_tables", dict.fromkeys(callcache._tables))
+    monkeypatch.setattr(plan, limit, 0)
+    plan.make_plan.cache_clear()
     yield
-    _plan.make_plan.cache_clear()
+    plan.make_plan.cache_clear()
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_streamed_gradient(dtype, shape, all_is_large):
 def test_a_pipeline_of_rows_gives_the_bits_of_each_alone(dtype, option, monkeypatch):
     """Long rows past the cache are written while the next one is computed: targets in all places, rows that are far from zero,
     hold an inf, or are ignored, several at once, and gradients that begin anywhere and have something between their rows."""
-    for shape in ((1, 4133), (2, 49), (9, 4133), (40, _plan.MOST_TILED + 10), (18, 512)):
+    for shape in ((1, 4133), (2, 49), (9, 4133), (40, plan.MOST_TILED + 10), (18, 512)):
         n_rows, n_classes = shape
         case = make_case(dtype, shape, option)
         logits, target = case.logits, case.target

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import fastxent as fx
-from fastxent._runtime import run as _parallel
-from fastxent._runtime.plan import MOST_KEPT, TILE
+from fastxent._abi.variant import MOST_KEPT, TILE
+from fastxent._runtime import run, threads
 
 rng = np.random.default_rng(1)
 X = (rng.standard_normal((700, 301)) * 4).astype(np.float32)  # enough for several chunks and every thread
@@ -37,7 +37,7 @@ def test_openmp_threads_and_serial_give_the_same_bits(monkeypatch):
     serial = bits(fx.cross_entropy_value_and_grad(X, Y, n_threads=1))
     for n in (2, 3, 4, 7):
         assert bits(fx.cross_entropy_value_and_grad(X, Y, n_threads=n)) == serial
-    monkeypatch.setattr(_parallel, "_openmp", lambda: None)
+    monkeypatch.setattr(threads, "_openmp", lambda: None)
     for n in (2, 4):
         assert bits(fx.cross_entropy_value_and_grad(X, Y, n_threads=n)) == serial
 
@@ -63,7 +63,7 @@ def test_several_python_threads_at_once():
     for t in threads:
         t.join()
     assert not wrong
-    assert not _parallel._State.calls
+    assert not run._State.calls
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
@@ -120,8 +120,9 @@ def test_torch_keeps_its_threads_and_shares_its_pool():
         fx.cross_entropy(x, y)
         print(torch.get_num_threads(), fx.get_num_threads() <= 3)
         maps = {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line}
-        from fastxent._runtime import run as _parallel
-        print({os.path.realpath(_parallel.openmp_path())} == maps)
+        from fastxent._runtime import run
+        from fastxent._runtime import threads
+        print({os.path.realpath(threads.openmp_path())} == maps)
         """
     )
     assert out.splitlines() == ["3 True", "True"]
@@ -158,10 +159,10 @@ def test_set_num_threads():
 
 def test_a_thread_stays_in_its_tile():
     """It keeps exponentials there, or rows transposed: not on its stack, which may be small."""
-    _parallel._State.tiles.clear()
-    memory, at = _parallel._take_tiles()
+    run._State.tiles.clear()
+    memory, at = run._take_tiles()
     memory[:] = 0xA5
-    _parallel._State.tiles.append((memory, at))
+    run._State.tiles.append((memory, at))
     for dtype in (np.float32, np.float64):
         for shape in ((20, 256), (40, 10), (64, 16 * MOST_KEPT)):  # fewer rows would be split
             x = np.random.default_rng(0).standard_normal(shape).astype(dtype)

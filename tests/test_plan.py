@@ -5,19 +5,8 @@ import math
 import pytest
 
 from fastxent._abi.argument_block import PLANNED
-from fastxent._runtime.plan import (
-    CHECKED,
-    CHECKS,
-    CHUNK,
-    FEW_CLASSES,
-    FEW_ROWS,
-    LANES,
-    MOST_TILED,
-    MOST_TILED_LARGE,
-    STRIP,
-    make_plan,
-    row_axes,
-)
+from fastxent._abi.variant import CHECKED, CHECKS, CHUNK, FEW_CLASSES, LANES, MOST_TILED, MOST_TILED_LARGE, STRIP
+from fastxent._runtime.plan import FEW_ROWS, make_plan, row_axes
 
 
 def c_strides(shape, itemsize=4):

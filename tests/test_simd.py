@@ -8,9 +8,9 @@ import pytest
 from llvmlite import binding
 from numba import cfunc, types
 
-from fastxent._codegen import compiler as _compile
-from fastxent._runtime.plan import Variant
-from fastxent._simd import vector as _simd
+from fastxent._abi.variant import Variant
+from fastxent._codegen import compiler
+from fastxent._simd import vector
 from fastxent._simd.elementary import Shift, exp_up, log, log1p, shift_by, tanh
 from fastxent._simd.lanes import beside, fold, repeat
 from fastxent._simd.memory import itemsize, load, store
@@ -62,7 +62,7 @@ def run(function, x, y, storage_x, storage_y, kind, m=None):
     """Apply a function of 16 lanes to x (a multiple of 16 elements), into y."""
     pointers = (("x", 0, (storage_x, kind)), ("y", 1, (storage_y, kind)), ("m", 2, (storage_x, kind)))
     fields = (*pointers, ("n", 3, "int"))
-    compiled = cfunc(types.void(_simd.Task(fields, ())))(function)
+    compiled = cfunc(types.void(vector.Task(fields, ())))(function)
     block = np.array([x.ctypes.data, y.ctypes.data, 0 if m is None else m.ctypes.data, x.size], np.int64)
     FUNCTION(compiled.address)(block.ctypes.data)
     return y
@@ -168,7 +168,7 @@ def test_bfloat16_rounds_to_nearest_even_as_ml_dtypes_does():
 def test_hot_loops_are_packed_and_call_nothing(across):
     """The compiled kernel holds packed arithmetic and calls no function: no scalar exp, no helper that was not inlined."""
     variant = Variant("f32", labelled=True, across=across, neighbours=True)
-    library, symbol = _compile.c_function("value_and_grad", variant)
+    library, symbol = compiler.c_function("value_and_grad", variant)
     packed = r"\bv(mul|add|max|fmadd\w+)ps\b|\b(mul|add|max)ps\b|\bfml\w*\b"
     assert len(re.findall(packed, library.get_asm_str())) > 20
     # Not in the assembly: there a call names a register, and no function.

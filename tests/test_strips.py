@@ -9,8 +9,8 @@ from conftest import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from test_large import aligned, planned_with
 
 import fastxent as fx
-from fastxent._runtime import plan as _plan
-from fastxent._runtime import run as _parallel
+from fastxent._codegen import registry
+from fastxent._runtime import plan
 
 # 1320 rows are 6 strips of 14 units, 515 are 3 of 11, 272 are 2 of 9, 129 are one of 9; 8 classes are the fewest that overlap.
 IMAGES = [(3, 20, 40, 33), (2, 49, 5, 103), (5, 8, 16, 17), (2, 3, 40, 33), (4, 20, 3, 43)]
@@ -109,11 +109,11 @@ def test_what_overlaps():
     def variant(shape):
         steps = tuple(int(s) for s in np.empty(shape, np.uint8).strides)
         strides = tuple(4 * s for s in steps)
-        return _plan.make_plan(shape, (strides,) * 3, 1, "f32", labelled=True).variant
+        return plan.make_plan(shape, (strides,) * 3, 1, "f32", labelled=True).variant
 
     assert variant((16, 150, 128, 128)).overlapped
     assert not variant((1, 150, 128, 128)).overlapped
     assert not variant((512, 7, 128, 128)).overlapped
     assert not variant((4096, 64, 16, 16)).overlapped
-    one = _parallel.kernel("logsumexp", variant((16, 150, 128, 128)))
-    assert one is _parallel.kernel("logsumexp", variant((16, 150, 128, 128))._replace(overlapped=False))
+    one = registry.kernel("logsumexp", variant((16, 150, 128, 128)))
+    assert one is registry.kernel("logsumexp", variant((16, 150, 128, 128))._replace(overlapped=False))

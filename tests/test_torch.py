@@ -135,12 +135,12 @@ def test_options_that_may_change_are_looked_at_every_time(name):
 
 
 def test_a_call_makes_ready_only_what_it_runs(monkeypatch):
-    from fastxent.torch import _callcache as _known
+    from fastxent.torch import _callcache
 
     made: list[str] = []
-    ready = _known._ready
-    _known.forget()
-    monkeypatch.setattr(_known, "_ready", lambda task, *rest: made.append(task.name) or ready(task, *rest))
+    ready = _callcache._ready
+    _callcache.forget()
+    monkeypatch.setattr(_callcache, "_ready", lambda task, *rest: made.append(task.name) or ready(task, *rest))
     x = torch.randn(6, 4, requires_grad=True)
     for _ in range(3):
         ft.cross_entropy(x.detach(), torch.zeros(6, dtype=torch.long))
@@ -152,13 +152,13 @@ def test_a_call_makes_ready_only_what_it_runs(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of PyTorch's own forward-mode AD
 def test_what_only_looks_like_the_last_call():
-    from fastxent.torch import _callcache as _known
+    from fastxent.torch import _callcache
 
-    _known.forget()
+    _callcache.forget()
     x, y = torch.randn(6, 4), torch.arange(6) % 4
     for _ in range(4):
         ft.cross_entropy(x, y)
-    assert len(_known._guarded[False]) == 1
+    assert len(_callcache._guarded[False]) == 1
     others = {
         "other strides": torch.randn(6, 8)[:, ::2],
         "transposed": torch.randn(4, 6).T,
@@ -188,10 +188,10 @@ def test_what_only_looks_like_the_last_call():
 
 
 def test_known_calls_are_known_where_it_is_installed(monkeypatch):
-    from fastxent.torch import _dispatch as _route
+    from fastxent.torch import _dispatch
 
     x, y = torch.randn(6, 4, requires_grad=True), torch.arange(6) % 4
     with ft.installed():
         first = F.cross_entropy(x, y)
-        monkeypatch.setattr(_route, "_takes", None)  # whoever is not known is looked at
+        monkeypatch.setattr(_dispatch, "_takes", None)  # whoever is not known is looked at
         assert F.cross_entropy(x, y) == first and torch.nn.CrossEntropyLoss()(x, y).requires_grad

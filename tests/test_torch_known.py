@@ -7,26 +7,24 @@ import torch
 import torch.nn.functional as F
 
 import fastxent.torch as ft
-from fastxent.torch import _callcache as _known
-from fastxent.torch import _dispatch as _route
-from fastxent.torch import _stable_abi as _handles
+from fastxent.torch import _callcache, _dispatch, _stable_abi
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-@pytest.fixture(autouse=True, params=[_handles.c_interface, lambda: None], ids=["C interface", "Python"])
+@pytest.fixture(autouse=True, params=[_stable_abi.c_interface, lambda: None], ids=["C interface", "Python"])
 def nothing_is_known(request, monkeypatch):
     """Nor that memory can be looked for by PyTorch's C interface."""
-    monkeypatch.setattr(_known, "c_interface", request.param)
-    _known.forget()
+    monkeypatch.setattr(_callcache, "c_interface", request.param)
+    _callcache.forget()
     yield
-    _known.forget()
+    _callcache.forget()
 
 
 @pytest.fixture
 def all_is_known(monkeypatch):
     """Call it, and from then on who is not known fails."""
-    return lambda: monkeypatch.setattr(_route, "_takes", None)
+    return lambda: monkeypatch.setattr(_dispatch, "_takes", None)
 
 
 def make_call(shape, dtype, probabilities=False, weighted=False, seed=0):
@@ -204,10 +202,10 @@ def test_tensors_that_begin_and_end_within_their_memory(weights, reduction, all_
 
 
 def test_pytorchs_c_interface_is_not_taken_on_trust(monkeypatch):
-    names = _handles._FUNCTIONS
+    names = _stable_abi._FUNCTIONS
     for wrong in (names[::-1], ("aoti_torch_no_such_function", *names[1:])):
-        monkeypatch.setattr(_handles, "_FUNCTIONS", wrong)
-        assert _handles.c_interface.__wrapped__() is None
+        monkeypatch.setattr(_stable_abi, "_FUNCTIONS", wrong)
+        assert _stable_abi.c_interface.__wrapped__() is None
 
 
 def make_rows(shape, innermost=False, seed=0):
@@ -246,14 +244,14 @@ def test_nothing_is_made_for_extents_that_are_new(request, monkeypatch, all_is_k
     kinds = list(itertools.product((2, 20, 3000), ("mean", "none")))
     for n, reduction in [*kinds, *kinds]:
         step(n, 10, reduction)
-    before = len(_known.known_calls)
+    before = len(_callcache.known_calls)
     all_is_known()
     for name in ("_known", "_plan_of", "guard", "_ready"):
-        monkeypatch.setattr(_known, name, None)
+        monkeypatch.setattr(_callcache, name, None)
     for n, classes in itertools.product((3, 30, 4000), (10, 7, 30)):
         step(n, classes, "mean")
         step(n, classes, "none")
-    assert len(_known.known_calls) == before
+    assert len(_callcache.known_calls) == before
 
 
 def test_forms_that_differ_in_their_strides_only(request, all_is_known):
@@ -289,9 +287,9 @@ def test_a_form_is_left_to_others_where_it_does_not_serve(monkeypatch):
     assert ft.cross_entropy(torch.randn(0, 5), y[:0]).isnan()
     for shape in ((30_000, 5), (300_000, 5)):
         x, y, _ = make_call(shape, torch.float32)
-        for team in (_known.team_at_once, lambda _: 0):
+        for team in (_callcache.team_at_once, lambda _: 0):
             with monkeypatch.context() as patch:
-                patch.setattr(_known, "team_at_once", team)
+                patch.setattr(_callcache, "team_at_once", team)
                 for _ in range(3):
                     ours, theirs = (f(x, y) for f in (ft.cross_entropy, F.cross_entropy))
                     torch.testing.assert_close(ours, theirs)

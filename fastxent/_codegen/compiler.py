@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import FunctionType
 from typing import Any
 
@@ -9,25 +10,20 @@ from llvmlite import binding
 from numba import types
 from numba.core.registry import cpu_target
 
-from fastxent._abi import argument_block as _task
-from fastxent._codegen import machine_code as _machine_code
-from fastxent._fastpath import fastcall as _direct
-from fastxent._kernels import schedules as _several
-from fastxent._kernels import steps as _kernels
-from fastxent._kernels.losses import pointwise as _pointwise
-from fastxent._kernels.losses import sums as _sums
+from fastxent._abi import argument_block as abi
+from fastxent._abi.variant import BUILTINS, KEEPERS, PAIRERS, SYMBOL, Variant
+from fastxent._kernels import schedules, steps
+from fastxent._kernels.losses import pointwise, sums
 from fastxent._kernels.parallel_for import one_by_one
-from fastxent._runtime.plan import KEEPERS, PAIRERS, Variant
-from fastxent._simd import numba_backend as _inlined
-from fastxent._simd import vector as _simd
+from fastxent._simd import numba_backend, vector
 
 # What is not in ``steps``.
 _POINTWISE = {
-    "binary": _pointwise.binary,
-    "divergence": _pointwise.divergence,
-    "divergence_of_logs": _pointwise.divergence_of_logs,
+    "binary": pointwise.binary,
+    "divergence": pointwise.divergence,
+    "divergence_of_logs": pointwise.divergence_of_logs,
 }
-_OTHERS = _POINTWISE | {"entropy": _sums.entropy, "logsumexp_of_products": _sums.logsumexp_of_products}
+_OTHERS = _POINTWISE | {"entropy": sums.entropy, "logsumexp_of_products": sums.logsumexp_of_products}
 
 
 def pipelined(name: str, variant: Variant) -> bool:
@@ -43,10 +39,10 @@ def pipelined(name: str, variant: Variant) -> bool:
         return False
     if variant.large:
         return not kept or variant.logits != "bf16"
-    return _simd.WIDE and variant.logits == "f32"
+    return vector.WIDE and variant.logits == "f32"
 
 
-def task_type(name: str, variant: Variant) -> _simd.Task:
+def task_type(name: str, variant: Variant) -> vector.Task:
     """The Numba type of the argument block: which slot is what, and what the compiler may take for granted."""
     acc, keeps_e = variant.acc, variant.kept and name in KEEPERS
     kinds: dict[str, Any] = {
@@ -59,7 +55,7 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "x": (variant.logits, acc),
         "t": (variant.target or acc, acc),
     }
-    fields = tuple((field, _task.FIRST_SLOT + slot, kinds[kind]) for slot, (field, kind) in enumerate(_task.FIELDS))
+    fields = tuple((field, abi.FIRST_SLOT + slot, kinds[kind]) for slot, (field, kind) in enumerate(abi.FIELDS))
     constants = {
         "across": variant.across,
         "neighbours": variant.neighbours,
@@ -80,29 +76,30 @@ def task_type(name: str, variant: Variant) -> _simd.Task:
         "pipelined": pipelined(name, variant),
         "differentiate": variant.differentiate,
     }
-    return _simd.Task(fields, tuple(constants.items()))
+    return vector.Task(fields, tuple(constants.items()))
 
 
 def c_function(name: str, variant: Variant) -> tuple[Any, str]:
-    """Kernel ``name``, or a function of ``fastcall``, as a C function: see ``numba_backend``."""
-    if name in ("answer", "run_on"):
-        return _inlined.c_function(getattr(_direct, name), types.int64(types.int64, types.int64, types.int64))
+    """Kernel ``name``, or a function of ``BUILTINS``, as a C function: see ``numba_backend``."""
+    if name in BUILTINS:
+        builtin = getattr(import_module(BUILTINS[name]), name)
+        return numba_backend.c_function(builtin, types.int64(types.int64, types.int64, types.int64))
     task = task_type(name, variant)
     if name == "launch":
-        return _inlined.c_function(_kernels.launch, types.void(task))
-    function = _kernels.check
+        return numba_backend.c_function(steps.launch, types.void(task))
+    function = steps.check
     if name != "check":  # ``kernel``, with the function of this name as its ``work``
         if variant.overlapped and pipelined(name, variant):
-            work = _several.by_strips
+            work = schedules.by_strips
         elif pipelined(name, variant):
-            work = getattr(_several, f"{name}_pipelined")
+            work = getattr(schedules, f"{name}_pipelined")
         elif variant.paired:
-            work = getattr(_several, f"{name}_by_twos")
+            work = getattr(schedules, f"{name}_by_twos")
         else:
-            work = one_by_one(_OTHERS.get(name) or getattr(_kernels, name))
-        names = vars(_kernels) | {"work": work}
-        function = FunctionType(_kernels.kernel.__code__, names, name)
-    return _inlined.c_function(function, types.void(task, types.int64, types.int64))
+            work = one_by_one(_OTHERS.get(name) or getattr(steps, name))
+        names = vars(steps) | {"work": work}
+        function = FunctionType(steps.kernel.__code__, names, name)
+    return numba_backend.c_function(function, types.void(task, types.int64, types.int64))
 
 
 # The linker makes no room for addresses of functions but where code takes them from a table, as compilers say -fno-plt.
@@ -113,12 +110,12 @@ _MEMSET_BY_TABLE = """
 
 
 def object_code(name: str, variant: Variant) -> bytes:
-    """Kernel ``name`` as an object file, in which it is called ``machine_code.SYMBOL``."""
+    """Kernel ``name`` as an object file, in which it is called ``SYMBOL``."""
     library, symbol = c_function(name, variant)
     module = binding.parse_assembly(library.get_llvm_str() + _MEMSET_BY_TABLE)
-    module.get_function(symbol).name = _machine_code.SYMBOL
+    module.get_function(symbol).name = SYMBOL
     for value in (*module.functions, *module.global_variables):
-        if not value.is_declaration and value.name != _machine_code.SYMBOL:
+        if not value.is_declaration and value.name != SYMBOL:
             value.linkage = "private"  # Numba's names, a few thousand letters each, stay out of the file
     triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
     # Small code: constants are near, for ``machine_code.link`` puts all of a file into one piece of memory.

@@ -19,10 +19,8 @@ from typing import Any
 import llvmlite
 from llvmlite import binding
 
-from fastxent._codegen import disk_cache as _cache
-from fastxent._runtime.plan import Variant
-
-SYMBOL = "kernel"  # of the function in a file
+from fastxent._abi.variant import SYMBOL, Variant
+from fastxent._codegen import disk_cache
 
 PACKAGE = __package__.partition(".")[0]
 # What a kernel is made of: rooms of jitted code and of what they share, and who compiles them.
@@ -87,14 +85,14 @@ def _host() -> tuple[str | None, ...]:
 
 def loaded(name: str, variant: Variant) -> tuple[int, object] | None:
     """The address of a kernel, and the owner of its code, which lives as long as that does; None: it is not on the disk."""
-    code = _cache.read(_file(name, variant))
+    code = disk_cache.read(_file(name, variant))
     return None if code is None else link(code)
 
 
 def made(name: str, variant: Variant) -> tuple[int, object]:
     """The same of a kernel that is compiled now."""
     code = compiled(name, variant)
-    _cache.write(_file(name, variant), code)
+    disk_cache.write(_file(name, variant), code)
     return link(code)
 
 
@@ -106,9 +104,9 @@ def _file(name: str, variant: Variant) -> str:
 
 def compiled(name: str, variant: Variant) -> bytes:
     """An object file with the kernel as ``SYMBOL``."""
-    from fastxent._codegen import compiler as _compile
+    from fastxent._codegen import compiler
 
-    return _compile.object_code(name, variant)
+    return compiler.object_code(name, variant)
 
 
 def link(code: bytes) -> tuple[int, object]:

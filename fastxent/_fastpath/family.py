@@ -13,46 +13,46 @@ from typing import Any
 
 import numpy as np
 
-from fastxent._abi import argument_block as _task
-from fastxent._runtime import run as _parallel
+from fastxent._abi import argument_block as abi
+from fastxent._runtime import run
 from fastxent._runtime.plan import Plan, number_of
 
 
 class Family:
-    """``words`` is what machine code reads and writes, as ``argument_block`` says: numbers, the argument block, room for chunks."""
+    """``words``: what machine code reads and writes, as ``argument_block`` says: numbers, a block, room for chunks."""
 
     def __init__(
         self, name: str, plan: Plan, axis: int, n_axes: int, *,
         innermost: bool = False, n_weights: int = 0, smoothing: float = 0.0, tiles: int, **arguments: Any,
     ) -> None:  # fmt: skip
         """``plan``: of one of its calls. ``arguments``: as `run.argument_block` takes them."""
-        block = bytes(_parallel.argument_block(name, plan, tiles=tiles, **arguments))[: _parallel.HEAD_OF_BLOCK]
-        n_bytes = 8 * _task.FAMILY + len(block) + _task.LINE * (1 + 2 * _task.ROOM)
+        block = bytes(run.argument_block(name, plan, tiles=tiles, **arguments))[: run.HEAD_OF_BLOCK]
+        n_bytes = 8 * abi.FAMILY + len(block) + abi.LINE * (1 + 2 * abi.ROOM)
         self.name, self.words = name, np.zeros(-(-n_bytes // 8), np.int64)
         variant = plan.variant
         soft = variant.target is not None
-        self.words[: _task.N_KERNELS] = (
+        self.words[: abi.N_KERNELS] = (
             n_axes, axis, innermost, plan.itemsize, soft, soft and arguments.get("average", False), n_weights, 0,
             variant.capped, variant.logits == variant.acc, variant.acc == "f32",
         )  # fmt: skip
-        self.words.view(np.float64)[_task.SMOOTHING] = smoothing
+        self.words.view(np.float64)[abi.SMOOTHING] = smoothing
         begin = self.words.ctypes.data
-        at_block = begin + 8 * _task.FAMILY
+        at_block = begin + 8 * abi.FAMILY
         ctypes.memmove(at_block, block, len(block))
         at_chunks = at_block + len(block)
-        at_chunks += -at_chunks % _task.LINE
+        at_chunks += -at_chunks % abi.LINE
         for slot, at in (
-            ("axes", begin + 8 * _task.AXES), ("total", at_block + _task.BLOCK.size), ("taken", at_chunks),
-            ("partial", at_chunks + 8), ("segments", at_chunks + _task.LINE * _task.ROOM), ("team", 1),
+            ("axes", begin + 8 * abi.AXES), ("total", at_block + abi.BLOCK.size), ("taken", at_chunks),
+            ("partial", at_chunks + 8), ("segments", at_chunks + abi.LINE * abi.ROOM), ("team", 1),
         ):  # fmt: skip
-            self.words[_task.FAMILY + _task.SLOT[slot]] = at
+            self.words[abi.FAMILY + abi.SLOT[slot]] = at
         self.meet(plan)
 
     def meet(self, plan: Plan) -> None:
         """Get the kernels of a call, if there is room for them."""
-        new = number_of(plan.variant), *_parallel.kernels_of(self.name, plan.variant)
-        kernels = self.words[_task.KERNELS :][: _task.MOST_KERNELS * _task.KERNEL].reshape(-1, _task.KERNEL)
-        nth = int(self.words[_task.N_KERNELS])
-        if nth < _task.MOST_KERNELS and new[0] not in kernels[:nth, 0]:
+        new = number_of(plan.variant), *run.kernels_of(self.name, plan.variant)
+        kernels = self.words[abi.KERNELS :][: abi.MOST_KERNELS * abi.KERNEL].reshape(-1, abi.KERNEL)
+        nth = int(self.words[abi.N_KERNELS])
+        if nth < abi.MOST_KERNELS and new[0] not in kernels[:nth, 0]:
             kernels[nth] = new
-            self.words[_task.N_KERNELS] = nth + 1
+            self.words[abi.N_KERNELS] = nth + 1

@@ -14,18 +14,19 @@ from numba import float32, float64, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastxent._abi import argument_block as _task
-from fastxent._runtime import plan as _plan
-from fastxent._runtime.plan import LANES, MOST_DIRECT
+from fastxent._abi import argument_block as abi
+from fastxent._abi.variant import LANES
+from fastxent._runtime import plan
+from fastxent._runtime.plan import MOST_DIRECT
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import I8, I64, SCALAR, call_llvm
 
 ROUND, OWN_NUMBER, TEAM, X, G, T, Y, W, U = (
-    _task.SLOT[name] for name in ("round", "thread_number", "team", "x", "g", "t", "y", "w", "u")
+    abi.SLOT[name] for name in ("round", "thread_number", "team", "x", "g", "t", "y", "w", "u")
 )
-PLANNED, SPREAD, SAVE_SEGMENT, WORKS = (_task.SLOT[name] for name in ("n_rows", "spread", "save_segment", "kernel"))
+PLANNED, SPREAD, SAVE_SEGMENT, WORKS = (abi.SLOT[name] for name in ("n_rows", "spread", "save_segment", "kernel"))
 SUM, BAD_AT, DIVISOR_AT = (
-    (_task.BLOCK.size + offset) // 8 for offset in (8 * _task.WORK, _task.BAD, _task.DIVISOR)
+    (abi.BLOCK.size + offset) // 8 for offset in (8 * abi.WORK, abi.BAD, abi.DIVISOR)
 )  # behind the block: see ``run``
 
 
@@ -42,8 +43,7 @@ def _load(numba_type, llvm_type):
 
 
 is_across, strategy, number_of, n_checks, useful_threads = (
-    njit(**INLINE)(choice)
-    for choice in (_plan.is_across, _plan.strategy, _plan.number_of, _plan.n_checks, _plan.useful_threads)
+    njit(**INLINE)(choice) for choice in (plan.is_across, plan.strategy, plan.number_of, plan.n_checks, plan.useful_threads)
 )
 word, number = _load(types.int64, I64), _load(types.float64, SCALAR["f64"])  # the nth word at an address
 narrow_number = _load(types.float32, SCALAR["f32"])
@@ -67,7 +67,7 @@ def clear(typingctx, block):
 
     def codegen(context, builder, sig, args):
         at = builder.inttoptr(args[0], I8.as_pointer())
-        call_llvm(builder, "llvm.memset.p0.i64", ir.VoidType(), [at, I8(0), I64(8 * _task.FIRST_SLOT), ir.IntType(1)(0)])
+        call_llvm(builder, "llvm.memset.p0.i64", ir.VoidType(), [at, I8(0), I64(8 * abi.FIRST_SLOT), ir.IntType(1)(0)])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
@@ -90,13 +90,13 @@ def run(table, block, team):
     """Run a task, whose operands are in its block, on so many threads; is every class index in range? If not, nothing has been
     written."""
     clear(block)
-    set_word(block, ROUND, word(block, ROUND) + _task.PHASES)
+    set_word(block, ROUND, word(block, ROUND) + abi.PHASES)
     set_word(block, BAD_AT, 0.0)
     set_word(block, TEAM, team)
-    launch = word(table, _task.LAUNCH)
+    launch = word(table, abi.LAUNCH)
     if team > 1:
-        set_word(block, OWN_NUMBER, word(table, _task.THREAD_NUMBER))
-        call_with(word(table, _task.PARALLEL), launch, block, team, 0)
+        set_word(block, OWN_NUMBER, word(table, abi.THREAD_NUMBER))
+        call_with(word(table, abi.PARALLEL), launch, block, team, 0)
     else:
         set_word(block, OWN_NUMBER, 0)
         call_with(launch, block)
@@ -111,11 +111,11 @@ def loss_of(block):
 @njit(**INLINE)
 def kernel_for(family, number):
     """Where the family has the kernel with this number; 0: it has not met it."""
-    at = family + 8 * _task.KERNELS
-    for _ in range(word(family, _task.N_KERNELS)):
+    at = family + 8 * abi.KERNELS
+    for _ in range(word(family, abi.N_KERNELS)):
         if word(at, 0) == number:
             return at
-        at += 8 * _task.KERNEL
+        at += 8 * abi.KERNEL
     return 0
 
 
@@ -130,7 +130,7 @@ def set_axis(at, extent, stride, row):
 @njit(**INLINE)
 def set_axes(family, n_rows, n_classes, inner, extent):
     """The row axes, as `plan.row_axes` has them, and how many they are. ``extent``: of the innermost."""
-    size, axes = word(family, _task.SIZE), family + 8 * _task.AXES
+    size, axes = word(family, abi.SIZE), family + 8 * abi.AXES
     stride = 0 if n_rows == 1 else (size if inner > 1 else n_classes * size)
     set_axis(axes, extent, stride, 1)
     if extent == n_rows:
@@ -143,21 +143,21 @@ def set_axes(family, n_rows, n_classes, inner, extent):
 def made_ready(family, outer, n_classes, inner):
     """Make a family's block ready for arrays that are dense, of these extents before the classes, of them, and behind them: how
     many threads have something to do, or ``NOT_THERE``, ``NOT_MET``."""
-    block, n_rows, size = family + 8 * _task.FAMILY, outer * inner, word(family, _task.SIZE)
-    elements, n_weights = n_rows * n_classes, word(family, _task.N_WEIGHTS)
+    block, n_rows, size = family + 8 * abi.FAMILY, outer * inner, word(family, abi.SIZE)
+    elements, n_weights = n_rows * n_classes, word(family, abi.N_WEIGHTS)
     if elements == 0 or elements * size > MOST_DIRECT or (n_weights > 0 and n_weights != n_classes):
-        return _task.NOT_THERE
+        return abi.NOT_THERE
     tight = inner == 1
     extent = n_rows if n_classes == 1 or outer == 1 or inner == 1 else inner
     neighbours = n_rows > 1 and (inner > 1 or n_classes == 1)
     across = is_across(n_rows, n_classes, size, tight)
     s = strategy(
         across, n_rows, n_classes, extent, size, tight, across or neighbours, not across, True,
-        word(family, _task.CAPPED) != 0, word(family, _task.UNROUNDED) != 0, word(family, _task.SINGLE) != 0,
+        word(family, abi.CAPPED) != 0, word(family, abi.UNROUNDED) != 0, word(family, abi.SINGLE) != 0,
     )  # fmt: skip
     kernel = kernel_for(family, number_of(s))
-    if kernel == 0 or max(s.n_chunks, n_checks(n_rows)) > _task.ROOM:
-        return _task.NOT_MET
+    if kernel == 0 or max(s.n_chunks, n_checks(n_rows)) > abi.ROOM:
+        return abi.NOT_MET
     n_axes = set_axes(family, n_rows, n_classes, inner, extent)
     step = LANES * size if across else inner * size
     planned = (
@@ -168,8 +168,8 @@ def made_ready(family, outer, n_classes, inner):
         set_word(block, PLANNED + nth, planned[nth])
     set_word(block, SAVE_SEGMENT, word(kernel, 1))
     set_word(block, WORKS, word(kernel, 2))
-    set_word(block, SPREAD, number(family, _task.SMOOTHING) / n_classes)
-    if word(family, _task.AVERAGED) != 0:
+    set_word(block, SPREAD, number(family, abi.SMOOTHING) / n_classes)
+    if word(family, abi.AVERAGED) != 0:
         set_word(block, DIVISOR_AT, float64(n_rows))
     return useful_threads(s.n_chunks, elements)
 
@@ -186,9 +186,9 @@ def extents_but(sizes, axis, first, stop):
 @njit(**INLINE)
 def ready_for(family, sizes):
     """`made_ready` for arrays of these extents."""
-    axis, n_axes = word(family, _task.CLASS_AXIS), word(family, _task.N_AXES)
+    axis, n_axes = word(family, abi.CLASS_AXIS), word(family, abi.N_AXES)
     before, behind = extents_but(sizes, axis, 0, axis), extents_but(sizes, axis, axis, n_axes)
-    if word(family, _task.INNERMOST) != 0:
+    if word(family, abi.INNERMOST) != 0:
         before, behind = before * behind, 1
     return made_ready(family, before, word(sizes, axis), behind)
 
@@ -196,8 +196,8 @@ def ready_for(family, sizes):
 @njit(**INLINE)
 def has_rows(family, sizes, target_sizes):
     """Has the target the extents of the logits, or those of their rows?"""
-    axis, soft = word(family, _task.CLASS_AXIS), word(family, _task.SOFT) != 0
-    for i in range(word(family, _task.N_AXES)):
+    axis, soft = word(family, abi.CLASS_AXIS), word(family, abi.SOFT) != 0
+    for i in range(word(family, abi.N_AXES)):
         if soft or i != axis:
             if word(sizes, i) != word(target_sizes, i if soft or i < axis else i - 1):
                 return False
@@ -207,9 +207,9 @@ def has_rows(family, sizes, target_sizes):
 @njit(**INLINE)
 def is_array(table, array, dtype, n_axes, flags):
     """Is it an array with these flags, of this dtype and number of axes?"""
-    if word(array, _task.TYPE) != word(table, _task.NDARRAY_TYPE) or word(array, _task.FLAGS) & flags != flags:
+    if word(array, abi.TYPE) != word(table, abi.NDARRAY_TYPE) or word(array, abi.FLAGS) & flags != flags:
         return False
-    return word(array, _task.DTYPE) == dtype and word(array, _task.NDIM) & _task.LOW_HALF == n_axes
+    return word(array, abi.DTYPE) == dtype and word(array, abi.NDIM) & abi.LOW_HALF == n_axes
 
 
 @njit(**INLINE)
@@ -217,41 +217,39 @@ def is_same(table, option, known):
     """Is it the same object, or an int, float or string with the same value?"""
     if option == known:
         return True
-    kind = word(option, _task.TYPE)
-    is_plain = (
-        kind == word(table, _task.INT_TYPE) or kind == word(table, _task.FLOAT_TYPE) or kind == word(table, _task.STR_TYPE)
-    )
-    if not is_plain or kind != word(known, _task.TYPE):
+    kind = word(option, abi.TYPE)
+    is_plain = kind == word(table, abi.INT_TYPE) or kind == word(table, abi.FLOAT_TYPE) or kind == word(table, abi.STR_TYPE)
+    if not is_plain or kind != word(known, abi.TYPE):
         return False
-    return call_with(word(table, _task.COMPARE), option, known, _task.EQUAL) & _task.LOW_HALF == 1
+    return call_with(word(table, abi.COMPARE), option, known, abi.EQUAL) & abi.LOW_HALF == 1
 
 
 @njit(**INLINE)
 def is_known(table, entry, args):
     """Is this a call like the entry's, but for the extents, and may the gradient be written where it is to go?"""
     logits, target, out = word(args, 1), word(args, 2), word(args, 3)
-    for nth in range(_task.N_OPTIONS):
-        if not is_same(table, word(args, 4 + nth), word(entry, _task.OPTIONS + nth)):
+    for nth in range(abi.N_OPTIONS):
+        if not is_same(table, word(args, 4 + nth), word(entry, abi.OPTIONS + nth)):
             return False
-    family, x_dtype, flags = word(entry, _task.FAMILY_AT), word(entry, _task.X_DTYPE), _task.CONTIGUOUS_AND_ALIGNED
-    n_axes = word(family, _task.N_AXES)
+    family, x_dtype, flags = word(entry, abi.FAMILY_AT), word(entry, abi.X_DTYPE), abi.CONTIGUOUS_AND_ALIGNED
+    n_axes = word(family, abi.N_AXES)
     if not is_array(table, logits, x_dtype, n_axes, flags):
         return False
-    if not is_array(table, target, word(entry, _task.Y_DTYPE), n_axes - 1, flags):
+    if not is_array(table, target, word(entry, abi.Y_DTYPE), n_axes - 1, flags):
         return False
-    sizes = word(logits, _task.DIMS)
-    if not has_rows(family, sizes, word(target, _task.DIMS)):
+    sizes = word(logits, abi.DIMS)
+    if not has_rows(family, sizes, word(target, abi.DIMS)):
         return False
-    if word(table, _task.WRITES) == 0:
+    if word(table, abi.WRITES) == 0:
         return True
-    if not is_array(table, out, x_dtype, n_axes, flags | _task.WRITEABLE):
+    if not is_array(table, out, x_dtype, n_axes, flags | abi.WRITEABLE):
         return False
-    n_rows = extents_but(sizes, word(family, _task.CLASS_AXIS), 0, n_axes)
-    x_bytes = n_rows * word(sizes, word(family, _task.CLASS_AXIS)) * word(family, _task.SIZE)
+    n_rows = extents_but(sizes, word(family, abi.CLASS_AXIS), 0, n_axes)
+    x_bytes = n_rows * word(sizes, word(family, abi.CLASS_AXIS)) * word(family, abi.SIZE)
     for i in range(n_axes):
-        if word(word(out, _task.DIMS), i) != word(sizes, i):
+        if word(word(out, abi.DIMS), i) != word(sizes, i):
             return False
-    x, y, g = word(logits, _task.DATA), word(target, _task.DATA), word(out, _task.DATA)
+    x, y, g = word(logits, abi.DATA), word(target, abi.DATA), word(out, abi.DATA)
     if g != x and g < x + x_bytes and x < g + x_bytes:
         return False
     return not (g < y + 8 * n_rows and y < g + x_bytes)
@@ -259,44 +257,44 @@ def is_known(table, entry, args):
 
 @njit(**INLINE)
 def argument(table, args, nth):
-    return call_with(word(table, _task.FROM_INT), word(args, nth))
+    return call_with(word(table, abi.FROM_INT), word(args, nth))
 
 
 @njit(**INLINE)
 def answered(table, args):
-    entry = table + 8 * _task.HEAD
-    for _ in range(word(table, _task.COUNT)):
+    entry = table + 8 * abi.HEAD
+    for _ in range(word(table, abi.COUNT)):
         if is_known(table, entry, args):
-            family, logits = word(entry, _task.FAMILY_AT), word(args, 1)
-            useful, block = ready_for(family, word(logits, _task.DIMS)), family + 8 * _task.FAMILY
+            family, logits = word(entry, abi.FAMILY_AT), word(args, 1)
+            useful, block = ready_for(family, word(logits, abi.DIMS)), family + 8 * abi.FAMILY
             if useful < 0:
                 break
-            set_word(block, X, word(logits, _task.DATA))
-            set_word(block, Y, word(word(args, 2), _task.DATA))
-            set_word(block, G, word(word(args, 3), _task.DATA))
+            set_word(block, X, word(logits, abi.DATA))
+            set_word(block, Y, word(word(args, 2), abi.DATA))
+            set_word(block, G, word(word(args, 3), abi.DATA))
             if run(table, block, min(useful, argument(table, args, 0))):
-                return call_with(word(table, _task.TO_FLOAT), loss_of(block))
+                return call_with(word(table, abi.TO_FLOAT), loss_of(block))
             break
-        entry += 8 * _task.ENTRY
-    return call_with(word(table, _task.TO_BOOL), 0)
+        entry += 8 * abi.ENTRY
+    return call_with(word(table, abi.TO_BOOL), 0)
 
 
 @njit(**INLINE)
 def told(table, function, tensor):
     """What a function of PyTorch's C interface tells about a tensor; 0 if it fails."""
-    found = table + 8 * _task.FOUND
-    failed = call_with(word(table, function), tensor + word(table, _task.HANDLE), found)
-    return word(found, 0) if failed & _task.LOW_HALF == 0 else 0
+    found = table + 8 * abi.FOUND
+    failed = call_with(word(table, function), tensor + word(table, abi.HANDLE), found)
+    return word(found, 0) if failed & abi.LOW_HALF == 0 else 0
 
 
 @njit(**INLINE)
 def is_dense(table, tensor, n_axes, axis, innermost):
     """Is it in C order, or, if the classes lie innermost, are all other axes?"""
-    if told(table, _task.DIM, tensor) != n_axes:
+    if told(table, abi.DIM, tensor) != n_axes:
         return False
     if n_axes == 0:
         return True
-    sizes, strides, step = told(table, _task.TENSOR_SIZES, tensor), told(table, _task.TENSOR_STRIDES, tensor), 1
+    sizes, strides, step = told(table, abi.TENSOR_SIZES, tensor), told(table, abi.TENSOR_STRIDES, tensor), 1
     if sizes == 0 or strides == 0:
         return False
     if innermost:
@@ -315,15 +313,15 @@ def is_dense(table, tensor, n_axes, axis, innermost):
 @njit(**INLINE)
 def ready_for_tensors(table, family, x, target):
     """`made_ready` for these tensors, if they are as the family's."""
-    axis, n_axes = word(family, _task.CLASS_AXIS), word(family, _task.N_AXES)
-    innermost, soft = word(family, _task.INNERMOST) != 0, word(family, _task.SOFT) != 0
+    axis, n_axes = word(family, abi.CLASS_AXIS), word(family, abi.N_AXES)
+    innermost, soft = word(family, abi.INNERMOST) != 0, word(family, abi.SOFT) != 0
     if not is_dense(table, x, n_axes, axis, innermost):
-        return _task.NOT_THERE
+        return abi.NOT_THERE
     if not is_dense(table, target, n_axes if soft else n_axes - 1, axis, innermost and soft):
-        return _task.NOT_THERE
-    sizes = told(table, _task.TENSOR_SIZES, x)
-    if not has_rows(family, sizes, told(table, _task.TENSOR_SIZES, target)):
-        return _task.NOT_THERE
+        return abi.NOT_THERE
+    sizes = told(table, abi.TENSOR_SIZES, x)
+    if not has_rows(family, sizes, told(table, abi.TENSOR_SIZES, target)):
+        return abi.NOT_THERE
     return ready_for(family, sizes)
 
 
@@ -339,32 +337,32 @@ def bytes_of(slot, block, itemsize):
 @njit(**INLINE)
 def element(table, tensor, nbytes, itemsize):
     """The address of a tensor's first element; 0 if from there on so many bytes are not in its memory."""
-    handle, found = tensor + word(table, _task.HANDLE), table + 8 * _task.FOUND
-    failed = call_with(word(table, _task.DATA_PTR), handle, found)
+    handle, found = tensor + word(table, abi.HANDLE), table + 8 * abi.FOUND
+    failed = call_with(word(table, abi.DATA_PTR), handle, found)
     at = word(found, 0)
     if nbytes > 0:
-        failed |= call_with(word(table, _task.STORAGE_SIZE), handle, found)
+        failed |= call_with(word(table, abi.STORAGE_SIZE), handle, found)
         size = word(found, 0)
-        failed |= call_with(word(table, _task.STORAGE_OFFSET), handle, found)
+        failed |= call_with(word(table, abi.STORAGE_OFFSET), handle, found)
         if size < word(found, 0) * itemsize + nbytes:
             return 0
-    return at if failed & _task.LOW_HALF == 0 else 0
+    return at if failed & abi.LOW_HALF == 0 else 0
 
 
 @njit(**INLINE)
 def ran(table, args, n_args):
-    given, call, team = word(word(args, 0), _task.DATA), word(word(args, 1), _task.DATA), argument(table, args, 2)
-    block, nothing, of_family = given, word(table, _task.NOTHING), word(call, _task.OF_FAMILY) != 0
+    given, call, team = word(word(args, 0), abi.DATA), word(word(args, 1), abi.DATA), argument(table, args, 2)
+    block, nothing, of_family = given, word(table, abi.NOTHING), word(call, abi.OF_FAMILY) != 0
     if of_family:
         x, y = word(args, 4), word(args, 6)
         useful = ready_for_tensors(table, given, x, word(args, 7) if y == nothing else y)
         if useful < 0:
             return useful
-        block, team = given + 8 * _task.FAMILY, min(team, useful)
+        block, team = given + 8 * abi.FAMILY, min(team, useful)
     loss = element(table, word(args, 3), 0, 1)
     if loss == 0:
-        return _task.NOT_THERE
-    operand = call + 8 * _task.FIRST_OPERAND
+        return abi.NOT_THERE
+    operand = call + 8 * abi.FIRST_OPERAND
     for nth in range(4, n_args):
         tensor, at = word(args, nth), 0
         if tensor != nothing:
@@ -373,17 +371,17 @@ def ran(table, args, n_args):
                 nbytes = bytes_of(slot, block, itemsize)
             at = element(table, tensor, nbytes, itemsize)
             if at == 0:
-                return _task.NOT_THERE
+                return abi.NOT_THERE
         set_word(block, word(operand, 0), at)
-        operand += 8 * _task.OPERAND
-    n_narrow, wide = word(call, _task.N_NARROW), word(call, _task.WIDE_AT)
+        operand += 8 * abi.OPERAND
+    n_narrow, wide = word(call, abi.N_NARROW), word(call, abi.WIDE_AT)
     if n_narrow > 0:
         narrow = word(block, W)
         for c in range(n_narrow):
             set_word(wide, c, float64(narrow_number(narrow, c)))
         set_word(block, W, wide)
     good = run(table, block, team)
-    if word(call, _task.IS_DOUBLE) != 0:
+    if word(call, abi.IS_DOUBLE) != 0:
         set_word(loss, 0, loss_of(block))
     else:
         set_word(loss, 0, float32(loss_of(block)))
@@ -396,7 +394,7 @@ def answer(self, args, n_args):
     ``self`` is the table's array. False: no entry has these options, and arrays like these; or a class index is
     out of range. Where the table says that no gradient is written, ``out`` may be any array.
     """
-    return answered(word(self, _task.DATA), args)
+    return answered(word(self, abi.DATA), args)
 
 
 def run_on(self, args, n_args):
@@ -406,4 +404,4 @@ def run_on(self, args, n_args):
     ``self`` is the table's array; ``call`` says which operands these are, those that may be left out last, and whether
     ``block`` is a family's array.
     """
-    return call_with(word(word(self, _task.DATA), _task.TO_INT), ran(word(self, _task.DATA), args, n_args))
+    return call_with(word(word(self, abi.DATA), abi.TO_INT), ran(word(self, abi.DATA), args, n_args))

@@ -10,16 +10,20 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastxent._abi import argument_block as _task
+from fastxent._abi import argument_block as abi
+from fastxent._codegen import registry
 from fastxent._fastpath.family import Family
-from fastxent._runtime import run as _parallel
+from fastxent._runtime import run, threads
 from fastxent._runtime.arguments import Array
 from fastxent._runtime.plan import Plan
 from fastxent._runtime.run import PackedTask
+
+if TYPE_CHECKING:
+    from fastxent._fastpath import fastcall  # noqa: F401  # for those who pack a program: see ``BUILTINS``
 
 _FASTCALL = 0x80  # METH_FASTCALL
 
@@ -32,8 +36,8 @@ class Table:
     """Calls that are known, and ``answer``, the builtin that runs them. It only grows: nothing it points to is let go."""
 
     def __init__(self, writes: bool) -> None:
-        self.words = _words(_task.MOST_ENTRIES, writes)
-        self.openmp = _parallel._openmp()
+        self.words = _words(abi.MOST_ENTRIES, writes)
+        self.openmp = threads._openmp()
         self.families: dict[tuple[Any, ...], Family] = {}
         self.owners: list[object] = []  # of what the entries point to
         self.answer = _builtin("answer", self.words)
@@ -45,21 +49,21 @@ class Table:
         if (family := self.families.get(key)) is not None:
             family.meet(plan)
             return
-        nth = int(self.words[_task.COUNT])
-        if nth < _task.MOST_ENTRIES:
+        nth = int(self.words[abi.COUNT])
+        if nth < abi.MOST_ENTRIES:
             family = Family(name, plan, axis, x.ndim, tiles=_tiles()[1], **arguments)
             self.families[key] = family
             entry = np.array([family.words.ctypes.data, id(x.dtype), id(y.dtype), *map(id, options)])
             self.owners.append((family, x.dtype, y.dtype, options))
-            self.words[_task.HEAD + nth * _task.ENTRY :][: _task.ENTRY] = entry
-            self.words[_task.COUNT] = nth + 1
+            self.words[abi.HEAD + nth * abi.ENTRY :][: abi.ENTRY] = entry
+            self.words[abi.COUNT] = nth + 1
 
     def team(self, n_threads: int | None = None) -> int:
         """See `run.team_at_once`."""
-        if self.openmp is not (openmp := _parallel._openmp()):  # PyTorch has come
-            self.words[[_task.PARALLEL, _task.THREAD_NUMBER]] = _parallel.entries_of(openmp)
+        if self.openmp is not (openmp := threads._openmp()):  # PyTorch has come
+            self.words[[abi.PARALLEL, abi.THREAD_NUMBER]] = threads.entries_of(openmp)
             self.openmp = openmp
-        return _parallel.team_at_once(n_threads)
+        return run.team_at_once(n_threads)
 
 
 def table(writes: bool) -> Table | None:
@@ -81,10 +85,10 @@ def on_tensors(
     ``n_narrow``: class weights that come as float32; ``c_interface``: see ``torch._handles``."""
     if c_interface is None or not _all_is_in_its_place():
         return None
-    parts = [n for name, *rest in operands for n in (_task.SLOT[name], *rest)]
+    parts = [n for name, *rest in operands for n in (abi.SLOT[name], *rest)]
     of_family = isinstance(given, Family)
     call = np.array([of_family, is_double, n_narrow, 0, *parts, *[0] * n_narrow])  # behind them is room for the weights
-    call[_task.WIDE_AT] = call[_task.FIRST_OPERAND + len(parts) :].ctypes.data
+    call[abi.WIDE_AT] = call[abi.FIRST_OPERAND + len(parts) :].ctypes.data
     return partial(_run_on(c_interface), given.words if isinstance(given, Family) else _own_block(given), call)
 
 
@@ -100,12 +104,12 @@ def _run_on(c_interface: tuple[int, ...]) -> Callable[..., int]:
 
 def _words(n_entries: int, writes: bool) -> Array:
     """A table without entries, for the OpenMP runtime that is there now."""
-    words = np.zeros(_task.HEAD + n_entries * _task.ENTRY, np.int64)
-    words[: _task.HEAD] = (
-        0, writes, *map(id, (np.ndarray, int, float, str)), _parallel.kernel("launch").address,
+    words = np.zeros(abi.HEAD + n_entries * abi.ENTRY, np.int64)
+    words[: abi.HEAD] = (
+        0, writes, *map(id, (np.ndarray, int, float, str)), registry.kernel("launch").address,
         *map(_address_of, ("PyFloat_FromDouble", "PyBool_FromLong", "PyLong_FromLongLong", "PyLong_AsLongLong")),
         _address_of("PyObject_RichCompareBool"),
-        *_parallel.entries_of(_parallel._openmp()),
+        *threads.entries_of(threads._openmp()),
     )  # fmt: skip
     return words
 
@@ -113,20 +117,20 @@ def _words(n_entries: int, writes: bool) -> Array:
 @lru_cache
 def _tiles() -> tuple[Array, int]:
     """Those of the team of the one who holds the GIL."""
-    return _parallel.tiles_for(_parallel.MOST_THREADS)
+    return run.tiles_for(threads.MOST_THREADS)
 
 
 def _own_block(task: PackedTask) -> Array:
     """An argument block for the builtins alone, but for what they write."""
     _, tiles = _tiles()
     block = task.new_block(tiles)
-    _task.START.pack_into(block, 0, 0, 0, 1)
+    abi.START.pack_into(block, 0, 0, 0, 1)
     return np.frombuffer(block, np.uint8)  # type: ignore[call-overload]  # ctypes arrays are buffers
 
 
 def _builtin(name: str, words: Array) -> Callable[..., Any]:
-    definition = _MethodDef(name.encode(), _parallel.kernel(name).address, _FASTCALL, None)
-    for needed in (definition, _parallel._kernels):  # for ever: the builtin needs them up to its own end
+    definition = _MethodDef(name.encode(), registry.kernel(name).address, _FASTCALL, None)
+    for needed in (definition, registry._kernels):  # for ever: the builtin needs them up to its own end
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(needed))
     prototype = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
     new: Callable[..., Callable[..., Any]] = prototype(("PyCFunction_NewEx", ctypes.pythonapi))
@@ -143,10 +147,10 @@ def _all_is_in_its_place() -> bool:
     if not has_gil or ctypes.sizeof(ctypes.c_void_p) != 8:
         return False
     a = np.arange(6.0).reshape(2, 3)
-    words = (ctypes.c_int64 * (_task.FLAGS + 1)).from_address(id(a))
-    n_axes, flags = words[_task.NDIM] & _task.LOW_HALF, words[_task.FLAGS] & _task.LOW_HALF
-    found = words[_task.TYPE], words[_task.DATA], words[_task.DTYPE], n_axes, flags
-    strides_behind_dims = words[_task.DIMS + 1] == words[_task.DIMS] + 8 * a.ndim  # before these are read
+    words = (ctypes.c_int64 * (abi.FLAGS + 1)).from_address(id(a))
+    n_axes, flags = words[abi.NDIM] & abi.LOW_HALF, words[abi.FLAGS] & abi.LOW_HALF
+    found = words[abi.TYPE], words[abi.DATA], words[abi.DTYPE], n_axes, flags
+    strides_behind_dims = words[abi.DIMS + 1] == words[abi.DIMS] + 8 * a.ndim  # before these are read
     if found != (id(np.ndarray), a.ctypes.data, id(a.dtype), a.ndim, a.flags.num) or not strides_behind_dims:
         return False
-    return (ctypes.c_int64 * 2).from_address(words[_task.DIMS])[:] == list(a.shape)
+    return (ctypes.c_int64 * 2).from_address(words[abi.DIMS])[:] == list(a.shape)

@@ -23,9 +23,9 @@ log s = log(1 + r) and p_y - 1 = -r / s. So s is kept as a sum of two, ``top`` +
 The terms of at most eight vectors (across: sixteen, and two lanes of each) are added in float32; all further sums are float64
 (of float64 logits, compensated), and their order follows from the shape alone: same bits at any number of threads.
 
-One maths, two directions. 16 lanes hold classes of one row (``task.across``) or one class of 16 rows: ``addressing`` says when, and
-reads and writes them. Across, each reduction ends with one over the lanes, after which every lane holds the row's value; so all
-that comes later is the same code.
+One maths, two directions. 16 lanes hold classes of one row (``task.across``) or one class of 16 rows: ``addressing`` says when,
+and reads and writes them. Across, each reduction ends with one over the lanes, after which every lane holds the row's value; so
+all that comes later is the same code.
 
 A kernel trusts its Task: the caller has checked every shape, stride and target. An ignored row reaches no result.
 """

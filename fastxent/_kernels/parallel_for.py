@@ -5,8 +5,8 @@ from collections import namedtuple
 from numba import njit
 
 from fastxent._abi.argument_block import DONE, ENTERED, LINE, OVER
+from fastxent._abi.variant import TILE
 from fastxent._kernels.reduce import add, whole
-from fastxent._runtime.plan import TILE
 from fastxent._simd.elementary import log
 from fastxent._simd.memory import call, fetch_add, get, put, raise_to, read_slot
 from fastxent._simd.numba_backend import INLINE

@@ -13,12 +13,12 @@ from collections import namedtuple
 
 from numba import njit
 
+from fastxent._abi.variant import MOST_KEPT
 from fastxent._kernels.addressing import from_class, g_step, write
 from fastxent._kernels.gradient import exponentials, gradient_vector, keep, put_label
 from fastxent._kernels.inputs import INF, Factors, from_part, vector_max, whole_logits
 from fastxent._kernels.plane_tiles import rest_beside, step_beside
 from fastxent._kernels.prefetch import aligned, look_further, streams
-from fastxent._runtime.plan import MOST_KEPT
 from fastxent._simd.elementary import shift_by
 from fastxent._simd.lanes import max_across, max_of_halves, repeat
 from fastxent._simd.memory import get, itemsize, put, scratch, store, stream

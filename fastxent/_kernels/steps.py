@@ -7,6 +7,7 @@ work on several units beside each other are in ``schedules``, those that are no 
 from numba import njit
 
 from fastxent._abi.argument_block import BAD, CHECK, DIVISOR, SEGMENTS, WORK
+from fastxent._abi.variant import CHECKED, CHECKS
 from fastxent._kernels.addressing import (
     flush,
     g_step,
@@ -25,7 +26,6 @@ from fastxent._kernels.parallel_for import enter, one_by_one, wait, walk
 from fastxent._kernels.prefetch import write_zeros
 from fastxent._kernels.reduce import span_state
 from fastxent._kernels.split_rows import row_label, row_state, save_segment, to_row
-from fastxent._runtime.plan import CHECKED, CHECKS
 from fastxent._simd.elementary import exp_up, shift_by
 from fastxent._simd.lanes import min_across, sum_across
 from fastxent._simd.memory import gather, get, itemsize, load, load_masked, put, start

@@ -1,0 +1,7 @@
+"""A call's arguments, its plan, and its run.
+
+``arguments`` checks what a caller gives, or raises an error that names it; ``plan`` decides how a kernel walks over it;
+``run`` packs the argument block and runs the kernel on the OpenMP pool, on threads, or alone; ``threads`` counts and
+finds these; ``buffers`` recycles the memory of gradients; ``config`` says what is installed and set, and warms up. All
+but ``_fastpath`` and the public modules may be imported here. Begin with ``plan``.
+"""

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastxent._runtime import buffers as _memory
-from fastxent._runtime.plan import FEW_CLASSES, Plan, make_plan
-from fastxent._runtime.run import check_threads
+from fastxent._abi.variant import FEW_CLASSES
+from fastxent._runtime import buffers
+from fastxent._runtime.plan import Plan, make_plan
+from fastxent._runtime.threads import check_threads
 
 Array = np.ndarray[Any, Any]
 
@@ -210,9 +211,9 @@ def like(x: Array, axis: int, copy: bool = False) -> Array:
 
 def new_gradient(x: Array, axis: int) -> Array:
     """A new array for the gradient of x: `like`, but of whole cache lines, and touched before, where that counts."""
-    if x.nbytes < _memory.SMALLEST or not x.flags.c_contiguous:
+    if x.nbytes < buffers.SMALLEST or not x.flags.c_contiguous:
         return like(x, axis)
-    return _memory.empty(x.shape, x.dtype)
+    return buffers.empty(x.shape, x.dtype)
 
 
 def check_target(

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fastxent import __version__
-from fastxent._codegen import disk_cache as _cache
-from fastxent._codegen import patience as _patience
+from fastxent._abi.variant import BUILTINS, ITEMSIZE, Variant
+from fastxent._codegen import disk_cache, patience, registry
 from fastxent._codegen.uninterrupted import imported
-from fastxent._runtime import run as _parallel
+from fastxent._runtime import threads
 from fastxent._runtime.arguments import STORAGE
-from fastxent._runtime.plan import ITEMSIZE, Variant, make_plan
-from fastxent._runtime.run import available_cpus, get_num_threads
+from fastxent._runtime.plan import make_plan
+from fastxent._runtime.threads import available_cpus, get_num_threads
 
 # Few classes; some more; many; those of a language model, past the cache; those of pixels, in it and past it.
 _COMMON = ((64, 10), (64, 200), (64, 1000), (4096, 32000), (8, 21, 64, 64), (16, 150, 128, 128))
@@ -52,14 +52,14 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
     for dtype in dtypes:
         if dtype not in STORAGE:
             raise ValueError(f"dtypes holds {dtype!r}; allowed are {', '.join(STORAGE)}")
-    jobs = [(name, Variant("f32")) for name in ("launch", "check", "answer", "run_on")]
+    jobs = [(name, Variant("f32")) for name in ("launch", "check", *BUILTINS)]
     for dtype in dtypes:
         jobs += [(name, _variant_for(shape, dtype)) for shape in _COMMON for name in ("value", "value_and_grad")]
-    with _patience.quietly():
+    with patience.quietly():
         for done, (name, variant) in enumerate(jobs):
             if progress is not None:
                 progress(done, len(jobs), f"{name} {variant.logits}")
-            _parallel.kernel(name, variant)
+            registry.kernel(name, variant)
     if progress is not None:
         progress(len(jobs), len(jobs), "done")
 
@@ -88,7 +88,7 @@ def show_config() -> dict[str, Any]:
     """
     packages = ("numpy", "numba", "llvmlite", "torch", "scikit-learn", "scipy")
     versions = {"python": platform.python_version(), "fastxent": __version__} | {name: _version(name) for name in packages}
-    refused = {f"refused: {folder.path}": fault for folder, fault in _cache.judged() if fault is not None}
+    refused = {f"refused: {folder.path}": fault for folder, fault in disk_cache.judged() if fault is not None}
     return {
         "cpu": {
             "model": _or_why_not(_cpu_model),
@@ -98,7 +98,7 @@ def show_config() -> dict[str, Any]:
         "vectors": {"lanes": 16, "widest register, bits": _or_why_not(_widest_register)},
         "threads": {"default": _or_why_not(get_num_threads), "pool": _or_why_not(_pool)},
         "versions": {name: found for name, found in versions.items() if found is not None},
-        "cache": {"folder": _or_why_not(_cache.cache_folder), **refused},
+        "cache": {"folder": _or_why_not(disk_cache.cache_folder), **refused},
     }
 
 
@@ -133,7 +133,7 @@ def _binding() -> Any:
 
 
 def _pool() -> str:
-    return "thread pool" if _parallel._openmp() is None else f"OpenMP ({_parallel.openmp_path()})"
+    return "thread pool" if threads._openmp() is None else f"OpenMP ({threads.openmp_path()})"
 
 
 def _version(package: str) -> str | None:

@@ -8,30 +8,26 @@ from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
-LANES = 16
-ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
+from fastxent._abi.variant import (
+    CHECKED,
+    CHECKS,
+    CHUNK,
+    FEW_CLASSES,
+    FEWEST_OVERLAPPED,
+    ITEMSIZE,
+    LANES,
+    MOST_KEPT,
+    MOST_PAIRED,
+    MOST_PAIRED_LARGE,
+    MOST_TILED,
+    MOST_TILED_LARGE,
+    POINTS,
+    POINTS_CHUNK,
+    STRIP,
+    Variant,
+    precision,
+)
 
-# A row of this many classes or fewer is worked on with its 15 neighbours, a class a vector; a longer one by itself. Up to
-# MOST_TILED classes if the rows need not be gathered: those are read whole, or lie side by side; less where they are large.
-FEW_CLASSES, MOST_TILED, MOST_TILED_LARGE = 48, 320, 256  # multiples of 16
-# Vectors of a row whose exponentials are kept in a thread's tile until the row's sum is known (1 MB of float32, in the second
-# or third cache); those of a longer row are computed twice.
-MOST_KEPT = 16384
-TILE = MOST_KEPT * LANES * 8  # bytes
-KEEPERS = ("value_and_grad", "softmax", "keep_segment")
-# Short rows of so many classes are worked on two units at a time, by these kernels: all that they read and write in float32 has
-# room in the nearest cache. Past the caches more than a few classes are held up by the memory.
-MOST_PAIRED, MOST_PAIRED_LARGE = 112, 16
-PAIRERS = ("value", "value_and_grad")
-# Units of neighbouring rows that are copied to the tile together; of so many classes, and more than these units side by side,
-# they are read and written while others are worked on: see ``plane_tiles``.
-STRIP, FEWEST_OVERLAPPED = 16, 8
-# Elements handed to a thread at a time: long enough to hide the counter, short enough to share out evenly.
-CHUNK = 16384
-# Where class indices are checked, a unit is of this many, and so many units are handed out at a time.
-CHECKED, CHECKS = 8 * LANES, 128
-# Elements that are a unit of a pointwise task, and units that are handed out at a time.
-POINTS, POINTS_CHUNK = 1024, 4
 # Fewer rows than this, and each longer than two segments: the row is split, or threads would have nothing to do.
 FEW_ROWS, SEGMENT = 64, 1024
 MOST_SEGMENTS = 64
@@ -44,39 +40,8 @@ WORTH_A_THREAD = 16384
 MOST_DIRECT = 1 << 22
 
 
-def precision(logits: str, target: str | None) -> str:
-    """Of the arithmetic on logits and class probabilities of these storages."""
-    return "f64" if "f64" in (logits, target) else "f32"
-
-
-class Variant(NamedTuple):
-    """What a kernel is compiled for. Storage is "f16", "bf16", "f32" or "f64"."""
-
-    logits: str
-    target: str | None = None  # storage of class probabilities; None: class indices, or no target
-    labelled: bool = False  # class indices
-    smooth: bool = False  # label smoothing, with class indices
-    across: bool = False  # lanes are classes of one row; else rows
-    neighbours: bool = False  # what the lanes hold lies side by side in memory
-    tiled: bool = False  # rows in lanes, put together once in a tile, class by class
-    whole_rows: bool = False  # what goes into the tile are rows with their classes side by side
-    paired: bool = False  # two units of such rows are worked on at a time, by the kernels that do
-    overlapped: bool = False  # neighbours in a tile are read and written while others are worked on, by the kernels that do
-    adjacent: bool = False  # rows in lanes, numbered one by one
-    capped: bool = False  # softcap
-    split: bool = False  # a unit is a segment of a row
-    kept: bool = False  # the exponentials of a unit are kept between the two trips, by the kernels that make two
-    large: bool = False  # the logits are past the cache: what comes next is asked for early, the gradient bypasses the cache
-    differentiate: bool = False  # a pointwise task: with gradient
-
-    @property
-    def acc(self) -> str:
-        """Precision of the arithmetic and of the losses."""
-        return precision(self.logits, self.target)
-
-
 class Strategy(NamedTuple):
-    """What is chosen for some extents: a variant's properties that depend on them, and numbers as in ``argument_block.PLANNED``."""
+    """What is chosen for some extents: a variant's properties that depend on them, and numbers as in ``PLANNED``."""
 
     across: bool
     neighbours: bool

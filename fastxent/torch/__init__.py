@@ -5,8 +5,8 @@
 An adapter: shapes, dtypes and autograd are PyTorch's, the maths is in ``fastxent._kernels.inputs``. Here are the functions that
 people call; read ``_dispatch`` next. Who does what:
 
-* ``_callcache`` recognises calls that were met before, and runs the task that was made for them; ``_stable_abi`` says how machine code
-  finds a tensor's memory.
+* ``_callcache`` recognises calls that were met before, and runs the task that was made for them; ``_stable_abi`` says how
+  machine code finds a tensor's memory.
 * ``_dispatch`` sorts the calls. What the kernels take goes on; all else (other devices, odd dtypes, wrong shapes) goes to
   PyTorch itself, whose result or error the caller then gets.
 * ``_watched`` knows who looks at operators: then ours are called as such.

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastxent._runtime import buffers as _memory
-from fastxent._runtime import run as _parallel
-from fastxent._runtime.plan import FEW_CLASSES, Plan, make_plan
+from fastxent._abi.variant import FEW_CLASSES
+from fastxent._runtime import buffers, run, threads
+from fastxent._runtime.plan import Plan, make_plan
 
 STORAGE = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
@@ -84,7 +84,7 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
         x = x.detach().movedim(axis, -1).contiguous().movedim(-1, axis)
     w = None if weight is None else as_float64(weight)
     u = None if sample_weight is None else as_float64(sample_weight)
-    n_threads = threads()
+    n_threads = n_threads_now()
     double = (
         x.dtype == torch.float64
         or target.dtype == torch.float64
@@ -104,8 +104,8 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
     return _Call(x, axis, rows, target, y, None, w, u, 1.0, n_threads, acc)
 
 
-def threads() -> int:
-    return _parallel.setting() or torch.get_num_threads()
+def n_threads_now() -> int:
+    return threads.setting() or torch.get_num_threads()
 
 
 def check_memory(*tensors: Tensor | None) -> None:
@@ -185,7 +185,7 @@ def _run(name: str, call: _Call, g: Tensor, options: Options, factor: float = 1.
     labelled, smooth = call.y is not None, call.y is not None and options.label_smoothing > 0
     plan = plan_of(x.shape, strides, call.axis, x.dtype, None if t is None else t.dtype, labelled, smooth, options.softcap != 0)
     average = options.reduction == MEAN
-    total, bad, divisor = _parallel.run(
+    total, bad, divisor = run.run(
         name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=address(t),
         y=address(call.y), w=address(call.w), u=address(call.u), loss=address(loss), factor=factor,
         divisor=call.divisor if average else 1.0, average=average,
@@ -259,10 +259,10 @@ def gradient_like(input: Tensor) -> Tensor:
     """``torch.empty_like``, in recycled memory and huge pages where that counts."""
     nbytes = input.numel() * input.element_size()
     contiguous = input.is_contiguous()
-    if nbytes < _memory.SMALLEST or not (contiguous or torch.ops.aten.is_non_overlapping_and_dense(input)):
+    if nbytes < buffers.SMALLEST or not (contiguous or torch.ops.aten.is_non_overlapping_and_dense(input)):
         return torch.empty_like(input)
     dtype = input.dtype
-    g = torch.from_numpy(_memory.empty(input.shape if contiguous else (input.numel(),), _NUMPY[dtype]))
+    g = torch.from_numpy(buffers.empty(input.shape if contiguous else (input.numel(),), _NUMPY[dtype]))
     if dtype == torch.bfloat16:  # NumPy has none
         g = g.view(dtype)
     return g if contiguous else g.as_strided(input.shape, input.stride())

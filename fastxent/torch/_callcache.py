@@ -22,7 +22,7 @@ from fastxent._fastpath.family import Family
 from fastxent._fastpath.table import Operands, family_of, on_tensors
 from fastxent._runtime.plan import MOST_DIRECT, WORTH_A_THREAD, Plan, over
 from fastxent._runtime.run import PackedTask, team_at_once
-from fastxent.torch import _bridge as _calls
+from fastxent.torch import _bridge
 from fastxent.torch._autograd import Kept, apply, attach
 from fastxent.torch._bridge import (
     MEAN,
@@ -104,7 +104,7 @@ class Known:
 
     def team(self, input: Tensor) -> int | None:
         """Threads for a call that is not small; 0: it has to go the longer way; None: that is for others."""
-        team = team_at_once(_calls.threads())
+        team = team_at_once(_bridge.n_threads_now())
         return None if self.form and (team == 0 or input.numel() * input.itemsize > MOST_DIRECT) else team
 
     def answer(self, input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) -> Tensor | None:
@@ -364,7 +364,7 @@ def remember(input: Tensor, target: Tensor, weight: Tensor | None, options: Opti
 
 def _plan_of(input: Tensor, target: Tensor, labelled: bool, options: Options) -> Plan:
     g, t = empty_like(input, device="meta"), input if labelled else target  # its strides are those of `gradient_like`
-    return _calls.plan_of(
+    return _bridge.plan_of(
         input.shape, (input.stride(), g.stride(), t.stride()), min(1, input.dim() - 1), input.dtype,
         None if labelled else target.dtype, labelled, labelled and options.label_smoothing > 0, options.softcap != 0,
     )  # fmt: skip
@@ -383,14 +383,14 @@ def _known(input: Tensor, target: Tensor, weight: Tensor | None, options: Option
     ):
         return None
     g = empty_like(input, device="meta")
-    if not _calls.lies_well(g, input, axis) or not (labelled or _calls.lies_well(target, input, axis)):
+    if not _bridge.lies_well(g, input, axis) or not (labelled or _bridge.lies_well(target, input, axis)):
         return None
     plan = _plan_of(input, target, labelled, options)
     if plan.variant.large:  # it has more to pack, and takes longer anyway
         return None
     none, mean = options.reduction == NONE, options.reduction == MEAN
     there: dict[str, float] = {"t": not labelled, "w": weight is not None}  # their addresses come with each call
-    there |= _calls.numbers(options, input.shape[axis]) | {"average": mean, "divisor": float(plan.planned[0]) if mean else 1.0}
+    there |= _bridge.numbers(options, input.shape[axis]) | {"average": mean, "divisor": float(plan.planned[0]) if mean else 1.0}
     tasks = Tasks(
         PackedTask("value", plan, loss=none, **there),
         PackedTask("value_and_grad", plan, **there),
@@ -438,7 +438,7 @@ def _run(
     if not all(o is None or _is_there(o, nbytes) for o, (_, nbytes, _) in zip(tensors, operands, strict=True)):
         return -1
     w = None if w is None else as_float64(w)
-    total, bad, divisor = task(address(x), address(g), address(y), _calls.threads(), *map(address, (t, w, u, rows)))
+    total, bad, divisor = task(address(x), address(g), address(y), _bridge.n_threads_now(), *map(address, (t, w, u, rows)))
     number = ctypes.c_double if task.plan.variant.acc == "f64" else ctypes.c_float
     number.from_address(address(loss)).value = over(total, divisor)
     return int(not bad)

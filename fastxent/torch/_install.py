@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastxent import __version__
-from fastxent.torch import _decomposition as _formula
+from fastxent.torch import _decomposition
 from fastxent.torch._bridge import MEAN
 from fastxent.torch._callcache import recall
 from fastxent.torch._dispatch import route
@@ -33,10 +33,10 @@ def install() -> None:
     1.3863
     >>> fastxent.torch.uninstall()
     """
-    if _formula.library is None:
-        _formula.library = torch.library.Library("aten", "IMPL")
+    if _decomposition.library is None:
+        _decomposition.library = torch.library.Library("aten", "IMPL")
         for key in ("CPU", "AutogradCPU"):
-            _formula.library.impl("cross_entropy_loss", _in_place_of_aten, key)
+            _decomposition.library.impl("cross_entropy_loss", _in_place_of_aten, key)
         torch.compiler.config.cache_key_tag += _CACHE_TAG
         _forget_compiled_code()
 
@@ -49,9 +49,9 @@ def uninstall() -> None:
     >>> import fastxent.torch
     >>> fastxent.torch.uninstall()
     """
-    if _formula.library is not None:
-        _formula.library._destroy()
-        _formula.library = None
+    if _decomposition.library is not None:
+        _decomposition.library._destroy()
+        _decomposition.library = None
         torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag.replace(_CACHE_TAG, "")
         _forget_compiled_code()
 
@@ -69,7 +69,7 @@ def installed() -> Iterator[None]:
     >>> print(f"{loss.item():.4f}")
     1.3863
     """
-    before = _formula.library is not None
+    before = _decomposition.library is not None
     install()
     try:
         yield

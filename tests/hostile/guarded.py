@@ -12,8 +12,7 @@ from unittest.mock import patch
 import numpy as np
 
 from fastxent import binary, functional, special
-from fastxent._runtime import arguments as _validate
-from fastxent._runtime import run as _parallel
+from fastxent._runtime import arguments, run
 
 PAGE = mmap.PAGESIZE
 RED = 0xFF  # fills the rest of the pages: a nan in every floating dtype, -1 in every signed integer
@@ -79,9 +78,9 @@ class Rooms:
     def everywhere(self) -> Iterator[None]:
         """All arrays that fastxent makes inside are guarded too: losses, gradients, statistics, partial sums."""
         with ExitStack() as stack:
-            for module in (functional, _validate, special, binary):
+            for module in (functional, arguments, special, binary):
                 stack.enter_context(patch.object(module, "np", _Numpy(self)))
-            stack.enter_context(patch.object(_parallel, "ctypes", _Ctypes(self)))
+            stack.enter_context(patch.object(run, "ctypes", _Ctypes(self)))
             yield
 
 

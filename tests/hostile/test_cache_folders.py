@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 import fastxent
-from fastxent._codegen import disk_cache as _cache
+from fastxent._codegen import disk_cache
 
 CODE = b"machine code"
 SOMEBODY = 12345
@@ -28,9 +28,9 @@ def home(tmp_path, monkeypatch) -> Path:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(_cache, "__file__", str(tmp_path / "site.zip" / "fastxent" / "_codegen" / "disk_cache.py"))
+    monkeypatch.setattr(disk_cache, "__file__", str(tmp_path / "site.zip" / "fastxent" / "_codegen" / "disk_cache.py"))
     (tmp_path / "site.zip").touch()
-    monkeypatch.setattr(_cache._State, "warned", set())
+    monkeypatch.setattr(disk_cache._State, "warned", set())
     (tmp_path / "home").mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -41,8 +41,8 @@ def home(tmp_path, monkeypatch) -> Path:
 def chosen(home, tmp_path, monkeypatch) -> Path:
     """A folder that the user has chosen, with code in it."""
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "chosen"))
-    _cache.write("file", CODE)
-    assert _cache.read("file") == CODE
+    disk_cache.write("file", CODE)
+    assert disk_cache.read("file") == CODE
     return tmp_path / "chosen"
 
 
@@ -50,8 +50,8 @@ def read() -> tuple[bytes | None, list[str]]:
     """What is read, and the warnings of two attempts."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = _cache.read("file")
-        assert _cache.read("file") == found
+        found = disk_cache.read("file")
+        assert disk_cache.read("file") == found
     assert {w.category for w in caught} <= {RuntimeWarning}
     return found, [str(w.message) for w in caught]
 
@@ -70,7 +70,7 @@ def of_somebody(monkeypatch, name: str, *paths: Path | str) -> None:
 
 
 def trusted() -> list[str]:
-    return [folder.path for folder, fault in _cache.judged() if fault is None]
+    return [folder.path for folder, fault in disk_cache.judged() if fault is None]
 
 
 # Paths ------------------------------------------------------------------------------------------------
@@ -87,8 +87,8 @@ def test_a_path_that_is_not_absolute_is_not_used(environment, home, monkeypatch)
         monkeypatch.setenv(name, value)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _cache.write("file", CODE)
-        assert _cache.read("file") == CODE
+        disk_cache.write("file", CODE)
+        assert disk_cache.read("file") == CODE
     assert [f.parent for f in home.parent.rglob("file")] == [home / ".cache" / "fastxent"]
     about = environment.get("NUMBA_CACHE_DIR")
     expected = [f"fastxent does not use compiled kernels in {about}: its path is not absolute"] if about else []
@@ -109,13 +109,13 @@ def test_there_is_no_home(value, home, monkeypatch):
     assert all(os.path.isabs(path) and not path.startswith(os.getcwd()) for path in trusted())
     if value != "":  # then it is /
         with pytest.warns(RuntimeWarning, match="keeps no compiled kernels"):
-            _cache.write("file", CODE)
-    assert list(Path().iterdir()) == [] and _cache.cache_folder()
+            disk_cache.write("file", CODE)
+    assert list(Path().iterdir()) == [] and disk_cache.cache_folder()
 
 
 @pytest.mark.parametrize("file", [None, "fastxent/_codegen/disk_cache.py", "site.zip/fastxent/_codegen/disk_cache.pyc"])
 def test_the_package_was_found_by_a_relative_path(file, home, monkeypatch):
-    monkeypatch.delattr(_cache, "__file__") if file is None else monkeypatch.setattr(_cache, "__file__", file)
+    monkeypatch.delattr(disk_cache, "__file__") if file is None else monkeypatch.setattr(disk_cache, "__file__", file)
     assert trusted() == [str(home / ".cache" / "fastxent")]
 
 
@@ -137,14 +137,14 @@ def test_the_current_folder_is_gone(home):
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775, 0o770, 0o702])
 def test_a_folder_that_others_can_write_to_is_refused(mode, chosen, home, monkeypatch):
-    monkeypatch.setattr(_cache, "_is_private", lambda group: False)
+    monkeypatch.setattr(disk_cache, "_is_private", lambda group: False)
     chosen.chmod(mode)
     found, (warning,) = read()
     assert found is None
     assert str(chosen) in warning and "can write to it" in warning
-    _cache.write("file", b"ours")  # goes to the next
+    disk_cache.write("file", b"ours")  # goes to the next
     assert (home / ".cache" / "fastxent" / "file").exists()
-    assert _cache.read("file") == b"ours"
+    assert disk_cache.read("file") == b"ours"
     assert f"refused: {chosen}" in fastxent.show_config()["cache"]
 
 
@@ -182,7 +182,7 @@ def test_a_file_that_others_can_write_to_is_replaced(chosen):
     found, (warning,) = read()
     assert found is None
     assert warning.endswith(f"{chosen / 'file'}: all users can write to it")
-    _cache.write("file", CODE)
+    disk_cache.write("file", CODE)
     assert read() == (CODE, [])
 
 
@@ -191,7 +191,7 @@ def test_a_link_is_not_followed(chosen, tmp_path):
     (chosen / "file").rename(tmp_path / "elsewhere" / "file")
     (chosen / "file").symlink_to(tmp_path / "elsewhere" / "file")
     assert read() == (None, [])
-    _cache.write("file", b"ours")
+    disk_cache.write("file", b"ours")
     assert read() == (b"ours", [])
     assert (tmp_path / "elsewhere" / "file").read_bytes().endswith(CODE)
 
@@ -201,7 +201,7 @@ def test_a_pipe_is_not_waited_for(chosen):
     os.mkfifo(chosen / "file")
     code, messages = read()
     assert code is None and "it is no file" in str(messages)
-    _cache.write("file", b"ours")
+    disk_cache.write("file", b"ours")
     assert read()[0] == b"ours"
 
 
@@ -210,7 +210,7 @@ def test_the_packages_owner_is_trusted_beside_it(home, monkeypatch, tmp_path):
     beside = tmp_path / "site" / "fastxent" / "__pycache__"
     (home / ".cache" / "fastxent").mkdir(parents=True)
     beside.mkdir(parents=True)
-    monkeypatch.setattr(_cache, "__file__", str(beside.parent / "_codegen" / "disk_cache.py"))
+    monkeypatch.setattr(disk_cache, "__file__", str(beside.parent / "_codegen" / "disk_cache.py"))
     for name in ("stat", "lstat"):
         of_somebody(monkeypatch, name, beside, beside.parent, home / ".cache" / "fastxent")
     assert trusted() == [str(beside)]
@@ -232,7 +232,7 @@ def test_a_group_of_one(uid, gid, name, members, private, monkeypatch):
     """Where every user has a group, as on Debian and Fedora, most folders may be written to by that group."""
     monkeypatch.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_uid=uid, pw_gid=1000 if uid else 0, pw_name="ann"))
     monkeypatch.setattr(grp, "getgrgid", lambda _: SimpleNamespace(gr_name=name, gr_mem=members))
-    assert _cache._is_private(gid) is private
+    assert disk_cache._is_private(gid) is private
 
 
 def test_on_windows_only_paths_are_looked_at(chosen, monkeypatch):
@@ -247,9 +247,9 @@ def test_what_is_made_others_can_read_but_not_write(umask, home, tmp_path, monke
     before = os.umask(umask)
     try:
         monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "a" / "b"))
-        _cache.write("file", CODE)
+        disk_cache.write("file", CODE)
         monkeypatch.delenv("NUMBA_CACHE_DIR")
-        _cache.write("file", CODE)
+        disk_cache.write("file", CODE)
     finally:
         os.umask(before)
     paths = {path: 0o755 for path in (tmp_path / "a", tmp_path / "a" / "b")}
@@ -263,15 +263,15 @@ def test_what_is_made_others_can_read_but_not_write(umask, home, tmp_path, monke
 SEEN = """
 import os, sys, warnings
 import numpy, llvmlite, fastxent as fx
-from fastxent._codegen import machine_code as _machine_code
+from fastxent._codegen import machine_code
 seen = []
 def hook(event, arguments):
     if event in ("open", "os.mkdir", "os.rename") and isinstance(arguments[0], str) and not os.path.isabs(arguments[0]):
         seen.append(arguments[0])
 sys.addaudithook(hook)
 warnings.simplefilter("ignore")
-_machine_code.compiled = lambda name, variant: b"no code"
-_machine_code.link = lambda code: (print(seen), os._exit(0))
+machine_code.compiled = lambda name, variant: b"no code"
+machine_code.link = lambda code: (print(seen), os._exit(0))
 fx.cross_entropy([[0.0, 1.0]], [0])
 """
 

@@ -20,8 +20,7 @@ import pytest
 from torch_cases import run_script
 
 import fastxent
-from fastxent._codegen import disk_cache as _cache
-from fastxent._codegen import machine_code as _machine_code
+from fastxent._codegen import disk_cache, machine_code
 
 PACKAGE = Path(fastxent.__file__).parent
 LOSS = "0.126928"  # log(1 + exp(-2))
@@ -87,11 +86,11 @@ def test_a_damaged_file_is_replaced(compiled_once, tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     (file,) = (f for f in files(tmp_path) if "binary" in f.name)
     good = file.read_bytes()
-    assert _cache.read(file.name) == good[32:]
+    assert disk_cache.read(file.name) == good[32:]
     middle = len(good) // 2
     for bad in (b"", good[:20], good[:middle], good[:-1], good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]):
         file.write_bytes(bad)
-        assert _cache.read(file.name) is None
+        assert disk_cache.read(file.name) is None
     assert [binary(tmp_path), binary(tmp_path)] == [COMPILED, LOADED]
 
 
@@ -135,12 +134,12 @@ def test_every_source_of_a_kernel_counts(monkeypatch):
     ).split()
     apart = ("machine_code", "disk_cache")
     own = {m for m in modules if not m.endswith(apart)}
-    assert own - set(_machine_code.sources()) == {"fastxent._codegen", "fastxent._fastpath", "fastxent._runtime"}
-    read, ids = _machine_code._source, {_machine_code.build_id()}
-    for changed in _machine_code.sources():
-        monkeypatch.setattr(_machine_code, "_source", lambda name, changed=changed: read(name) + b" " * (name == changed))
-        ids.add(_machine_code.build_id.__wrapped__())
-    assert len(ids) == 1 + len(_machine_code.sources())
+    assert own - set(machine_code.sources()) == {"fastxent._codegen", "fastxent._fastpath", "fastxent._runtime"}
+    read, ids = machine_code._source, {machine_code.build_id()}
+    for changed in machine_code.sources():
+        monkeypatch.setattr(machine_code, "_source", lambda name, changed=changed: read(name) + b" " * (name == changed))
+        ids.add(machine_code.build_id.__wrapped__())
+    assert len(ids) == 1 + len(machine_code.sources())
 
 
 def test_from_a_zip_archive(tmp_path, package):
@@ -181,7 +180,7 @@ def test_whoever_packs_a_program_finds_all_modules(tmp_path):
 
 
 def identity(source: str) -> bytes:
-    return _machine_code.marshal.dumps(_machine_code._meaning(compile(source, "a.py", "exec")), 2)
+    return machine_code.marshal.dumps(machine_code._meaning(compile(source, "a.py", "exec")), 2)
 
 
 def test_code_without_a_source_is_told_apart_by_what_it_does():
@@ -194,10 +193,10 @@ def test_code_without_a_source_is_told_apart_by_what_it_does():
 def test_the_version_of_numba_counts(monkeypatch):
     import numba
 
-    assert numba.__version__.encode() in _machine_code._numba()
-    before = _machine_code.build_id()
-    monkeypatch.setattr(_machine_code, "_numba", lambda: b"another")
-    assert _machine_code.build_id.__wrapped__() != before
+    assert numba.__version__.encode() in machine_code._numba()
+    before = machine_code.build_id()
+    monkeypatch.setattr(machine_code, "_numba", lambda: b"another")
+    assert machine_code.build_id.__wrapped__() != before
 
 
 X86 = platform.machine() in ("x86_64", "AMD64")

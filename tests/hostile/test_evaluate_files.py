@@ -65,7 +65,7 @@ def test_a_header_that_promises_a_terabyte(tmp_path, capsys, targets):
 SHRINKING = """
 import os, sys
 import numpy as np
-from fastxent._cli import evaluate as _evaluate, files as _files
+from fastxent._cli import evaluate, files as _files
 folder, which = sys.argv[1:]
 x = np.lib.format.open_memmap(folder + "/x.npy", "w+", np.float32, (50_000, 500))
 np.save(folder + "/t.npy", np.zeros(50_000, np.int64))
@@ -73,7 +73,7 @@ del x
 def shrink(done, total):
     os.truncate(f"{folder}/{which}.npy", 5000)
 try:
-    _evaluate.evaluate(folder + "/x.npy", folder + "/t.npy", progress=shrink)
+    evaluate.evaluate(folder + "/x.npy", folder + "/t.npy", progress=shrink)
 except _files.InputError as error:
     print(error)
 """

@@ -9,9 +9,9 @@ import pytest
 from torch_cases import run_script
 
 import fastxent as fx
-from fastxent._codegen import patience as _patience
+from fastxent._codegen import patience as patience_module
+from fastxent._codegen import registry
 from fastxent._codegen.uninterrupted import lock, uninterrupted
-from fastxent._runtime import run as _parallel
 
 LOSS = "0.126928"  # log(1 + exp(-2))
 
@@ -53,8 +53,8 @@ def test_ctrl_c_while_it_imports_and_compiles(tmp_path):
 SMALL_STACK = """
 import logging, sys, threading
 import fastxent as fx
-from fastxent._codegen import patience as _patience
-_patience._State.left = 0
+from fastxent._codegen import patience as patience_module
+patience._State.left = 0
 threading.stack_size(64 * 1024)
 losses = []
 thread = threading.Thread(target=lambda: losses.append(fx.binary_cross_entropy_with_logits([2.0], [1.0])))
@@ -77,15 +77,15 @@ def test_a_thread_with_a_small_stack_compiles_and_says_so_on_stderr(tmp_path):
 
 @pytest.fixture
 def patience(monkeypatch):
-    monkeypatch.setattr(_patience._State, "left", _patience.SECONDS)
-    monkeypatch.setattr(_patience._State, "quiet", False)
+    monkeypatch.setattr(patience_module._State, "left", patience_module.SECONDS)
+    monkeypatch.setattr(patience_module._State, "quiet", False)
 
 
 def test_it_is_said_once(patience, caplog):
     waited = []
     for ended in (True, False, False):
-        _patience.watch(lambda seconds, ended=ended: waited.append(seconds) or ended)
-    assert 0 < waited[1] <= waited[0] == _patience.SECONDS and len(waited) == 2
+        patience_module.watch(lambda seconds, ended=ended: waited.append(seconds) or ended)
+    assert 0 < waited[1] <= waited[0] == patience_module.SECONDS and len(waited) == 2
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("fastxent", "WARNING")
 
@@ -93,23 +93,23 @@ def test_it_is_said_once(patience, caplog):
 def test_seconds_add_up(patience, monkeypatch, caplog):
     """A call may need several kernels, none of which takes two seconds."""
     clock = iter([0.0, 1.5, 10.0, 11.5])
-    monkeypatch.setattr(_patience.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(patience.time, "monotonic", lambda: next(clock))
     left = []
     for _ in range(2):
-        _patience.watch(lambda seconds: left.append(seconds) or seconds > 1.5)
+        patience_module.watch(lambda seconds: left.append(seconds) or seconds > 1.5)
     assert left == [2.0, 0.5] and len(caplog.records) == 1
 
 
 def test_it_can_be_silenced(patience, caplog):
     with caplog.at_level(logging.ERROR, "fastxent"):
-        _patience.watch(lambda seconds: False)
+        patience_module.watch(lambda seconds: False)
     assert not caplog.records
 
 
 def test_warmup_says_nothing(patience, caplog, monkeypatch):
-    monkeypatch.setattr(_parallel, "kernel", lambda name, variant: _patience.watch(lambda seconds: False))
+    monkeypatch.setattr(registry, "kernel", lambda name, variant: patience_module.watch(lambda seconds: False))
     fx.warmup(["float32"])
-    assert not caplog.records and not _patience._State.quiet
+    assert not caplog.records and not patience_module._State.quiet
 
 
 # The thread -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch_cases import run_script
 
 import fastxent as fx
 import fastxent.torch as fxt
-from fastxent._runtime import buffers as _memory
+from fastxent._runtime import buffers
 
 HERE = os.path.dirname(__file__)
 
@@ -86,12 +86,12 @@ MIB = 1 << 20
 
 
 def buffer(nbytes: int) -> np.ndarray:
-    return _memory.empty((nbytes,), np.dtype(np.uint8))
+    return buffers.empty((nbytes,), np.dtype(np.uint8))
 
 
 @pytest.fixture(autouse=True)
 def empty_store() -> Iterator[None]:
-    limit = _memory._Store.limit
+    limit = buffers._Store.limit
     gc.collect()
     fx.release_buffers()
     yield
@@ -255,14 +255,14 @@ def test_threads_share_the_store_and_nothing_else():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert fx.release_buffers() <= _memory._Store.limit
+    assert fx.release_buffers() <= buffers._Store.limit
 
 
 FORK = """
 import os, child
 import numpy as np, fastxent as fx
-from fastxent._runtime import buffers as _memory
-buffer = lambda n: _memory.empty((n,), np.dtype("u1"))
+from fastxent._runtime import buffers
+buffer = lambda n: buffers.empty((n,), np.dtype("u1"))
 lent, freed = buffer(1 << 21), buffer(1 << 21)
 lent[:] = 1
 place = freed.ctypes.data

@@ -21,7 +21,8 @@ from torch_cases import run_script
 
 import fastxent as fx
 import fastxent.torch as fxt
-from fastxent._runtime import run as _parallel
+from fastxent._codegen import registry
+from fastxent._runtime import threads
 
 THREADS = 16
 HERE = os.path.dirname(__file__)
@@ -94,7 +95,7 @@ def hammer(seconds: float) -> tuple[int, list[str]]:
 @pytest.mark.parametrize("how", ["OpenMP", "threads"])
 def test_the_bits_of_serial_calls(how, monkeypatch):
     if how == "threads":
-        monkeypatch.setattr(_parallel, "_openmp", lambda: None)
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
     count, wrong = hammer(4)
     assert not wrong
     assert count > 100
@@ -124,7 +125,7 @@ def test_calls_in_flight_share_the_cores(monkeypatch):
             if len(teams) == 1:
                 inside.set()
                 assert go_on.wait(60)
-            _parallel._FUNCTION(function)(block)
+            registry._FUNCTION(function)(block)
 
         def omp_get_max_threads(self) -> int:
             return 8
@@ -132,7 +133,7 @@ def test_calls_in_flight_share_the_cores(monkeypatch):
     x, y, _ = make_case(FLOAT32, (4000, 300))  # no builtin, which would keep the GIL, takes so many
     expected = bits([*fx.cross_entropy_value_and_grad(x, y)])
     library = Library()
-    monkeypatch.setattr(_parallel, "_openmp", lambda: library)
+    monkeypatch.setattr(threads, "_openmp", lambda: library)
     fx.set_num_threads(8)
     try:
         with ThreadPoolExecutor(1) as pool:
@@ -149,7 +150,8 @@ def test_calls_in_flight_share_the_cores(monkeypatch):
 
 SERVER = """
 import os, threading, child
-from fastxent._runtime import run as _parallel
+from fastxent._codegen import registry
+from fastxent._runtime import threads
 {how}
 def tasks():
     return len(os.listdir("/proc/self/task"))
@@ -173,7 +175,7 @@ print("well")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the number of threads and the memory")
-@pytest.mark.parametrize("how", ["", "_parallel._openmp = lambda: None"], ids=["OpenMP", "threads"])
+@pytest.mark.parametrize("how", ["", "threads._openmp = lambda: None"], ids=["OpenMP", "threads"])
 def test_threads_that_come_and_go_leave_nothing(how):
     """A web server's pool: eight threads at a time, all of which call, end and are replaced."""
     code = SERVER.format(how=how, generations=60)

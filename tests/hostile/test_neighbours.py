@@ -9,7 +9,7 @@ import sys
 import pytest
 from torch_cases import run_script
 
-from fastxent._runtime import run as _parallel
+from fastxent._runtime import threads
 
 HERE = os.path.dirname(__file__)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="affinity masks, cgroups and libgomp are Linux's")
@@ -113,7 +113,7 @@ def test_limits_are_obeyed(before, environment, most):
 
 
 CGROUP = """
-import fastxent._runtime.run as p, builtins, io, os
+import fastxent._runtime.threads as p, builtins, io, os
 from pathlib import Path
 files = {files!r}
 def read_text(self, *args, **kwargs):
@@ -166,10 +166,10 @@ def test_a_cgroup_limit_is_obeyed(files, cpus):
 def test_a_cgroup_file_that_makes_no_sense_is_no_limit(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     for text in RUBBISH:
-        monkeypatch.setattr(_parallel.Path, "read_text", lambda *arguments, text=text, **options: text)
-        assert _parallel._cgroup_quota.__wrapped__() == math.inf, text[:20]
-    monkeypatch.setattr(_parallel.Path, "read_text", lambda *arguments, **options: b"\xff".decode())
-    assert _parallel._cgroup_quota.__wrapped__() == math.inf
+        monkeypatch.setattr(threads.Path, "read_text", lambda *arguments, text=text, **options: text)
+        assert threads._cgroup_quota.__wrapped__() == math.inf, text[:20]
+    monkeypatch.setattr(threads.Path, "read_text", lambda *arguments, **options: b"\xff".decode())
+    assert threads._cgroup_quota.__wrapped__() == math.inf
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this platform")
@@ -178,7 +178,7 @@ def test_a_sandbox_that_tells_no_affinity(monkeypatch):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "sched_getaffinity", forbidden)
-    assert 1 <= _parallel.available_cpus() <= os.cpu_count()
+    assert 1 <= threads.available_cpus() <= os.cpu_count()
 
 
 BUSY = """

@@ -82,11 +82,12 @@ def no_libgomp(self, name, *arguments, **options):
     load(self, name, *arguments, **options)
 ctypes.CDLL.__init__ = no_libgomp
 import child, fastxent as fx
-from fastxent._runtime import run as _parallel
-assert _parallel._openmp() is None and fx.get_num_threads() >= 1
+from fastxent._runtime import run
+from fastxent._runtime import threads
+assert threads._openmp() is None and fx.get_num_threads() >= 1
 fx.set_num_threads(3)
 three = child.result()
-assert _parallel._State.jobs is not None  # it was threads of our own
+assert run._State.jobs is not None  # it was threads of our own
 fx.set_num_threads(1)
 assert child.result() == three
 assert fx.show_config()["threads"]["pool"] == "thread pool"

@@ -13,7 +13,7 @@ from torch_cases import run_script
 
 HERE = os.path.dirname(__file__)
 has_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
-NO_OPENMP = "_parallel._openmp = lambda: None  # as on macOS and Windows"
+NO_OPENMP = "threads._openmp = lambda: None  # as on macOS and Windows"
 
 
 def run(code: str, **environment: str) -> str:
@@ -73,7 +73,8 @@ def test_children_and_grandchildren():
 
 BUSY = """
 import threading, child
-from fastxent._runtime import run as _parallel
+from fastxent._runtime import run
+from fastxent._runtime import threads
 {how}
 before = child.result()
 stop = False
@@ -104,12 +105,12 @@ def test_a_fork_while_others_compute(how):
 COMPILING = """
 import threading, time, child
 import numpy as np, fastxent as fx
-from fastxent._codegen import machine_code as _machine_code
-begun, compiled = threading.Event(), _machine_code.compiled
+from fastxent._codegen import machine_code
+begun, compiled = threading.Event(), machine_code.compiled
 def signalling(*arguments):
     begun.set()
     return compiled(*arguments)
-_machine_code.compiled = signalling
+machine_code.compiled = signalling
 def loss(dtype):
     return float(fx.binary_cross_entropy_with_logits(np.full(5, 2, dtype), np.ones(5, dtype)))
 thread = threading.Thread(target=loss, args=("f4",))
@@ -132,7 +133,8 @@ def test_a_fork_while_another_thread_compiles(tmp_path):
 INTERRUPTED = """
 import gc, os, random, signal, threading, time, child
 import numpy as np, fastxent as fx
-from fastxent._runtime import run as _parallel
+from fastxent._runtime import run
+from fastxent._runtime import threads
 {how}
 random.seed(1)
 x, y = np.zeros((4000, 2000), np.float32), np.zeros(4000, int)
@@ -163,7 +165,7 @@ for _ in range(1500):
         interrupts += 1
 assert interrupts == 1540
 assert child.result() == before
-assert not _parallel._State.calls, "later calls would take fewer threads"
+assert not run._State.calls, "later calls would take fewer threads"
 print("well")
 """
 
@@ -178,7 +180,8 @@ def test_ctrl_c(how):
 ENDING = """
 import logging, sys, threading, time, child
 import numpy as np, fastxent as fx
-from fastxent._runtime import run as _parallel
+from fastxent._runtime import run
+from fastxent._runtime import threads
 {how}
 logging.getLogger("fastxent").setLevel("ERROR")  # it would say that it compiles
 child.result()

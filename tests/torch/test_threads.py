@@ -14,9 +14,8 @@ from torch_cases import REDUCTIONS, make_case, run_script
 
 import fastxent
 from fastxent._fastpath import table as _builtin
-from fastxent._runtime import run as _parallel
-from fastxent.torch import _callcache as _known
-from fastxent.torch import cross_entropy, installed
+from fastxent._runtime import threads
+from fastxent.torch import _callcache, cross_entropy, installed
 
 ROWS, CLASSES = 512, 1024  # enough work for a dozen threads
 
@@ -47,14 +46,14 @@ class Watched:
 def teams() -> Iterator[list[int]]:
     """The sizes of the teams that are started inside."""
     seen: list[int] = []
-    library = _parallel._openmp()
+    library = threads._openmp()
     assert library is not None, "PyTorch for Linux brings its libgomp"
-    find, watched = _parallel._openmp, Watched(library, seen)
+    find, watched = threads._openmp, Watched(library, seen)
 
     def use(openmp: Callable[[], object]) -> None:
-        _parallel._openmp = openmp  # type: ignore[assignment]
+        threads._openmp = openmp  # type: ignore[assignment]
         _builtin._run_on.cache_clear()  # and whoever holds one
-        _known.forget()
+        _callcache.forget()
 
     use(lambda: watched)
     try:
@@ -157,9 +156,9 @@ for reduction in ("mean", "sum", "none"):
         fxt.cross_entropy(x, y, reduction=reduction).sum().backward()
 together = threads()
 F.cross_entropy(x, y).backward()
-from fastxent._runtime import run as _parallel
+from fastxent._runtime import threads
 maps = sorted({{os.path.realpath(line.split()[-1]) for line in open("/proc/self/maps") if "libgomp" in line}})
-used = os.path.realpath(_parallel.openmp_path())
+used = os.path.realpath(threads.openmp_path())
 numbers = dict(alone=alone, together=together, later=threads(), threads=torch.get_num_threads())
 print(json.dumps(dict(**numbers, maps=maps, used=used, torch=os.path.dirname(torch.__file__))))
 """
@@ -185,9 +184,9 @@ import fastxent.torch as fxt
 fastxent.set_num_threads(None)
 torch.set_num_threads(2)
 fxt.cross_entropy(torch.zeros(512, 1024), torch.zeros(512, dtype=torch.long))
-from fastxent._runtime import run as _parallel
+from fastxent._runtime import threads
 maps = {os.path.realpath(line.split()[-1]) for line in open("/proc/self/maps") if "libgomp" in line}
-assert maps == {os.path.realpath(_parallel.openmp_path())}, maps
+assert maps == {os.path.realpath(threads.openmp_path())}, maps
 assert torch.get_num_threads() == fastxent.get_num_threads() == 2
 print("well")
 """

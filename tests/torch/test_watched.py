@@ -21,8 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch_cases import one_torch_thread
 
 import fastxent.torch as ft
-from fastxent.torch import _callcache as _known
-from fastxent.torch import _decomposition as _formula
+from fastxent.torch import _callcache, _decomposition
 
 one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 X, Y = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 4, -100])
@@ -34,9 +33,9 @@ DOORS = ["cross_entropy", "install"]
 def loss(request):
     """Ours, by either door."""
     with ft.installed() if request.param == "install" else nullcontext():
-        _known.forget()
+        _callcache.forget()
         yield F.cross_entropy if request.param == "install" else ft.cross_entropy
-    _known.forget()
+    _callcache.forget()
 
 
 def step(loss, x, reduction="mean"):
@@ -51,14 +50,14 @@ def warm(loss, reduction="mean"):
     for _ in range(4):
         step(loss, X, reduction)
         loss(X, Y, reduction=reduction)
-    assert _known._guarded
+    assert _callcache._guarded
     with uninstalled():
         return step(F.cross_entropy, X, reduction)
 
 
 @contextmanager
 def uninstalled():
-    was = _formula.library is not None
+    was = _decomposition.library is not None
     ft.uninstall()
     try:
         yield
@@ -207,7 +206,7 @@ def test_nothing_is_remembered_under_a_mode(loss, mode_of_a_user):
         for _ in range(4):
             step(loss, X)
             loss(X, Y)
-    assert not _known.known_calls
+    assert not _callcache.known_calls
     assert sum(op.startswith("fastxent") for op in records.seen) >= 8
 
 

@@ -21,8 +21,8 @@ from conftest import make_rng, widest
 from torch import Tensor
 
 from fastxent import reference as ref
-from fastxent._runtime import run as _parallel
-from fastxent.torch import _callcache as _known
+from fastxent._runtime import run
+from fastxent.torch import _callcache
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 REDUCTIONS = ["none", "mean", "sum"]
@@ -302,13 +302,13 @@ def one_torch_thread() -> Iterator[None]:
 def counted() -> Iterator[list[str]]:
     """The names of the kernels that run inside, in order."""
     names: list[str] = []
-    run, ready = _parallel.run, _known._ready
+    run_task, ready = run.run, _callcache._ready
 
     def counting(name: str, *args: Any, **kwargs: Any) -> Any:
         names.append(name)
-        return run(name, *args, **kwargs)
+        return run_task(name, *args, **kwargs)
 
-    def counting_ready(task: _parallel.PackedTask, *rest: Any) -> Any:
+    def counting_ready(task: run.PackedTask, *rest: Any) -> Any:
         known = ready(task, *rest)
 
         def call(*args: Any) -> Any:
@@ -320,14 +320,14 @@ def counted() -> Iterator[list[str]]:
         return call
 
     with (
-        patch.object(_parallel, "run", counting),
-        patch.object(_known, "_ready", counting_ready),
+        patch.object(run, "run", counting),
+        patch.object(_callcache, "_ready", counting_ready),
     ):
-        _known.forget()
+        _callcache.forget()
         try:
             yield names
         finally:
-            _known.forget()
+            _callcache.forget()
 
 
 def run_script(code: str, *arguments: str, timeout: float = 300, **environment: str) -> str:

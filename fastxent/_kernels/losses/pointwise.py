@@ -10,9 +10,9 @@ No term of l is negative, so none takes the digits of another.
 from numba import njit
 
 from fastxent._abi.argument_block import DIVISOR
+from fastxent._abi.variant import POINTS
 from fastxent._kernels.addressing import sum_rows
 from fastxent._kernels.reduce import beside_each_other, total_over_classes, widen_add
-from fastxent._runtime.plan import POINTS
 from fastxent._simd.elementary import exp_down, log1p_to_1, x_log_x
 from fastxent._simd.lanes import fold
 from fastxent._simd.memory import get, itemsize, load_masked, store_apart, store_first
