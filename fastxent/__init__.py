@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 _HOME = {
     "_runtime.config": ("show_config", "warmup"),
     "_runtime.buffers": ("release_buffers", "set_buffer_limit"),
-    "_runtime.run": ("get_num_threads", "set_num_threads"),
+    "_runtime.threads": ("get_num_threads", "set_num_threads"),
     "binary": ("binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits_value_and_grad"),
     "special": ("entropy", "kl_div", "log_softmax", "logsumexp", "softmax"),
 }

@@ -29,8 +29,9 @@ from fastxent._abi import argument_block as abi
 from fastxent._abi.variant import KEEPERS, TILE, Variant
 from fastxent._codegen import registry
 from fastxent._codegen.registry import Kernel
+from fastxent._runtime import threads
 from fastxent._runtime.plan import MOST_DIRECT, WORTH_A_THREAD, Plan, useful_threads
-from fastxent._runtime.threads import MOST_THREADS, MOST_THREADS_A_CPU, _openmp, available_cpus, entries_of, get_num_threads
+from fastxent._runtime.threads import MOST_THREADS, MOST_THREADS_A_CPU
 
 
 class _State:
@@ -195,12 +196,12 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
     try:
         _State.calls.add(call)
         # Calls in flight at once share the cores.
-        team = _allowed(min(_useful(plan), max(1, (n_threads or get_num_threads()) // len(_State.calls))))
-        openmp = _openmp()
+        team = _allowed(min(_useful(plan), max(1, (n_threads or threads.get_num_threads()) // len(_State.calls))))
+        openmp = threads._openmp()
         if team == 1:
             _alone(task, block)
         elif openmp is not None:
-            _start(block, 0, next(_rounds), entries_of(openmp)[1], team)
+            _start(block, 0, next(_rounds), threads.entries_of(openmp)[1], team)
             openmp.GOMP_parallel(task.address, block, team, 0)
         else:
             _run_on_threads(task, block, plan, team)
@@ -215,14 +216,14 @@ def _useful(plan: Plan) -> int:
 
 def _allowed(team: int) -> int:
     """At most so many; a team so small that it is allowed anywhere spares asking the system."""
-    return team if team <= MOST_THREADS_A_CPU else min(team, MOST_THREADS_A_CPU * available_cpus())
+    return team if team <= MOST_THREADS_A_CPU else min(team, MOST_THREADS_A_CPU * threads.available_cpus())
 
 
 def team_at_once(n_threads: int | None) -> int:
     """Threads for a call that a builtin runs; 0: it has to go the longer way."""
     if _State.forked:
         return 1
-    return 0 if _State.calls or _openmp() is None else _allowed(n_threads or get_num_threads())
+    return 0 if _State.calls or threads._openmp() is None else _allowed(n_threads or threads.get_num_threads())
 
 
 def _alone(task: Kernel, block: ctypes.Array[ctypes.c_char]) -> None:
@@ -285,7 +286,7 @@ def _jobs() -> SimpleQueue[Callable[[], None]]:
             while True:
                 jobs.get()()
 
-        for i in range(available_cpus()):
+        for i in range(threads.available_cpus()):
             threading.Thread(target=work, name=f"fastxent_{i}", daemon=True).start()
         _State.jobs = jobs
     return _State.jobs
