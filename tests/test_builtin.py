@@ -74,7 +74,7 @@ def test_a_team_is_of_whom_there_is(monkeypatch):
     table = callcache._tables["value"]
     assert table is not None
     with monkeypatch.context() as patch:
-        patch.setattr(run._State, "setting", 3)
+        patch.setattr(threads._State, "setting", 3)
         assert table.team() == 3 and fx.cross_entropy(x, y) == want
         patch.setattr(run._State, "forked", True)
         assert table.team() == 1 and fx.cross_entropy(x, y) == want

@@ -53,7 +53,7 @@ def test_numerics_on_older_processors(processor, dtypes, tmp_path):
 
 def test_numerics_with_registers_of_the_other_width(tmp_path):
     """What this host's kernels do without, those for 32 registers of 16 lanes or those for fewer, computes the same here."""
-    code = "from fastxent import _simd\n_simd.WIDE = not _simd.WIDE\n" + NUMERICS
+    code = "from fastxent._simd import vector\nvector.WIDE = not vector.WIDE\n" + NUMERICS
     assert run_script(code.format(dtypes=["float32"], classes=[3, 100, 300]), NUMBA_CACHE_DIR=str(tmp_path)) == "well"
 
 
