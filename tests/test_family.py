@@ -18,7 +18,7 @@ from fastxent._abi.variant import ITEMSIZE
 from fastxent._codegen import registry
 from fastxent._fastpath import callcache, fastcall
 from fastxent._fastpath.family import Family
-from fastxent._runtime import run
+from fastxent._runtime import arguments, run
 from fastxent._runtime.plan import MOST_DIRECT, WORTH_A_THREAD, Plan, make_plan, number_of
 
 EXTENTS = (1, 2, 3, 15, 16, 17, 33, 48, 49, 63, 64, 65, 112, 113, 256, 257, 320, 321, 1000, 5000, 40_000, 300_000)
@@ -133,7 +133,7 @@ def test_nothing_is_made_for_extents_that_are_new(with_out, n_threads, nothing_i
     for n in (1, 20, 3000):
         call(n, 10)
     for name in ("make_plan", "problem"):
-        monkeypatch.setattr(fx._validate, name, None)
+        monkeypatch.setattr(arguments, name, None)
     monkeypatch.setattr(fx.functional, "problem", None)
     monkeypatch.setattr(run, "argument_block", None)
     before = dict(callcache.known_calls)
