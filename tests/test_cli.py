@@ -226,7 +226,7 @@ def test_what_cannot_be_found_out_is_unknown(monkeypatch, capsys):
 
     for name in ("available_cpus", "get_num_threads", "imported", "_cpu_model", "_pool", "version"):
         monkeypatch.setattr(_config, name, broken)
-    monkeypatch.setattr(_config._cache, "cache_folder", broken)
+    monkeypatch.setattr(_config.disk_cache, "cache_folder", broken)
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert out.count("unknown (OSError: no such luck)") == 7

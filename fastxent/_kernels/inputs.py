@@ -316,7 +316,7 @@ def sum_loss(task, unit, state, y):
 
 
 # g_c = a e_c - b (q_c / share) and, at y, g_y = scaled(u (Q p_y - q_y)) computed from registers in float64. There p_y - 1 would
-# cancel: it is -(s - e_y) / s, and s - e_y = (top - e_y) + beside. So Q p_y - q_y = (Q - q_y) - Q (s - e_y) / s.
+# cancel: it is -(s - e_y) / s, and s - e_y = (top - e_y) + beside. So Q p_y - q_y = ((Q - q_y) e_y - q_y (s - e_y)) / s.
 # e = exp(x - m), a = scaled(u) Q / s, b = scaled(u) share.
 # Class probabilities that are one-hot cancel in the same way: q_y = Q. So of float64 rows, g_c = a (e_c - k q_c) - b q_c with
 # k = 1 / Q and b = scaled(u) (s - 1) / s, where k q_y is ``e_hot``, just 1. If Q is too small for that, k is 0, ``q_hot`` nan.
@@ -348,9 +348,10 @@ def factors(task, unit, state, y, to_row):
     a = where(unit.kept, scaled(task, share_of_s) * rest, 0.0)
     g_y = q_y
     if task.labelled:
-        others = (state.top - widen(exp_up(capped(task, y.raw_x_y), shift))) + state.beside
-        p_others = others / s if task.double else others * inverse_s
-        g_y = where(unit.kept, scaled(task, u * ((q_sum - q_y) - q_sum * p_others)), 0.0)
+        e_y = widen(exp_up(capped(task, y.raw_x_y), shift))
+        others = (state.top - e_y) + state.beside
+        g_s = (q_sum - q_y) * e_y - q_y * others
+        g_y = where(unit.kept, scaled(task, u * (g_s / s if task.double else g_s * inverse_s)), 0.0)
     x = task.x
     b, k, q_hot, e_hot = b * share(task), splat(task.w, 0.0), q_sum, q_sum
     if task.soft and task.double:

@@ -93,7 +93,7 @@ def test_it_is_said_once(patience, caplog):
 def test_seconds_add_up(patience, monkeypatch, caplog):
     """A call may need several kernels, none of which takes two seconds."""
     clock = iter([0.0, 1.5, 10.0, 11.5])
-    monkeypatch.setattr(patience.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(patience_module.time, "monotonic", lambda: next(clock))
     left = []
     for _ in range(2):
         patience_module.watch(lambda seconds: left.append(seconds) or seconds > 1.5)

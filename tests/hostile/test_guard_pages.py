@@ -136,7 +136,7 @@ def torch_calls() -> None:
             x, y = (torch.from_numpy(rooms.copy(t.numpy())) for t in case[:2])
             options = {k: torch.from_numpy(rooms.copy(v.numpy())) for k, v in case.options.items()}
             with patch.object(
-                fxt._calls, "gradient_like", lambda t, rooms=rooms: torch.from_numpy(rooms.copy(t.detach().numpy()))
+                fxt._bridge, "gradient_like", lambda t, rooms=rooms: torch.from_numpy(rooms.copy(t.detach().numpy()))
             ):
                 logits = Same.apply(x.requires_grad_())
                 loss = fxt.cross_entropy(logits, y, reduction=reduction, inplace=inplace, **options)
