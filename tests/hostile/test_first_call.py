@@ -54,7 +54,7 @@ SMALL_STACK = """
 import logging, sys, threading
 import fastxent as fx
 from fastxent._codegen import patience as patience_module
-patience._State.left = 0
+patience_module._State.left = 0
 threading.stack_size(64 * 1024)
 losses = []
 thread = threading.Thread(target=lambda: losses.append(fx.binary_cross_entropy_with_logits([2.0], [1.0])))
