@@ -255,6 +255,8 @@ def form_of(input: Tensor, target: Tensor) -> Form | None:
     labelled = target.dtype == torch.int64 and target.dim() == n_axes - 1
     if not labelled and (n_axes == 0 or target.shape != input.shape or target.dtype != input.dtype):
         return None
+    if input.layout != torch.strided or target.layout != torch.strided:
+        return None
     if input.numel() * input.itemsize > MOST_DIRECT or c_interface() is None:
         return None
     if input.is_contiguous() and target.is_contiguous():

@@ -156,9 +156,9 @@ for reduction in ("mean", "sum", "none"):
         fxt.cross_entropy(x, y, reduction=reduction).sum().backward()
 together = threads()
 F.cross_entropy(x, y).backward()
-from fastxent._runtime import threads
+from fastxent._runtime import threads as ours
 maps = sorted({{os.path.realpath(line.split()[-1]) for line in open("/proc/self/maps") if "libgomp" in line}})
-used = os.path.realpath(threads.openmp_path())
+used = os.path.realpath(ours.openmp_path())
 numbers = dict(alone=alone, together=together, later=threads(), threads=torch.get_num_threads())
 print(json.dumps(dict(**numbers, maps=maps, used=used, torch=os.path.dirname(torch.__file__))))
 """
