@@ -310,7 +310,7 @@ def cross_entropy_grad_hess(
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads, float_labels=True)
     grad, hess = like(p.x, p.axis), like(p.x, p.axis)
     if p.x.size:
-        _run("grad_hess", p, p.plan(grad, may_split=False), g=address(grad), h=address(hess))
+        _run("grad_hess", p, p.plan("grad_hess", grad), g=address(grad), h=address(hess))
     return grad, hess
 
 
@@ -379,7 +379,7 @@ def _loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labe
     rows = np.zeros(p.rows if reduction == "none" else 0, p.acc)
     total, divisor = 0.0, p.divisor
     if p.x.size:
-        plan = p.plan(g, may_split=name != "stats")
+        plan = p.plan(name, g)
         more |= {"g": address(g), "loss": address(rows) if reduction == "none" else 0}
         total, divisor = _run(name, p, plan, reduction == "mean", labels, **more)
     return _reduced(total, divisor, reduction, rows)

@@ -28,7 +28,6 @@ from fastxent._runtime.run import run
 from fastxent._runtime.threads import check_threads
 
 Axis = int | tuple[int, ...] | None
-SPLITTERS = ("softmax", "log_softmax", "logsumexp")  # kernels that know rows that are split
 
 
 def softmax(x: object, axis: Axis = None, *, out: Array | None = None, n_threads: int | None = None) -> Array:
@@ -346,9 +345,7 @@ def _run(
     if x.size == 0:
         return
     strides = tuple((x if a is None else a).strides for a in (None, g, t))
-    plan = make_plan(
-        x.shape, strides, axis, storage(x.dtype) or "", None if t is None else storage(t.dtype), may_split=name in SPLITTERS
-    )  # fmt: skip
+    plan = make_plan(name, x.shape, strides, axis, storage(x.dtype) or "", None if t is None else storage(t.dtype))
     run(name, plan, n_threads, x=address(x), g=address(g), t=address(t), **results)
 
 

@@ -42,7 +42,7 @@ def all_is_large(monkeypatch):
 @pytest.fixture
 def nothing_is_kept(monkeypatch):
     """As if every row were longer than what is kept of its exponentials."""
-    yield from planned_with(monkeypatch, "MOST_KEPT")
+    yield from planned_with(monkeypatch, "MOST_STORED")
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype, offset: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@
 """
 
 import struct
+from typing import NamedTuple
 
 # What is done one after the other: the class indices are checked, the statistics of split rows are taken, the work is done.
 CHECK, SEGMENTS, WORK = range(3)
@@ -35,22 +36,27 @@ OPERANDS = (
     ("loss", "acc"),  # (rows,) out
     ("tiles", "acc"),  # (threads, TILE bytes) scratch
 )
-# What the plan knows
-PLANNED = (
-    ("n_rows", "int"),
-    ("n_classes", "int"),
-    ("n_vectors", "int"),  # vectors of a unit: see _rows
-    ("n_units", "int"),  # a unit: one row, or up to 16 rows of one line of the innermost row axis, or a segment of a row
-    ("units_per_line", "int"),
-    ("panel", "int"),  # units that are copied to the tile together
-    ("chunk", "int"),  # units handed out at a time
-    ("segment", "int"),  # vectors of a segment, where long rows are split
-    ("n_segments", "int"),
-    ("n_axes", "int"),
-    ("x_step", "int"),  # bytes from a unit's vector j to vector j + 1 in x ...
-    ("g_step", "int"),
-    ("t_step", "int"),
-)
+
+
+class Planned(NamedTuple):
+    """What the plan knows."""
+
+    n_rows: int
+    n_classes: int
+    n_vectors: int  # of a unit: see ``addressing``
+    n_units: int  # a unit: one row, or up to 16 rows of one line of the innermost row axis, or a segment of a row
+    units_per_line: int
+    panel: int  # units that are copied to the tile together
+    chunk: int  # units handed out at a time
+    segment: int  # vectors of a segment, where long rows are split
+    n_segments: int
+    n_axes: int
+    x_step: int  # bytes from a unit's vector j to vector j + 1 in x ...
+    g_step: int
+    t_step: int
+
+
+PLANNED = tuple((name, "int") for name in Planned._fields)
 # What else one call knows
 CALLED = (
     ("check", "int"),  # address of the kernel that checks the class indices, or 0
@@ -61,6 +67,7 @@ CALLED = (
     ("taken", "i64"),  # (n_chunks,) in/out, LINE bytes apart: number of the last phase in which a thread took this chunk
     ("segments", "f64"),  # (n_units, 6) in/out, LINE bytes apart: statistics of the segments of split rows
     ("total", "f64"),  # (5,) out: sum of the kept rows' weights, of nothing, of the losses; in/out: see BAD, DIVISOR
+    ("v", "weight"),  # (rows,) in: what comes back for the entropy
     ("lse", "acc"),  # (rows,) out
     ("sign", "acc"),  # (rows,) out: of the sum whose logarithm lse is
     ("entropy", "acc"),  # (rows,) out
@@ -80,9 +87,14 @@ CALLED = (
     ("average", "int"),  # with class indices: is the gradient divided by the sum of the weights of the rows that are kept?
     ("z", "float"),  # factor of lse^2 in the loss
     ("cap", "float"),  # softcap
+    ("temperature", "float"),  # the logits are divided by it
     ("sched_yield", "int"),  # address of the system's function by which a thread that waits lets others run, or 0
 )
 FIELDS = RUN + OPERANDS + PLANNED + CALLED
+# Of a field that nobody gives a value
+DEFAULTS = dict.fromkeys((name for name, _ in FIELDS), 0) | {
+    "confidence": 1.0, "factor": 1.0, "temperature": 1.0, "w_period": 1, "u_period": 1,
+}  # fmt: skip
 FIRST_SLOT = 40
 SLOT = {name: FIRST_SLOT + nth for nth, (name, _) in enumerate(FIELDS)}
 _ZEROS = f"={8 * FIRST_SLOT}x"  # the counters begin at 0
@@ -92,11 +104,12 @@ TOTAL = struct.Struct("=16x3d")  # sum of the losses, BAD, DIVISOR
 
 # A family: calls that differ in the extents of their arrays only, which are dense. Words of 8 bytes, all numbers; see
 # ``family``: number of axes; the class axis; do the classes lie innermost (else as in C order)?; bytes of a logit; are there
-# class probabilities?; is their loss averaged?; number of class weights, or 0; label smoothing, a float64; what the plan is
-# told besides; number of kernels; the row axes' table, of two axes at most; of each kernel its number, that of its segments,
+# class probabilities?; is their loss averaged?; number of class weights, or 0; label smoothing, a float64; number of
+# kernels; ``plan.Traits``; the row axes' table, of two axes at most; of each kernel its number, that of its segments,
 # itself
-N_AXES, CLASS_AXIS, INNERMOST, SIZE, SOFT, AVERAGED, N_WEIGHTS, SMOOTHING, CAPPED, UNROUNDED, SINGLE, N_KERNELS = range(12)
-AXES = 12
+N_AXES, CLASS_AXIS, INNERMOST, SIZE, SOFT, AVERAGED, N_WEIGHTS, SMOOTHING, N_KERNELS, TRAITS = range(10)
+N_TRAITS = 7
+AXES = TRAITS + N_TRAITS
 KERNELS, MOST_KERNELS, KERNEL = AXES + 2 * 5, 16, 3
 FAMILY = KERNELS + MOST_KERNELS * KERNEL  # behind them comes the argument block
 ROOM = 1024  # chunks, and segments, that there is room for behind that

@@ -111,7 +111,7 @@ def remember(
         or not has_constant_options(options)
     ):
         return
-    plan = p.plan(g)
+    plan = p.plan(name, g)
     if plan.variant.large:  # it has more to pack, and takes longer anyway
         return
     if len(known_calls) >= MOST_KNOWN:

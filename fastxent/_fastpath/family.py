@@ -15,7 +15,7 @@ import numpy as np
 
 from fastxent._abi import argument_block as abi
 from fastxent._runtime import run
-from fastxent._runtime.plan import Plan, number_of
+from fastxent._runtime.plan import Plan, number_of, traits_of
 
 
 class Family:
@@ -31,10 +31,11 @@ class Family:
         self.name, self.words = name, np.zeros(-(-n_bytes // 8), np.int64)
         variant = plan.variant
         soft = variant.target is not None
-        self.words[: abi.N_KERNELS] = (
+        self.words[: abi.SMOOTHING + 1] = (
             n_axes, axis, innermost, plan.itemsize, soft, soft and arguments.get("average", False), n_weights, 0,
-            variant.capped, variant.logits == variant.acc, variant.acc == "f32",
         )  # fmt: skip
+        traits = traits_of(name, variant.logits, variant.target, variant.capped)
+        self.words[abi.TRAITS :][: len(traits)] = traits
         self.words.view(np.float64)[abi.SMOOTHING] = smoothing
         begin = self.words.ctypes.data
         at_block = begin + 8 * abi.FAMILY

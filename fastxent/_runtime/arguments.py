@@ -60,11 +60,12 @@ class Problem(NamedTuple):
         """The options as the tasks know them."""
         return {"ignore": self.ignore, "confidence": 1.0 - self.smoothing, "uniform": self.smoothing / self.x.shape[self.axis]}
 
-    def plan(self, g: Array | None = None, may_split: bool = True) -> Plan:
-        """How a kernel walks over this problem and writes ``g``."""
+    def plan(self, task: str, g: Array | None = None) -> Plan:
+        """How a task walks over this problem and writes ``g``."""
         x, t = self.x, self.t
         strides = (x.strides, (x if g is None else g).strides, (x if t is None else t).strides)
         return make_plan(
+            task,
             x.shape,
             strides if t is not None else (strides[0], strides[1], strides[0]),
             self.axis,
@@ -72,7 +73,6 @@ class Problem(NamedTuple):
             None if t is None else storage(t.dtype),
             labelled=self.y is not None,
             smooth=self.y is not None and self.smoothing > 0,
-            may_split=may_split,
         )
 
 

@@ -161,6 +161,7 @@ def walkable(x: Tensor, axis: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def plan_of(
+    task: str,
     shape: torch.Size,
     strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
     axis: int,
@@ -174,7 +175,7 @@ def plan_of(
     sizes = (dtype.itemsize, dtype.itemsize, (probabilities or dtype).itemsize)
     x, g, t = (tuple(s * size for s in stride) for stride, size in zip(strides, sizes, strict=True))
     target = None if probabilities is None else STORAGE[probabilities]
-    return make_plan(tuple(shape), (x, g, t), axis, STORAGE[dtype], target, labelled, smooth, capped)
+    return make_plan(task, tuple(shape), (x, g, t), axis, STORAGE[dtype], target, labelled, smooth, capped)
 
 
 def _run(name: str, call: _Call, g: Tensor, options: Options, factor: float = 1.0) -> Tensor:
@@ -183,7 +184,9 @@ def _run(name: str, call: _Call, g: Tensor, options: Options, factor: float = 1.
     x, t = call.x, call.t
     strides = (x.stride(), g.stride(), (x if t is None else t).stride())
     labelled, smooth = call.y is not None, call.y is not None and options.label_smoothing > 0
-    plan = plan_of(x.shape, strides, call.axis, x.dtype, None if t is None else t.dtype, labelled, smooth, options.softcap != 0)
+    plan = plan_of(
+        name, x.shape, strides, call.axis, x.dtype, None if t is None else t.dtype, labelled, smooth, options.softcap != 0
+    )
     average = options.reduction == MEAN
     total, bad, divisor = run.run(
         name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=address(t),

@@ -139,7 +139,8 @@ class Known:
         if why == 0:
             raise out_of_bounds(target, input.shape[input.dim() > 1], self.options.ignore_index)
         if why == NOT_MET:
-            self.families[which].meet(_plan_of(input, target, self.labelled, self.options))
+            family = self.families[which]
+            family.meet(_plan_of(family.name, input, target, self.labelled, self.options))
         return None
 
     def run(
@@ -364,10 +365,10 @@ def remember(input: Tensor, target: Tensor, weight: Tensor | None, options: Opti
     known_calls[kind] = _known(input, target, weight, options, form)
 
 
-def _plan_of(input: Tensor, target: Tensor, labelled: bool, options: Options) -> Plan:
+def _plan_of(task: str, input: Tensor, target: Tensor, labelled: bool, options: Options) -> Plan:
     g, t = empty_like(input, device="meta"), input if labelled else target  # its strides are those of `gradient_like`
     return _bridge.plan_of(
-        input.shape, (input.stride(), g.stride(), t.stride()), min(1, input.dim() - 1), input.dtype,
+        task, input.shape, (input.stride(), g.stride(), t.stride()), min(1, input.dim() - 1), input.dtype,
         None if labelled else target.dtype, labelled, labelled and options.label_smoothing > 0, options.softcap != 0,
     )  # fmt: skip
 
@@ -387,16 +388,19 @@ def _known(input: Tensor, target: Tensor, weight: Tensor | None, options: Option
     g = empty_like(input, device="meta")
     if not _bridge.lies_well(g, input, axis) or not (labelled or _bridge.lies_well(target, input, axis)):
         return None
-    plan = _plan_of(input, target, labelled, options)
+    plan, grad_plan = (_plan_of(task, input, target, labelled, options) for task in ("value", "value_and_grad"))
     if plan.variant.large:  # it has more to pack, and takes longer anyway
         return None
     none, mean = options.reduction == NONE, options.reduction == MEAN
     there: dict[str, float] = {"t": not labelled, "w": weight is not None}  # their addresses come with each call
-    there |= _bridge.numbers(options, input.shape[axis]) | {"average": mean, "divisor": float(plan.planned[0]) if mean else 1.0}
+    there |= _bridge.numbers(options, input.shape[axis]) | {
+        "average": mean,
+        "divisor": float(plan.planned.n_rows) if mean else 1.0,
+    }
     tasks = Tasks(
         PackedTask("value", plan, loss=none, **there),
-        PackedTask("value_and_grad", plan, **there),
-        PackedTask("value_and_grad", plan, u=1, **there) if none else None,
+        PackedTask("value_and_grad", grad_plan, **there),
+        PackedTask("value_and_grad", grad_plan, u=1, **there) if none else None,
     )
     acc = torch.float64 if plan.variant.acc == "f64" else torch.float32
     loss = torch.empty((), dtype=acc, device="cpu")
