@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fastxent._abi.dtypes import precision
+
 LANES = 16
-ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
 
 SYMBOL = "kernel"  # of the function in an object file
 
@@ -34,13 +35,8 @@ CHECKED, CHECKS = 8 * LANES, 128
 POINTS, POINTS_CHUNK = 1024, 4
 
 
-def precision(logits: str, target: str | None) -> str:
-    """Of the arithmetic on logits and class probabilities of these storages."""
-    return "f64" if "f64" in (logits, target) else "f32"
-
-
 class Variant(NamedTuple):
-    """What a kernel is compiled for. Storage is "f16", "bf16", "f32" or "f64"."""
+    """What a kernel is compiled for. Storages are as in ``dtypes``."""
 
     logits: str
     target: str | None = None  # storage of class probabilities; None: class indices, or no target

@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from fastxent._abi.dtypes import NAMES
 from fastxent._cli import commands
-
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("info", commands.info, "show the CPU, the threads, the versions and the cache folder")
 
     command = add("warmup", commands.warmup, "compile the kernels now, not at their first use", json=False)
-    command.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=", ".join(DTYPES))
+    command.add_argument("--dtype", nargs="+", choices=NAMES, metavar="DTYPE", help=", ".join(NAMES))
     return main
 
 

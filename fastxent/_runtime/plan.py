@@ -8,13 +8,13 @@ from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
+from fastxent._abi.dtypes import ITEMSIZE, precision
 from fastxent._abi.variant import (
     CHECKED,
     CHECKS,
     CHUNK,
     FEW_CLASSES,
     FEWEST_OVERLAPPED,
-    ITEMSIZE,
     LANES,
     MOST_KEPT,
     MOST_PAIRED,
@@ -25,7 +25,6 @@ from fastxent._abi.variant import (
     POINTS,
     POINTS_CHUNK,
     Variant,
-    precision,
 )
 
 # Fewer rows than this, and each longer than two segments: the row is split, or threads would have nothing to do.

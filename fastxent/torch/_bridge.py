@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastxent._abi.dtypes import DTYPES
 from fastxent._abi.variant import FEW_CLASSES
 from fastxent._runtime import buffers, run, threads
+from fastxent._runtime.options import fields_of, flags_of
 from fastxent._runtime.plan import Plan, make_plan
 
-STORAGE = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
-_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
-    torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(np.int16),
-    torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64),
-}  # fmt: skip
+STORAGE: dict[torch.dtype, str] = {getattr(torch, d.name): d.storage for d in DTYPES}
+_NUMPY: dict[torch.dtype, np.dtype[Any]] = {getattr(torch, d.name): np.dtype(d.numpy) for d in DTYPES}
 INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64}
 NONE, MEAN, SUM = 0, 1, 2  # torch.nn._reduction's numbers
 _PAST_ALL_CLASSES = 2**63 - 1
@@ -182,8 +181,8 @@ def _run(name: str, call: _Call, g: Tensor, options: Options, factor: float = 1.
     loss = torch.zeros(call.rows, dtype=call.acc, device="cpu") if options.reduction == NONE else None
     x, t = call.x, call.t
     strides = (x.stride(), g.stride(), (x if t is None else t).stride())
-    labelled, smooth = call.y is not None, call.y is not None and options.label_smoothing > 0
-    plan = plan_of(x.shape, strides, call.axis, x.dtype, None if t is None else t.dtype, labelled, smooth, options.softcap != 0)
+    flags = flags_of(call.y is not None, *options[1:])
+    plan = plan_of(x.shape, strides, call.axis, x.dtype, None if t is None else t.dtype, **flags)
     average = options.reduction == MEAN
     total, bad, divisor = run.run(
         name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=address(t),
@@ -205,10 +204,7 @@ def _scalar(value: float, dtype: torch.dtype) -> Tensor:
 
 def numbers(options: Options, n_classes: int) -> dict[str, float]:
     """The options as the tasks know them."""
-    return {
-        "ignore": options.ignore_index, "confidence": 1.0 - options.label_smoothing,
-        "uniform": options.label_smoothing / n_classes, "z": options.z_loss, "cap": options.softcap,
-    }  # fmt: skip
+    return fields_of(n_classes, *options[1:])
 
 
 def lies_well(g: Tensor, x: Tensor, axis: int) -> bool:
@@ -263,6 +259,6 @@ def gradient_like(input: Tensor) -> Tensor:
         return torch.empty_like(input)
     dtype = input.dtype
     g = torch.from_numpy(buffers.empty(input.shape if contiguous else (input.numel(),), _NUMPY[dtype]))
-    if dtype == torch.bfloat16:  # NumPy has none
+    if g.dtype != dtype:  # NumPy does not have it
         g = g.view(dtype)
     return g if contiguous else g.as_strided(input.shape, input.stride())

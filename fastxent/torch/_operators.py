@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastxent._runtime.options import schema
 from fastxent.torch._bridge import NONE, STORAGE, SUM, Options, check_operands, value, value_and_grad
 from fastxent.torch._decomposition import differentiable_backward, formula
 
-_ARGUMENTS = (
-    "Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, "
-    "int reduction, int ignore_index, float label_smoothing, float z_loss, float softcap"
-)
+_ARGUMENTS = f"Tensor input, Tensor target, {schema('weight', 'sample_weight', *Options._fields)}"
 
 
 def _of_nothing(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
