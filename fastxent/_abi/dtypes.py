@@ -25,6 +25,6 @@ ITEMSIZE = {d.storage: d.itemsize for d in DTYPES}
 ACC = {d.storage: d.acc for d in DTYPES}
 
 
-def precision(*storages: str | None) -> str:
-    """Of the arithmetic on such logits, and class probabilities if there are any."""
-    return max(ACC[storage] for storage in storages if storage is not None)  # "f32" < "f64"
+def precision(logits: str, target: str | None = None) -> str:
+    """Of the arithmetic on logits, and class probabilities, of these storages."""
+    return max(ACC[logits], ACC[target or logits])  # "f32" < "f64"

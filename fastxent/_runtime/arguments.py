@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastxent._abi.dtypes import NAMES, STORAGE, precision
+from fastxent._abi.dtypes import ACC, NAMES, STORAGE
 from fastxent._abi.variant import FEW_CLASSES
 from fastxent._runtime import buffers
 from fastxent._runtime.options import checked, fields_of, flags_of
@@ -28,7 +28,7 @@ def storage(dtype: np.dtype[Any]) -> str | None:
 @lru_cache(maxsize=64)
 def accumulator(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
     """dtype of the losses of such logits (and probabilities)."""
-    return np.dtype(np.float64 if precision(*map(storage, dtypes)) == "f64" else np.float32)
+    return np.dtype(np.float64 if "f64" in [ACC.get(storage(dtype) or "") for dtype in dtypes] else np.float32)
 
 
 class Problem(NamedTuple):

@@ -35,6 +35,10 @@ def check_integer(value: object, name: str) -> int:
     return number
 
 
+def check_n_threads(value: object, name: str) -> int | None:
+    return None if value is None else check_threads(value, name)
+
+
 def check_reduction(reduction: str, name: str = "reduction", allowed: tuple[str, ...] = REDUCTIONS) -> str:
     if reduction not in allowed:
         raise ValueError(f"{name} = {reduction!r} is not one of {', '.join(map(repr, allowed))}")
@@ -59,20 +63,20 @@ OPTIONS = (
     Option("label_smoothing", 0.0, "float", check_fraction, ("confidence", "uniform"), "smooth"),
     Option("z_loss", 0.0, "float", fields=("z",)),
     Option("softcap", None, "float", fields=("cap",), flag="capped"),
-    Option("n_threads", None, check=check_threads, fields=("team",)),
+    Option("n_threads", None, check=check_n_threads, fields=("team",)),
 )
-_BY_NAME = {option.name: option for option in OPTIONS}
+_CHECKS = {option.name: option.check for option in OPTIONS}
+_SCHEMA = {option.name: option.schema for option in OPTIONS}
 
 
 def checked(name: str, value: Any) -> Any:
-    """The value of an option, or an error that names it. None passes where it is the default."""
-    option = _BY_NAME[name]
-    return None if value is option.default is None else option.check(value, name)
+    """The value of an option, or an error that names it."""
+    return _CHECKS[name](value, name)
 
 
 def schema(*names: str) -> str:
     """Options as arguments of an operator of PyTorch's."""
-    return ", ".join(f"{_BY_NAME[name].schema} {name}" for name in names)
+    return ", ".join(f"{_SCHEMA[name]} {name}" for name in names)
 
 
 def fields_of(
