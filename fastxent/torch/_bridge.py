@@ -49,31 +49,35 @@ class _Call(NamedTuple):
     acc: torch.dtype
 
 
-def check_operands(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> None:
-    """Do these go together? `route` has sorted calls by that; but a graph that was traced, or a hook on saved tensors, may hand
-    over anything."""
-    given = {"input": input, "target": target, "weight": weight, "sample_weight": sample_weight}
-    for name, t in given.items():
+def misfit(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> Exception | None:
+    """Why do these not go together? None if they do."""
+    for name, t in (("input", input), ("target", target), ("weight", weight), ("sample_weight", sample_weight)):
         if t is not None and not (t.is_cpu and t.layout == torch.strided and not t.is_nested):
-            raise RuntimeError(f"Expected {name} to be a dense tensor on the CPU, got one of {t.layout} on {t.device}")
+            return RuntimeError(f"Expected {name} to be a dense tensor on the CPU, got one of {t.layout} on {t.device}")
     if input.dtype not in STORAGE:
-        raise NotImplementedError(f'"fastxent" not implemented for {input.dtype}')
+        return NotImplementedError(f'"fastxent" not implemented for {input.dtype}')
     if input.dim() == 0:
-        raise IndexError("Dimension specified as 0 but tensor has no dimensions")
+        return IndexError("Dimension specified as 0 but tensor has no dimensions")
     axis = 0 if input.dim() == 1 else 1
     rows, n_classes = input.shape[:axis] + input.shape[axis + 1 :], input.shape[axis]
     if target.shape != (input.shape if target.dtype in STORAGE else rows):
-        raise RuntimeError(f"size mismatch (got input: {list(input.shape)}, target: {list(target.shape)} of {target.dtype})")
+        return RuntimeError(f"size mismatch (got input: {list(input.shape)}, target: {list(target.shape)} of {target.dtype})")
     if target.dtype not in STORAGE and target.dtype not in INTEGERS:
-        raise RuntimeError(f"expected target of integers or floating point numbers, got {target.dtype}")
+        return RuntimeError(f"expected target of integers or floating point numbers, got {target.dtype}")
     if weight is not None and (weight.shape != (n_classes,) or weight.dtype not in STORAGE):
-        raise RuntimeError(f"weight must be {n_classes} floating point numbers, got {list(weight.shape)} of {weight.dtype}")
+        return RuntimeError(f"weight must be {n_classes} floating point numbers, got {list(weight.shape)} of {weight.dtype}")
     if sample_weight is not None and sample_weight.shape != rows:
-        raise RuntimeError(f"size mismatch (got rows: {list(rows)}, factors of the rows: {list(sample_weight.shape)})")
+        return RuntimeError(f"size mismatch (got rows: {list(rows)}, factors of the rows: {list(sample_weight.shape)})")
+    return None
 
 
-def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, ignore_index: int) -> _Call:
-    check_operands(input, target, weight, sample_weight)
+def check_operands(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> None:
+    """For calls that `route` has not sorted: a graph that was traced, or a hook on saved tensors, may hand over anything."""
+    if (error := misfit(input, target, weight, sample_weight)) is not None:
+        raise error
+
+
+def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> _Call:
     check_memory(input, target, weight, sample_weight)
     axis = 0 if input.dim() == 1 else 1
     rows = input.shape[:axis] + input.shape[axis + 1 :]
@@ -228,7 +232,8 @@ def may_be_overwritten(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def value(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
-    call = _prepare(input, target, weight, sample_weight, options.ignore_index)
+    """The loss. That the tensors go together has been asked: see `misfit`."""
+    call = _prepare(input, target, weight, sample_weight)
     return _run("value", call, call.x, options)
 
 
@@ -241,8 +246,8 @@ def value_and_grad(
     out: Tensor | None = None,
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Loss, and ``factor`` times its gradient, in ``out`` if given; that may be ``input``."""
-    call = _prepare(input, target, weight, sample_weight, options.ignore_index)
+    """Loss, and ``factor`` times its gradient, in ``out`` if given; that may be ``input``. The tensors are as in `value`."""
+    call = _prepare(input, target, weight, sample_weight)
     result = gradient_like(input) if out is None else out
     g = result if lies_well(result, call.x, call.axis) else torch.empty_like(call.x)
     loss = _run("value_and_grad", call, g, options, factor)
