@@ -20,13 +20,13 @@ from fastxent._runtime.arguments import (
     address,
     check_classes,
     check_out,
-    check_reduction,
     like,
     new_gradient,
     out_of_range,
     problem,
     writable_place,
 )
+from fastxent._runtime.options import checked
 from fastxent._runtime.plan import Plan, over
 from fastxent._runtime.run import run
 
@@ -120,7 +120,7 @@ def cross_entropy(
     plain, options = weight is sample_weight is None, (axis, ignore_index, label_smoothing, reduction)
     if plain and (met := recall("value", logits, target, None, options, n_threads)):
         return met[0]
-    check_reduction(reduction)
+    checked("reduction", reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
     loss = _loss_of("value", p, reduction)
     if plain and reduction != "none":
@@ -187,7 +187,7 @@ def cross_entropy_value_and_grad(
     plain, options = weight is sample_weight is None, (axis, ignore_index, label_smoothing, reduction)
     if plain and (met := recall("value_and_grad", logits, target, out, options, n_threads)):
         return met
-    check_reduction(reduction)
+    checked("reduction", reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
     if out is not None:
         check_out(out, p.x)
@@ -249,7 +249,7 @@ def cross_entropy_stats(
     >>> stats.target_prob.round(4)
     array([0.8438, 0.2447])
     """
-    check_reduction(reduction)
+    checked("reduction", reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
     if p.x.shape[p.axis] == 0:
         raise ValueError(f"logits has shape {p.x.shape}: no class to predict")
@@ -357,7 +357,7 @@ def nll_loss(
     >>> print(f"{fx.nll_loss(np.log([[0.1, 0.7, 0.2]]), [1]):.8f}")
     0.35667494
     """
-    check_reduction(reduction)
+    checked("reduction", reduction)
     p = problem(log_probs, target, axis, weight, None, ignore_index, 0.0, None, "log_probs")
     if p.y is None:
         raise TypeError("target holds class probabilities; nll_loss takes class indices")

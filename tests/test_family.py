@@ -15,7 +15,8 @@ import pytest
 
 import fastxent as fx
 from fastxent._abi import argument_block as abi
-from fastxent._abi.variant import ITEMSIZE, Schedule
+from fastxent._abi.dtypes import ITEMSIZE
+from fastxent._abi.variant import Schedule
 from fastxent._codegen import registry
 from fastxent._fastpath import callcache, fastcall
 from fastxent._fastpath.family import Family

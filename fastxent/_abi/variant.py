@@ -5,8 +5,9 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+from fastxent._abi.dtypes import precision
+
 LANES = 16
-ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
 
 SYMBOL = "kernel"  # of the function in an object file
 
@@ -62,13 +63,8 @@ class Storage(IntEnum):
     GRADIENT = 2  # where the gradient will be
 
 
-def precision(logits: str, target: str | None) -> str:
-    """Of the arithmetic on logits and class probabilities of these storages."""
-    return "f64" if "f64" in (logits, target) else "f32"
-
-
 class Variant(NamedTuple):
-    """What a kernel is compiled for. Storage of numbers is "f16", "bf16", "f32" or "f64"."""
+    """What a kernel is compiled for. The storages of numbers are as in ``dtypes``."""
 
     logits: str
     target: str | None = None  # storage of class probabilities; None: class indices, or no target

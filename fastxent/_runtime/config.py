@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from fastxent import __version__
-from fastxent._abi.variant import BUILTINS, ITEMSIZE, Variant
+from fastxent._abi.dtypes import ITEMSIZE, STORAGE
+from fastxent._abi.variant import BUILTINS, Variant
 from fastxent._codegen import disk_cache, patience, registry
 from fastxent._codegen.uninterrupted import imported
 from fastxent._runtime import threads
-from fastxent._runtime.arguments import STORAGE
 from fastxent._runtime.plan import make_plan
 from fastxent._runtime.threads import available_cpus, get_num_threads
 

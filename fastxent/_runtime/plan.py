@@ -12,6 +12,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from fastxent._abi.argument_block import Planned
+from fastxent._abi.dtypes import ITEMSIZE, precision
 from fastxent._abi.tasks import TASKS
 from fastxent._abi.variant import (
     CHECKED,
@@ -19,7 +20,6 @@ from fastxent._abi.variant import (
     CHUNK,
     FEW_CLASSES,
     FEWEST_OVERLAPPED,
-    ITEMSIZE,
     LANES,
     MOST_PAIRED,
     MOST_PAIRED_LARGE,
@@ -33,7 +33,6 @@ from fastxent._abi.variant import (
     Schedule,
     Storage,
     Variant,
-    precision,
 )
 from fastxent._codegen.uninterrupted import imported
 from fastxent._simd import host
