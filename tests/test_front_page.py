@@ -43,6 +43,13 @@ def test_links_lead_somewhere(text):
         assert not anchor or anchor in anchors(file.read_text()), target
 
 
+def test_comments_name_sections_of_the_log():
+    sections = anchors((ROOT / "benchmarks" / "LOG.md").read_text())
+    assert "channels-first" in sections
+    for file in (ROOT / "fastxent").rglob("*.py"):
+        assert set(re.findall(r"LOG\.md#([\w-]+)", file.read_text())) <= sections, file
+
+
 def test_tests_that_hold_a_promise_exist():
     named = set(re.findall(r"`(test_\w+\.py)`", README.read_text()))
     assert len(named) > 10 and named <= {file.name for file in (ROOT / "tests").rglob("test_*.py")}
