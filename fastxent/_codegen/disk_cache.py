@@ -1,7 +1,7 @@
 """The disk cache of kernels: in which folders it may lie, who may write to them, and its files.
 
 The files are native code, which is run as it is found. So a folder, or a file, that another user could have written to is
-refused, by the rules that OpenSSH has for its keys (see Security in README.md); and a folder whose path is not absolute is
+refused, by the rules that OpenSSH has for its keys (see .github/SECURITY.md); and a folder whose path is not absolute is
 whichever folder the process happens to be in. Windows keeps users apart by other means: there, only the path is looked at.
 
 Nothing ever changes in a file: its name says all that its code depends on. So processes that compile at once write the same
