@@ -16,7 +16,7 @@ from asv_results import RATIO, ROOT, git, make_repository, write_results
 
 from benchmarks import dashboard
 from benchmarks.bars import OUT
-from benchmarks.history import Commit, History, Regression, Series, read
+from benchmarks.published import Commit, History, Regression, Series, read
 
 
 def build(repository: Path, site: Path) -> None:
