@@ -24,7 +24,7 @@ def nothing_is_known(request, monkeypatch):
 @pytest.fixture
 def all_is_known(monkeypatch):
     """Call it, and from then on who is not known fails."""
-    return lambda: monkeypatch.setattr(_dispatch, "_takes", None)
+    return lambda: monkeypatch.setattr(_dispatch, "takes", None)
 
 
 def make_call(shape, dtype, probabilities=False, weighted=False, seed=0):

@@ -6,6 +6,7 @@ Another one needs a row here, a parameter of the functions that take it, and ker
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,14 @@ def check_fraction(value: float, name: str) -> float:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} = {value} is outside [0, 1]")
+    return float(value)
+
+
+def check_positive(value: float, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{name} = {value} is not above 0 and finite")
     return float(value)
 
 
@@ -62,6 +71,7 @@ OPTIONS = (
     Option("ignore_index", -100, "int", check_integer, ("ignore",)),
     Option("label_smoothing", 0.0, "float", check_fraction, ("confidence", "uniform"), "smooth"),
     Option("z_loss", 0.0, "float", fields=("z",)),
+    Option("temperature", 1.0, "float", check_positive, ("temperature", "factor"), "tempered"),
     Option("softcap", None, "float", fields=("cap",), flag="capped"),
     Option("n_threads", None, check=check_n_threads, fields=("team",)),
 )

@@ -33,7 +33,7 @@ class Options(NamedTuple):
     softcap: float  # 0: none
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """Checked tensors as the kernels take them; they must outlive the addresses."""
 
     x: Tensor
@@ -77,7 +77,7 @@ def check_operands(input: Tensor, target: Tensor, weight: Tensor | None, sample_
         raise error
 
 
-def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> _Call:
+def prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> Call:
     check_memory(input, target, weight, sample_weight)
     axis = 0 if input.dim() == 1 else 1
     rows = input.shape[:axis] + input.shape[axis + 1 :]
@@ -100,11 +100,11 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
             t = t.to(torch.float64)
         if n_classes > FEW_CLASSES and (t.stride(axis) == 1) != (x.stride(axis) == 1):
             t = torch.empty_like(x, dtype=t.dtype).copy_(t)
-        return _Call(x, axis, rows, target, None, t, w, u, float(math.prod(rows) if u is None else u.sum()), n_threads, acc)
+        return Call(x, axis, rows, target, None, t, w, u, float(math.prod(rows) if u is None else u.sum()), n_threads, acc)
     y = target.resolve_neg()
     if y.dtype != torch.int64 or not y.is_contiguous():
         y = as_int64(y).contiguous()
-    return _Call(x, axis, rows, target, y, None, w, u, 1.0, n_threads, acc)
+    return Call(x, axis, rows, target, y, None, w, u, 1.0, n_threads, acc)
 
 
 def n_threads_now() -> int:
@@ -181,7 +181,7 @@ def plan_of(
     return make_plan(task, tuple(shape), (x, g, t), axis, STORAGE[dtype], target, labelled, smooth, capped)
 
 
-def _run(name: str, call: _Call, g: Tensor, options: Options, factor: float = 1.0) -> Tensor:
+def _run(name: str, call: Call, g: Tensor, options: Options, factor: float = 1.0) -> Tensor:
     """Run a task; its loss, reduced."""
     loss = torch.zeros(call.rows, dtype=call.acc, device="cpu") if options.reduction == NONE else None
     x, t = call.x, call.t
@@ -234,7 +234,7 @@ def may_be_overwritten(x: Tensor, *others: Tensor | None) -> bool:
 
 def value(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
     """The loss. That the tensors go together has been asked: see `misfit`."""
-    call = _prepare(input, target, weight, sample_weight)
+    call = prepare(input, target, weight, sample_weight)
     return _run("value", call, call.x, options)
 
 
@@ -248,7 +248,7 @@ def value_and_grad(
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Loss, and ``factor`` times its gradient, in ``out`` if given; that may be ``input``. The tensors are as in `value`."""
-    call = _prepare(input, target, weight, sample_weight)
+    call = prepare(input, target, weight, sample_weight)
     result = gradient_like(input) if out is None else out
     g = result if lies_well(result, call.x, call.axis) else torch.empty_like(call.x)
     loss = _run("value_and_grad", call, g, options, factor)

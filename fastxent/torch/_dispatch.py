@@ -24,9 +24,9 @@ def route(
     options = Options(*numbers)
     if options.label_smoothing < 0.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
-    if is_traced() or not _takes(input, target, weight, sample_weight, options):
+    if is_traced() or not takes(input, target, weight, sample_weight, options):
         return _by_pytorch(input, target, weight, sample_weight, options)
-    if _must_be_formula(input, target, weight, sample_weight):
+    if must_be_formula(input, target, weight, sample_weight):
         return formula(input, target, weight, sample_weight, options)
     differentiate = torch.is_grad_enabled() and input.requires_grad
     if is_watched():
@@ -58,7 +58,7 @@ def _require_tensors(input: Tensor, target: Tensor, weight: Tensor | None, sampl
             raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(t).__name__}")
 
 
-def _takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> bool:
+def takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> bool:
     """Is this a call for the kernels? Else PyTorch computes it, or says what is wrong with it."""
     if misfit(input, target, weight, sample_weight) is not None or input.numel() == 0:
         return False
@@ -88,7 +88,7 @@ def _by_pytorch(input: Tensor, target: Tensor, weight: Tensor | None, sample_wei
     return formula(input, target, weight, sample_weight, options)
 
 
-def _must_be_formula(input: Tensor, *others: Tensor | None) -> bool:
+def must_be_formula(input: Tensor, *others: Tensor | None) -> bool:
     """Is more asked of the result than a first derivative with respect to the logits?"""
     if torch._C._are_functorch_transforms_active():
         return True

@@ -23,19 +23,22 @@ from fastxent._simd.vector import narrow, splat, where, widen
 
 @njit(**INLINE)
 def put_loss(task, unit, state, y):
-    """Store log p_y and H of every row; 0 for an ignored one."""
-    log_sum = log_s(state)
-    log_p = (widen(transformed(task, y.raw_x_y)) - widen(state.m)) - log_sum
-    put_rows(task, task.loss, unit, narrow(task.loss, where(unit.kept, log_p, 0.0)))
-    put_rows(task, task.entropy, unit, narrow(task.entropy, where(unit.kept, log_sum - state.e_dot / s_of(state), 0.0)))
+    """Store log p_y and H of every row if they are wanted; 0 for an ignored one."""
+    if task.store_loss != 0:
+        log_sum = log_s(state)
+        log_p = (widen(transformed(task, y.raw_x_y)) - widen(state.m)) - log_sum
+        put_rows(task, task.loss, unit, narrow(task.loss, where(unit.kept, log_p, 0.0)))
+        h = log_sum - state.e_dot / s_of(state)
+        put_rows(task, task.entropy, unit, narrow(task.entropy, where(unit.kept, h, 0.0)))
     return 0.0, 1.0
 
 
 @njit(**INLINE)
 def put_zero_loss(task, unit):
     """All of the unit's rows are ignored."""
-    put_rows(task, task.loss, unit, splat(task.loss, 0.0))
-    put_rows(task, task.entropy, unit, splat(task.entropy, 0.0))
+    if task.store_loss != 0:
+        put_rows(task, task.loss, unit, splat(task.loss, 0.0))
+        put_rows(task, task.entropy, unit, splat(task.entropy, 0.0))
     return 0.0, 1.0
 
 
@@ -52,7 +55,8 @@ def coefficients(task, unit, state, y, to_row):
     of_entropy = where(e_y == 0.0, e_y, e_y * (mean_d - (widen(x_y) - widen(state.m))))
     g_y = where(unit.kept, (u * ((state.s_max - e_y) + state.s_rest) + v * of_entropy) / s, 0.0)
     none, inverse_s = splat(x, 0.0), narrow(x, where(unit.kept, splat(s, 1.0) / s, 0.0))
+    m = where(unit.kept, state.m, 0.0)  # that of an ignored row is -inf: 0 times x - m would be nan
     return Coefficients(
-        shift, power, narrow(x, a * rest), a * rest, narrow(x, a1 * rest), state.m, none, none, none, none, inverse_s,
+        shift, power, narrow(x, a * rest), a * rest, narrow(x, a1 * rest), m, none, none, none, none, inverse_s,
         narrow(x, g_y),
     )  # fmt: skip
