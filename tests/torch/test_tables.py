@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from conftest import BFLOAT16
 
 import fastxent as fx
 import fastxent.torch as fxt
@@ -32,7 +32,7 @@ OTHER_DEFAULTS = {
 
 @pytest.mark.parametrize("d", DTYPES, ids=lambda d: d.name)
 def test_a_dtype_is_what_its_row_says(d: DType):
-    numpy = BFLOAT16 if d.name == "bfloat16" else np.dtype(d.name)
+    numpy = np.dtype(ml_dtypes.bfloat16) if d.name == "bfloat16" else np.dtype(d.name)
     assert storage(numpy) == _bridge.STORAGE[getattr(torch, d.name)] == d.storage
     assert numpy.itemsize == getattr(torch, d.name).itemsize == np.dtype(d.numpy).itemsize == d.itemsize == ITEMSIZE[d.storage]
     assert half.ITEMSIZE[d.storage] == d.itemsize and Variant(d.storage).acc == d.acc == ACC[d.storage]
