@@ -6,9 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import grad
-from torch_cases import DTYPES, EXTRAS, OPTIONS, REDUCTIONS, Case, counted, make_case, one_torch_thread, torch_loss
 
 from fastxent.torch import cross_entropy
+from tests.helpers.torch_cases import (
+    DTYPES,
+    EXTRAS,
+    OPTIONS,
+    REDUCTIONS,
+    Case,
+    counted,
+    make_case,
+    one_torch_thread,
+    torch_loss,
+)
 
 one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 

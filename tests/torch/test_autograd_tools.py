@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from torch_cases import REDUCTIONS, Case, make_case, one_torch_thread, torch_loss
 
 from fastxent.torch import CrossEntropyLoss, cross_entropy
+from tests.helpers.torch_cases import REDUCTIONS, Case, make_case, one_torch_thread, torch_loss
 
 one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 

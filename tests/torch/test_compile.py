@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch_cases import DTYPES, REDUCTIONS, Case, counted, make_case, one_torch_thread, torch_loss
 
 import fastxent.torch as fxt
 from fastxent.torch import CrossEntropyLoss, cross_entropy
+from tests.helpers.torch_cases import DTYPES, REDUCTIONS, Case, counted, make_case, one_torch_thread, torch_loss
 
 one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SPECIAL_OPTIONS, SPECIAL_ROWS, SPECIAL_TARGETS, make_special_case
-from torch_cases import DTYPES, REDUCTIONS, Case, loss_and_grad, make_case, one_torch_thread
 
 from fastxent.torch import cross_entropy
+from tests.helpers.cases import SPECIAL_OPTIONS, SPECIAL_ROWS, SPECIAL_TARGETS, make_special_case
+from tests.helpers.torch_cases import DTYPES, REDUCTIONS, Case, loss_and_grad, make_case, one_torch_thread
 
 one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 

@@ -7,7 +7,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from torch_cases import (
+
+import fastxent
+from fastxent.torch import cross_entropy
+from tests.helpers.torch_cases import (
     DTYPES,
     EXTRAS,
     LAYOUTS,
@@ -19,9 +22,6 @@ from torch_cases import (
     run_script,
     torch_loss,
 )
-
-import fastxent
-from fastxent.torch import cross_entropy
 
 one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 

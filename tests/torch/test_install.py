@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.functional import cross_entropy as imported_by_name
 from torch.utils.checkpoint import checkpoint
-from torch_cases import DTYPES, OPTIONS, REDUCTIONS, counted, loss_and_grad, make_case, one_torch_thread, run_script
 
 import fastxent.torch as fxt
+from tests.helpers.torch_cases import (
+    DTYPES,
+    OPTIONS,
+    REDUCTIONS,
+    counted,
+    loss_and_grad,
+    make_case,
+    one_torch_thread,
+    run_script,
+)
 
 one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 

@@ -10,9 +10,9 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch_cases import REDUCTIONS, counted, make_case, one_torch_thread, torch_loss
 
 from fastxent.torch import CrossEntropyLoss, cross_entropy
+from tests.helpers.torch_cases import REDUCTIONS, counted, make_case, one_torch_thread, torch_loss
 
 one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from torch_cases import REDUCTIONS, make_case, run_script
 
 import fastxent
 from fastxent._fastpath import table as _builtin
 from fastxent._runtime import threads
 from fastxent.torch import _callcache, cross_entropy, installed
+from tests.helpers.torch_cases import REDUCTIONS, make_case, run_script
 
 ROWS, CLASSES = 512, 1024  # enough work for a dozen threads
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch_cases import one_torch_thread
 
 import fastxent.torch as fxt
+from tests.helpers.torch_cases import one_torch_thread
 
 one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 

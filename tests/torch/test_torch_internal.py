@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch_cases import DTYPES, counted, one_torch_thread
 
 import fastxent.torch as fxt
+from tests.helpers.torch_cases import DTYPES, counted, one_torch_thread
 
 one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
-from torch_cases import EXTRAS, OPTIONS, REDUCTIONS, make_case, one_torch_thread, torch_loss
 
 from fastxent.torch import CrossEntropyLoss, cross_entropy
+from tests.helpers.torch_cases import EXTRAS, OPTIONS, REDUCTIONS, make_case, one_torch_thread, torch_loss
 
 one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 # PyTorch's forward mode scripts its own decompositions when it is first used.

@@ -8,8 +8,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Budget, make_rng
-from torch_cases import (
+
+from fastxent.torch import cross_entropy
+from tests.helpers.cases import Budget, make_rng
+from tests.helpers.torch_cases import (
     DENSE,
     DTYPES,
     EXTRAS,
@@ -27,8 +29,6 @@ from torch_cases import (
     run_torch,
     torch_loss,
 )
-
-from fastxent.torch import cross_entropy
 
 one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 
