@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.asv_results import ROOT, git
+from tests.helpers.asv_results import git
+from tests.helpers.processes import ROOT
 
 MARK = """
 import fastxent

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -18,8 +17,8 @@ from benchmarks.cases import GRAD, LOSS, SWEEP, Case
 from benchmarks.measure import Effort, entry, group
 from benchmarks.providers import PROVIDERS, Call
 from fastxent import cli
+from tests.helpers.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 TINY = ["--shape", "40,50", "--quick", "--threads", "1"]
 
 

@@ -16,7 +16,8 @@ import pytest
 from benchmarks import dashboard
 from benchmarks.bars import OUT
 from benchmarks.history import Commit, History, Regression, Series, read
-from tests.helpers.asv_results import RATIO, ROOT, git, make_repository, write_results
+from tests.helpers.asv_results import RATIO, git, make_repository, write_results
+from tests.helpers.processes import ROOT
 
 
 def build(repository: Path, site: Path) -> None:

@@ -22,7 +22,8 @@ import fastxent
 from fastxent import cli
 from fastxent._cli import evaluate
 from fastxent._runtime import config as _config
-from tests.helpers.cli_cases import ROOT, run_process, save
+from tests.helpers.cli_cases import run_process, save
+from tests.helpers.processes import ROOT
 
 # The command as such --------------------------------------------------------------------------------------
 

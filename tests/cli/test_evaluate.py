@@ -18,7 +18,8 @@ from fastxent import cli
 from fastxent import reference as ref
 from fastxent._cli import evaluate as evaluation
 from tests.helpers.cases import DTYPES, FLOAT32, FLOAT64, make_case
-from tests.helpers.cli_cases import ROOT, TOLERANCE, assert_matches, evaluate, expected, save
+from tests.helpers.cli_cases import TOLERANCE, assert_matches, evaluate, expected, save
+from tests.helpers.processes import ROOT
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

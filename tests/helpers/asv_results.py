@@ -8,7 +8,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.processes import ROOT
+
 PROVIDERS, SHAPES, THREADS = ("fastxent out=", "fastxent torch"), ("32 x 10", "4096 x 8192"), ("1", "all")
 PARAMS = [[f"'{value}'" for value in values] for values in (PROVIDERS, SHAPES, THREADS)]
 RATIO = "speed.Ratio.track_ratio"

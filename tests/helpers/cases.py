@@ -1,23 +1,13 @@
-"""The grid of shapes, the error budget, and the makers of cases and memory layouts that the tests share.
-
-The budget (DESIGN.md, section 7) has no tolerance in it: fastxent may be as wrong as PyTorch is on the same
-case, plus one unit in the last place. See `Budget`.
-"""
+"""Cases: the dtypes, the grid of shapes, the options, and the arguments that are made of them."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-
-from fastxent import reference as ref
 
 FLOAT16, FLOAT32, FLOAT64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -61,6 +51,8 @@ ROWS = {
     100: "strips and tiles with a rest",
 }
 GRID = [(17, c) for c in CLASSES] + [(n, c) for n in ROWS if n != 17 for c in (3, 17, 100)]
+
+Z_LOSS, SOFTCAP = 0.01, 5.0  # a cap that bends logits of the size of ours
 
 # Words that `make_case` understands; each option alone, then those that interact in the formula.
 OPTIONS = [
@@ -106,11 +98,16 @@ SPECIAL_TARGETS = ["index", "one-hot", "probabilities"]
 
 
 class Case(NamedTuple):
-    """Arguments of one call of `cross_entropy`, classes on the last axis."""
+    """One call of `cross_entropy`, but for the reduction: arrays with the classes last, or tensors as PyTorch has them."""
 
-    logits: np.ndarray
-    target: np.ndarray
+    logits: Any
+    target: Any
     options: dict[str, Any]
+
+    @property
+    def soft(self) -> bool:
+        """Is the target one of class probabilities?"""
+        return self.target.shape == self.logits.shape
 
 
 def accumulation(dtype: np.dtype) -> np.dtype:
@@ -123,24 +120,28 @@ def make_rng(*key: object) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(repr(key).encode()))
 
 
-def make_case(dtype: np.dtype, shape: tuple[int, ...], option: str = "index") -> Case:
-    """Logits of `shape` (..., C), a target and the keyword arguments that the words of `option` ask for.
+def make_case(dtype: np.dtype, shape: tuple[int, ...], option: str = "index", size: float = 3.0) -> Case:
+    """Logits of `shape` (..., C) and of `size`, a target and the keyword arguments that the words of `option` ask for.
 
     Weights and probabilities are drawn in the dtype of the loss, so that PyTorch gets the values that we get.
     """
     rng, words, acc = make_rng(dtype.name, shape, option), option.split(), accumulation(dtype)
     *rows, classes = shape
-    logits = (3 * rng.standard_normal(shape)).astype(dtype)
-    target: np.ndarray = rng.integers(0, classes, rows)
+    logits = (size * rng.standard_normal(shape)).astype(dtype)
+    target: np.ndarray = np.asarray(rng.integers(0, max(classes, 1), rows))
     options: dict[str, Any] = {}
     if "weight" in words:
         options["weight"] = rng.uniform(0.5, 2, classes).astype(acc)
     if "sample_weight" in words:
-        options["sample_weight"] = rng.uniform(0, 2, rows).astype(acc)
+        options["sample_weight"] = np.asarray(rng.uniform(0, 2, rows), acc)
     if "smoothing" in words:
         options["label_smoothing"] = 0.1
     if "smoothing_one" in words:
         options["label_smoothing"] = 1.0
+    if "z_loss" in words:
+        options["z_loss"] = Z_LOSS
+    if "softcap" in words:
+        options["softcap"] = SOFTCAP
     if "ignore" in words:
         target[rng.uniform(size=rows) < 0.3] = -100
     if "ignore_class" in words:
@@ -161,204 +162,3 @@ def make_special_case(row: tuple[list[float], int], target: str, options: dict[s
     logits[0], y[0] = row
     t = make_case(FLOAT32, (rows, 3), "probabilities").target if target == "probabilities" else np.eye(3, dtype="f4")[y]
     return Case(logits, y if target == "index" else t, options)
-
-
-def widest(a: Any, wide: Any = None) -> Any:
-    """`a`, if it is floating, in `wide`: by default in longdouble if it is float64, else in float64.
-
-    An argument so widened makes of the reference a truth much finer than the dtype it judges. longdouble has 64
-    bits of significand where the machine has any; it is slow, so float32 and less are judged in float64.
-    """
-    array = np.asarray(a)
-    if isinstance(a, int) or array.dtype.kind in "iub":
-        return a
-    wide = wide or (np.longdouble if array.dtype.kind == "f" and array.dtype.itemsize >= 8 else np.float64)
-    return array.astype(wide)[()]
-
-
-def widest_case(case: Case) -> Case:
-    """All floating arguments in the precision that the finest array among them asks for."""
-    floats = [a for a in (case.logits, case.target, *case.options.values()) if isinstance(a, np.ndarray)]
-    wide = np.longdouble if any(a.dtype == FLOAT64 for a in floats) else np.float64
-    options = {k: widest(v, wide) for k, v in case.options.items()}
-    return Case(widest(case.logits, wide), widest(case.target, wide), options)
-
-
-class Truth(NamedTuple):
-    """What is right, and the size of the largest term that its formula adds up (the unit of the budget)."""
-
-    loss: np.ndarray
-    grad: np.ndarray
-    loss_scale: np.ndarray
-    grad_scale: np.ndarray
-
-
-def make_truth(case: Case, reduction: str) -> Truth:
-    """Loss and gradient by the reference, from widened arguments.
-
-    Scales. The loss of a row is u Q (m - x_y + log s), m its maximum, s = sum exp(x - m) >= 1. A relative
-    error of s is an absolute one of log s, so the unit is that of max(loss, u Q). The gradient u (Q p - q) has
-    that of the larger of its two terms, and p = exp(logp) that of p max(1, |logp|), as logp is rounded too.
-    """
-    defaults = dict(weight=None, sample_weight=None, ignore_index=-100, label_smoothing=0.0)
-    logits, target, options = widest_case(case)
-    r = ref._rows(logits, target, -1, *(defaults | options).values())
-    with np.errstate(all="ignore"):
-        losses, grad, mass = ref._losses(r), ref._gradients(r), r.u * r.q.sum(-1)
-        divisor = r.divisor if reduction == "mean" else 1
-        loss_scale = ref._reduce(np.maximum(np.abs(losses), mass), r.divisor, reduction)
-        p_scale = np.exp(logp := ref.log_softmax(r.x, -1)) * np.maximum(1, np.abs(logp))
-        grad_scale = np.maximum(mass[..., None] * p_scale, r.u[..., None] * r.q) / divisor
-        grad = np.where(r.keep[..., None], grad / divisor, 0)
-        return Truth(ref._reduce(losses, r.divisor, reduction), grad, loss_scale, grad_scale)
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """For arrays as small as ours, threads cost PyTorch far more than they bring; the setting is everybody's."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@one_torch_thread()
-def run_torch(case: Case, reduction: str) -> tuple[np.ndarray, np.ndarray]:
-    """Loss and gradient by `F.cross_entropy`, in the dtype of the loss.
-
-    For half precision that means in float32, on the same values, and the gradient is then rounded once.
-    PyTorch in half precision is no opponent: it keeps the log-probabilities and the sum of the losses in half
-    (the mean is inf once the sum passes 65504), so its errors would excuse any of ours.
-    """
-    options = {k: v for k, v in case.options.items() if k != "sample_weight"}
-    acc = accumulation(case.logits.dtype)
-    x = torch.tensor(case.logits.astype(acc), requires_grad=True)
-    target = torch.tensor(case.target)
-    y = target.movedim(-1, 1) if target.ndim == x.ndim > 2 else target
-    if "weight" in options:
-        options["weight"] = torch.tensor(options["weight"])
-    sample_weight = case.options.get("sample_weight")
-    how = reduction if sample_weight is None else "none"
-    loss = F.cross_entropy(x.movedim(-1, 1) if x.ndim > 2 else x, y, reduction=how, **options)
-    if sample_weight is not None:
-        u = torch.tensor(sample_weight)
-        loss = loss * u
-        if reduction != "none":
-            divisor = _torch_divisor(u, target, x.ndim, options) if reduction == "mean" else 1
-            loss = loss.sum() / divisor
-    loss.sum().backward()
-    return loss.detach().numpy()[()], x.grad.numpy().astype(case.logits.dtype)
-
-
-def _torch_divisor(u: torch.Tensor, target: torch.Tensor, ndim: int, options: dict[str, Any]) -> torch.Tensor:
-    if target.ndim == ndim:
-        return u.sum()
-    keep = target != options.get("ignore_index", -100)
-    return (u * options["weight"][target.clamp(0)] if "weight" in options else u)[keep].sum()
-
-
-def ulp(size: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The gap between neighbours of `dtype` at numbers of this `size`; subnormal numbers share one gap."""
-    info = ml_dtypes.finfo(dtype)
-    return np.ldexp(1.0, np.maximum(np.frexp(size)[1] - 1, info.minexp) - info.nmant)
-
-
-class Budget:
-    """Collects results of one kind and asserts |ours - truth| <= |PyTorch - truth| + 1 ulp over all of them.
-
-    Both errors are counted in ulps of the dtype of ours, in two sup-norms:
-
-    0. element by element, in ulps at `scale`: small elements count as much as large ones. `scale` is the size
-       of the largest term of the element's formula (by default the size of the truth), because a difference
-       cannot be known better than its terms;
-    1. a whole array at once, in ulps at its largest `scale`: the plain absolute error.
-
-    Several results (reductions, shapes) share one budget, because of a single number PyTorch's error says
-    nothing: it may be 0 by luck. Where the truth is nan or infinite, or too large for the dtype, ours must be
-    just that, and nowhere else.
-    """
-
-    def __init__(self) -> None:
-        self.ours, self.torch, self.where = np.zeros(2), np.zeros(2), ["", ""]
-
-    def add(self, ours: Any, truth: Any, torch_result: Any, scale: Any = None, label: object = "") -> None:
-        ours, truth, other = np.asarray(ours), np.asarray(truth), np.asarray(torch_result)
-        assert ours.shape == truth.shape == other.shape, label
-        scale = np.broadcast_to(np.abs(truth) if scale is None else scale, truth.shape)
-        truth = np.where(np.abs(truth) > ml_dtypes.finfo(ours.dtype).max, np.copysign(np.inf, truth), truth)
-        wide, finite = ours.astype(truth.dtype), np.isfinite(truth)
-        np.testing.assert_array_equal(wide[~finite], truth[~finite], err_msg=str(label))
-        if not finite.any():
-            return
-        wide, truth, scale, other = wide[finite], truth[finite], scale[finite], other[finite]
-        assert np.isfinite(wide).all(), f"{label}: not finite where the truth is"
-        assert np.isfinite(other).all(), f"{label}: PyTorch is not finite and sets no budget"
-        scale = np.maximum(scale, np.abs(truth))
-        for norm, size in enumerate((scale, scale.max()) if ours.ndim else (scale,)):
-            mine, torchs = ((np.abs(x - truth) / ulp(size, ours.dtype)).max() for x in (wide, other))
-            self.torch[norm] = max(self.torch[norm], torchs)
-            if mine > self.ours[norm]:
-                self.ours[norm], self.where[norm] = mine, str(label)
-
-    def check(self) -> None:
-        for norm, ours, allowed, where in zip("01", self.ours, self.torch + 1, self.where, strict=True):
-            assert ours <= allowed, f"norm {norm}: {ours:.2f} ulp off ({where}), PyTorch {allowed - 1:.2f}"
-
-
-def assert_within_budget(ours: Any, truth: Any, torch_result: Any, scale: Any = None, label: object = "") -> None:
-    """A budget of one result."""
-    budget = Budget()
-    budget.add(ours, truth, torch_result, scale, label)
-    budget.check()
-
-
-def _framed(a: np.ndarray, before: tuple[int, int], after: tuple[int, int], step: tuple[int, int]) -> np.ndarray:
-    """`a` as a view of a larger array, nan wherever `a` is not: who reads past the view is found out."""
-    n, c = ((k - 1) * s + 1 + b + e for k, s, b, e in zip(a.shape, step, before, after, strict=True))
-    frame = np.full((n, c), np.nan).astype(a.dtype)
-    view = frame[before[0] : n - after[0] : step[0], before[1] : c - after[1] : step[1]]
-    view[...] = a
-    return view
-
-
-def _unaligned(a: np.ndarray) -> np.ndarray:
-    view = np.zeros(a.nbytes + 1, np.uint8)[1:].view(a.dtype).reshape(a.shape)
-    view[...] = a
-    return view
-
-
-def _read_only(a: np.ndarray) -> np.ndarray:
-    view = a.copy()
-    view.flags.writeable = False
-    return view
-
-
-# (N, C) array -> the same values in another memory layout; the two broadcasts repeat the first row or column.
-CONTIGUOUS_LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # rows or columns are: no copy is needed
-    "C": lambda a: np.array(a, order="C"),
-    "F": lambda a: np.array(a, order="F"),
-    "columns cut": lambda a: _framed(a, (0, 2), (0, 3), (1, 1)),
-    "every second row": lambda a: _framed(a, (1, 0), (1, 0), (2, 1)),
-    "rows reversed": lambda a: np.array(a[::-1], order="C")[::-1],
-    "F, rows cut": lambda a: _framed(a.T, (0, 2), (0, 3), (1, 1)).T,
-    "F, every second class": lambda a: _framed(a.T, (1, 0), (1, 0), (2, 1)).T,
-    "F, classes reversed": lambda a: np.array(a[:, ::-1], order="F")[:, ::-1],
-    "one row broadcast": lambda a: np.broadcast_to(a[:1], a.shape),
-    "read-only": _read_only,
-    "unaligned": _unaligned,
-}
-STRIDED_LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "classes reversed": lambda a: np.array(a[:, ::-1], order="C")[:, ::-1],
-    "every second class": lambda a: _framed(a, (0, 1), (0, 1), (1, 2)),
-    "strided both ways": lambda a: _framed(a, (1, 1), (2, 2), (3, 2)),
-    "both reversed": lambda a: np.array(a[::-1, ::-1], order="C")[::-1, ::-1],
-    "one class broadcast": lambda a: np.broadcast_to(a[:, :1], a.shape),
-    "byte-swapped": lambda a: a.astype(a.dtype.newbyteorder()),
-}
-LAYOUTS = CONTIGUOUS_LAYOUTS | STRIDED_LAYOUTS
-WRITEABLE = [k for k in LAYOUTS if "broadcast" not in k and k not in ("read-only", "byte-swapped")]
-
-
-def layouts_of(dtype: np.dtype) -> list[str]:
-    """The names of the layouts that `dtype` can have: bfloat16 knows no other byte order."""
-    return [k for k in LAYOUTS if k != "byte-swapped" or dtype != BFLOAT16]

@@ -14,8 +14,8 @@ import pytest
 from fastxent import cli
 from fastxent import reference as ref
 from tests.helpers.cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from tests.helpers.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 TOLERANCE = {FLOAT16: 1e-6, BFLOAT16: 1e-6, FLOAT32: 1e-6, FLOAT64: 1e-13}  # of sums of float32 (64) losses
 
 

@@ -13,21 +13,10 @@ import torch.nn.functional as F
 
 import fastxent as fx
 from fastxent import reference as ref
-from tests.helpers.cases import (
-    DTYPES,
-    FLOAT32,
-    INF,
-    LAYOUTS,
-    NAN,
-    REDUCTIONS,
-    WRITEABLE,
-    Budget,
-    accumulation,
-    layouts_of,
-    make_rng,
-    one_torch_thread,
-    widest,
-)
+from tests.helpers.cases import DTYPES, FLOAT32, INF, NAN, REDUCTIONS, accumulation, make_rng
+from tests.helpers.layouts import LAYOUTS, WRITEABLE, layouts_of
+from tests.helpers.opponent import one_torch_thread
+from tests.helpers.truth import Budget, widest
 
 SHAPES = {
     (): "a number",
@@ -54,7 +43,7 @@ def make_binary(dtype: np.dtype, shape: tuple[int, ...], option: str) -> tuple[n
 
 @one_torch_thread()
 def run_torch(x: np.ndarray, y: np.ndarray, options: dict[str, Any], reduction: str) -> tuple[np.ndarray, np.ndarray]:
-    """In the dtype of the loss, as in conftest."""
+    """In the dtype of the loss, as in `run_torch`."""
     acc = accumulation(x.dtype)
     t = torch.tensor(x.astype(acc), requires_grad=True)
     tensors = {k: torch.tensor(v) for k, v in options.items()}

@@ -29,19 +29,14 @@ from tests.helpers.cases import (
     SPECIAL_OPTIONS,
     SPECIAL_ROWS,
     SPECIAL_TARGETS,
-    Budget,
     Case,
     accumulation,
-    assert_within_budget,
     make_case,
     make_rng,
     make_special_case,
-    make_truth,
-    one_torch_thread,
-    run_torch,
-    widest,
-    widest_case,
 )
+from tests.helpers.opponent import one_torch_thread, run_torch
+from tests.helpers.truth import Budget, assert_within_budget, make_truth, widest, widest_case
 
 
 def check(*cases: Case) -> None:

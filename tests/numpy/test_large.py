@@ -12,7 +12,9 @@ import pytest
 import fastxent as fx
 from fastxent._fastpath import callcache
 from fastxent._runtime import plan
-from tests.helpers.cases import BFLOAT16, EVERYDAY_DTYPES, FLOAT16, FLOAT32, Budget, make_case, make_truth, run_torch
+from tests.helpers.cases import BFLOAT16, EVERYDAY_DTYPES, FLOAT16, FLOAT32, make_case
+from tests.helpers.opponent import run_torch
+from tests.helpers.truth import Budget, make_truth
 
 SHAPES = {
     (5, 300): "rows that begin anywhere in a cache line",

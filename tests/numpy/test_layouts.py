@@ -11,21 +11,10 @@ import numpy as np
 import pytest
 
 import fastxent as fx
-from tests.helpers.cases import (
-    CONTIGUOUS_LAYOUTS,
-    EVERYDAY_DTYPES,
-    FLOAT32,
-    LAYOUTS,
-    REDUCTIONS,
-    WRITEABLE,
-    Budget,
-    Case,
-    accumulation,
-    layouts_of,
-    make_case,
-    make_truth,
-    run_torch,
-)
+from tests.helpers.cases import EVERYDAY_DTYPES, FLOAT32, REDUCTIONS, Case, accumulation, make_case
+from tests.helpers.layouts import CONTIGUOUS_LAYOUTS, LAYOUTS, WRITEABLE, layouts_of
+from tests.helpers.opponent import run_torch
+from tests.helpers.truth import Budget, make_truth
 
 SHAPES = {
     (33, 21): "fewer classes than make a row of vectors worth while",

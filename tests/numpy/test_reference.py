@@ -31,8 +31,8 @@ from tests.helpers.cases import (
     make_case,
     make_rng,
     make_special_case,
-    run_torch,
 )
+from tests.helpers.opponent import run_torch
 
 TIGHT = dict(rtol=1e-12, atol=1e-12)
 

@@ -18,23 +18,20 @@ from tests.helpers.cases import (
     FLOAT32,
     FLOAT64,
     GRID,
-    LAYOUTS,
     MOST_DTYPES,
     REDUCTIONS,
-    Budget,
     accumulation,
-    assert_within_budget,
-    layouts_of,
     make_case,
     make_rng,
-    widest,
 )
+from tests.helpers.layouts import LAYOUTS, layouts_of
+from tests.helpers.truth import Budget, assert_within_budget, widest
 
 SOFTMAXES = ["softmax", "log_softmax"]
 
 
 def torch_of(x: np.ndarray) -> torch.Tensor:
-    """The opponent computes half precision in float32, as in `conftest.run_torch`."""
+    """The opponent computes half precision in float32, as in `run_torch`."""
     return torch.tensor(x.astype(accumulation(x.dtype)))
 
 
@@ -43,7 +40,7 @@ def make_logits(dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def softmax_scale(name: str, truth: np.ndarray) -> np.ndarray:
-    """As in `conftest.make_truth`: log p = (x - max) - log s, s >= 1; p = exp(log p), of a rounded log p."""
+    """As in `make_truth`: log p = (x - max) - log s, s >= 1; p = exp(log p), of a rounded log p."""
     if name == "log_softmax":
         return np.maximum(np.abs(truth), 1)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -20,7 +20,7 @@ import pytest
 
 import fastxent
 from fastxent._codegen import disk_cache, machine_code
-from tests.helpers.torch_cases import run_script
+from tests.helpers.processes import run_script
 
 PACKAGE = Path(fastxent.__file__).parent
 LOSS = "0.126928"  # log(1 + exp(-2))

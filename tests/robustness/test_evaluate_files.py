@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastxent import cli
-from tests.helpers.torch_cases import run_script
+from tests.helpers.processes import run_script
 
 LOGITS = np.arange(12, dtype=np.float32).reshape(3, 4)
 

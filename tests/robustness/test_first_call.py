@@ -11,7 +11,7 @@ import fastxent as fx
 from fastxent._codegen import patience as patience_module
 from fastxent._codegen import registry
 from fastxent._codegen.uninterrupted import lock, uninterrupted
-from tests.helpers.torch_cases import run_script
+from tests.helpers.processes import run_script
 
 LOSS = "0.126928"  # log(1 + exp(-2))
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import fastxent as fx
 from fastxent import reference as ref
-from tests.helpers.cases import DTYPES, FLOAT16, FLOAT64, INTEGERS, Case, accumulation, make_truth, ulp, widest
+from tests.helpers.cases import DTYPES, FLOAT16, FLOAT64, INTEGERS, Case, accumulation
+from tests.helpers.truth import make_truth, ulp, widest
 
 NAN, INF = np.nan, np.inf
 CLASSES = [1, 1, 2, 3, 4, 7, 10, 15, 16, 17, 31, 33, 47, 48, 49, 50, 64, 65, 97, 130, 300, 2049]

@@ -22,7 +22,8 @@ import fastxent as fx
 import fastxent.torch as fxt
 from tests.helpers.cases import DTYPES, EVERYDAY_DTYPES, FLOAT32, REDUCTIONS, Case, make_case
 from tests.helpers.guarded import Rooms
-from tests.helpers.torch_cases import Same, run_script
+from tests.helpers.opponent import Same
+from tests.helpers.processes import run_script
 from tests.helpers.torch_cases import make_case as make_torch_case
 
 BY_NAME = {dtype.name: dtype for dtype in DTYPES}

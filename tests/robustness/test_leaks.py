@@ -17,7 +17,7 @@ import torch
 import fastxent as fx
 import fastxent.torch as fxt
 from fastxent._runtime import buffers
-from tests.helpers.torch_cases import run_script
+from tests.helpers.processes import run_script
 
 CALLS = """
 import gc, os, resource

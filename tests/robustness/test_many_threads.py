@@ -21,8 +21,8 @@ import fastxent.torch as fxt
 from fastxent._codegen import registry
 from fastxent._runtime import threads
 from tests.helpers.cases import BFLOAT16, FLOAT32, FLOAT64, make_case
+from tests.helpers.processes import run_script
 from tests.helpers.torch_cases import make_case as make_torch_case
-from tests.helpers.torch_cases import run_script
 
 THREADS = 16
 
@@ -52,7 +52,7 @@ def tensor_calls() -> list[Callable[[], list[Any]]]:
         return [loss.detach().numpy(), gradient.numpy()]
 
     cases = [make_torch_case(torch.float32, shape) for shape in [*SHAPES, (600, 700)]]
-    return [lambda c=c, r=r: step(c.x, c.target, r) for c, r in itertools.product(cases, ("mean", "none"))]
+    return [lambda c=c, r=r: step(c.logits, c.target, r) for c, r in itertools.product(cases, ("mean", "none"))]
 
 
 def bits(results: list[Any]) -> list[bytes]:

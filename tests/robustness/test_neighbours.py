@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fastxent._runtime import threads
-from tests.helpers.torch_cases import run_script
+from tests.helpers.processes import run_script
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="affinity masks, cgroups and libgomp are Linux's")
 

@@ -6,13 +6,11 @@ import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.helpers.torch_cases import run_script
+from tests.helpers.processes import ROOT, run_script
 
-ROOT = Path(__file__).parents[2]
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86 processors")
 PROCESSORS = {
     "SSE2": dict(NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES=""),

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.helpers.torch_cases import run_script
+from tests.helpers.processes import run_script
 
 has_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 NO_OPENMP = "threads._openmp = lambda: None  # as on macOS and Windows"

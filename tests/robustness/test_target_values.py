@@ -20,7 +20,8 @@ import torch.nn.functional as F
 import fastxent as fx
 import fastxent.torch as fxt
 from tests.helpers.cases import INTEGERS, REDUCTIONS
-from tests.helpers.torch_cases import Same, run_script
+from tests.helpers.opponent import Same
+from tests.helpers.processes import run_script
 
 # (rows, classes) and what they are there for.
 SHAPES = {

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import fastxent.torch as fxt
-from tests.helpers.torch_cases import counted, run_script
+from tests.helpers.launches import counted
+from tests.helpers.processes import run_script
 
 STEPS = 200
 LOSSES = {"ours": fxt.CrossEntropyLoss, "in place": lambda: fxt.CrossEntropyLoss(inplace=True)}

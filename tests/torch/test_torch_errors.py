@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastxent.torch as fxt
-from tests.helpers.torch_cases import one_torch_thread
 
-one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

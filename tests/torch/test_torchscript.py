@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastxent.torch as ft
-from tests.helpers.torch_cases import one_torch_thread
 
-one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 pytestmark = [
+    pytest.mark.usefixtures("one_torch_thread"),
     pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.*` is not supported in Python 3.14:DeprecationWarning"),
 ]
