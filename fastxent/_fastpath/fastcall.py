@@ -24,7 +24,7 @@ from fastxent._simd.vector import I8, I64, SCALAR, call_llvm
 ROUND, OWN_NUMBER, TEAM, X, G, T, Y, W, U = (
     abi.SLOT[name] for name in ("round", "thread_number", "team", "x", "g", "t", "y", "w", "u")
 )
-PLANNED, SPREAD, SAVE_SEGMENT, WORKS = (abi.SLOT[name] for name in ("n_rows", "spread", "save_segment", "kernel"))
+PLANNED, SPREAD, SAVE_SEGMENT, WORKS = (abi.SLOT[name] for name in ("n_rows", "uniform", "save_segment", "kernel"))
 SUM, BAD_AT, DIVISOR_AT = (
     (abi.BLOCK.size + offset) // 8 for offset in (8 * abi.WORK, abi.BAD, abi.DIVISOR)
 )  # behind the block: see ``run``
@@ -42,8 +42,9 @@ def _load(numba_type, llvm_type):
     return load
 
 
-is_across, strategy, number_of, n_checks, useful_threads = (
-    njit(**INLINE)(choice) for choice in (plan.is_across, plan.strategy, plan.number_of, plan.n_checks, plan.useful_threads)
+uses_class_lanes, strategy, number_of, n_checks, useful_threads = (
+    njit(**INLINE)(choice)
+    for choice in (plan.uses_class_lanes, plan.strategy, plan.number_of, plan.n_checks, plan.useful_threads)
 )
 word, number = _load(types.int64, I64), _load(types.float64, SCALAR["f64"])  # the nth word at an address
 narrow_number = _load(types.float32, SCALAR["f32"])
@@ -149,19 +150,19 @@ def made_ready(family, outer, n_classes, inner):
         return abi.NOT_THERE
     tight = inner == 1
     extent = n_rows if n_classes == 1 or outer == 1 or inner == 1 else inner
-    neighbours = n_rows > 1 and (inner > 1 or n_classes == 1)
-    across = is_across(n_rows, n_classes, size, tight)
+    contiguous_lanes = n_rows > 1 and (inner > 1 or n_classes == 1)
+    class_lanes = uses_class_lanes(n_rows, n_classes, size, tight)
     s = strategy(
-        across, n_rows, n_classes, extent, size, tight, across or neighbours, not across, True,
+        class_lanes, n_rows, n_classes, extent, size, tight, class_lanes or contiguous_lanes, not class_lanes, True,
         word(family, abi.CAPPED) != 0, word(family, abi.UNROUNDED) != 0, word(family, abi.SINGLE) != 0,
     )  # fmt: skip
     kernel = kernel_for(family, number_of(s))
     if kernel == 0 or max(s.n_chunks, n_checks(n_rows)) > abi.ROOM:
         return abi.NOT_MET
     n_axes = set_axes(family, n_rows, n_classes, inner, extent)
-    step = LANES * size if across else inner * size
+    step = LANES * size if class_lanes else inner * size
     planned = (
-        n_rows, n_classes, s.n_vectors, s.n_units, s.units_per_line, s.strip, s.chunk, s.segment, s.n_segments, n_axes,
+        n_rows, n_classes, s.n_vectors, s.n_units, s.units_per_line, s.panel, s.chunk, s.segment, s.n_segments, n_axes,
         step, step, step,
     )  # fmt: skip
     for nth in range(len(planned)):
