@@ -12,13 +12,25 @@ import multiprocessing
 from typing import Any
 
 import pytest
-from hypothesis import settings
+
+pytest.register_assert_rewrite("tests.helpers")
 
 from fastxent._codegen import machine_code
 from fastxent._codegen.compiler import object_code
+from tests.helpers.missing import missing, paths_without
 
-pytest.register_assert_rewrite("tests.helpers")
-collect_ignore = ["helpers"]
+MISSING = missing()
+collect_ignore = ["helpers", *map(str, paths_without(MISSING))]
+
+
+def pytest_report_header() -> str:
+    return f"not here, nor who imports them: {', '.join(sorted(MISSING)) or 'nothing'}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    if "pytest_benchmark" in MISSING:
+        parser.addoption("--benchmark-disable", action="store_true", help="understood where there is no pytest-benchmark")
+
 
 # Compiling a kernel leaves some 20 MB behind in LLVM, and the tests compile hundreds: a process of its own does it, and is
 # replaced from time to time.
@@ -43,6 +55,9 @@ def pytest_unconfigure() -> None:
     _compiler.join()
 
 
-# The first call of a kernel compiles it, so one example may take seconds.
-settings.register_profile("fastxent", deadline=None, max_examples=40, derandomize=True)
-settings.load_profile("fastxent")
+if "hypothesis" not in MISSING:
+    from hypothesis import settings
+
+    # The first call of a kernel compiles it, so one example may take seconds.
+    settings.register_profile("fastxent", deadline=None, max_examples=40, derandomize=True)
+    settings.load_profile("fastxent")

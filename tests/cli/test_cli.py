@@ -41,6 +41,7 @@ def test_help_is_instant_and_imports_nothing_heavy():
         assert command in done.stdout
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("args", "code"),
     [
@@ -61,6 +62,7 @@ def test_usage(args, code, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.core
 def test_a_process_ends_with_the_exit_code_and_one_line():
     done = run_process("evaluate", "no-such-file.npy", "t.npy")
     assert done.returncode == 2
@@ -249,6 +251,7 @@ def test_the_version_needs_no_metadata(monkeypatch, capsys):
     assert capsys.readouterr().out == f"fastxent {fastxent.__version__}\n"
 
 
+@pytest.mark.core
 def test_info_is_real(capsys):
     assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(fastxent.show_config()))

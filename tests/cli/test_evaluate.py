@@ -22,7 +22,7 @@ from tests.helpers.cli_cases import TOLERANCE, assert_matches, evaluate, expecte
 from tests.helpers.processes import ROOT
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(d, marks=[pytest.mark.core] if d == FLOAT32 else []) for d in DTYPES], ids=str)
 @pytest.mark.parametrize(
     "option",
     [

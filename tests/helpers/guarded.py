@@ -18,8 +18,13 @@ PAGE = mmap.PAGESIZE
 RED = 0xFF  # fills the rest of the pages: a nan in every floating dtype, -1 in every signed integer
 NO_ACCESS = 0  # PROT_NONE
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+def forbid(page: int) -> None:
+    """Nobody may touch the page at this address any more."""
+    mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+    mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if mprotect(page, PAGE, NO_ACCESS):
+        raise OSError(ctypes.get_errno(), "mprotect")
 
 
 class Room:
@@ -38,8 +43,7 @@ class Room:
         self.bytes[PAGE:-PAGE] = RED
         start = self.bytes.ctypes.data
         for page in (start, start + (pages + 1) * PAGE):
-            if _libc.mprotect(page, PAGE, NO_ACCESS):
-                raise OSError(ctypes.get_errno(), "mprotect")
+            forbid(page)
         offset = PAGE + (pages * PAGE - before - behind if at_end else 0) + before
         self.array = np.ndarray(shape, dtype, memory, offset, strides)
         # Which bytes are not the array's.

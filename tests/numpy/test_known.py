@@ -11,7 +11,13 @@ import fastxent as fx
 from fastxent import functional
 from fastxent._fastpath import callcache
 
-SHAPES = [(5, 3), (16, 300), (700, 30), (40, 2000), (4, 70000)]  # the last three are for all threads
+SHAPES = [
+    pytest.param((5, 3), marks=pytest.mark.core),
+    (16, 300),
+    (700, 30),  # this and the next are for all threads
+    pytest.param((40, 2000), marks=pytest.mark.core),
+    (4, 70000),
+]
 OPTIONS: list[dict[str, Any]] = [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"ignore_index": 2}, {"axis": 0}]
 
 

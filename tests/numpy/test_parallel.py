@@ -33,6 +33,7 @@ def bits(result):
     return np.asarray(loss).tobytes() + gradient.tobytes()
 
 
+@pytest.mark.core
 def test_openmp_threads_and_serial_give_the_same_bits(monkeypatch):
     serial = bits(fx.cross_entropy_value_and_grad(X, Y, n_threads=1))
     for n in (2, 3, 4, 7):
@@ -48,6 +49,7 @@ def test_split_rows_give_the_same_bits():
     assert len({bits(fx.cross_entropy_value_and_grad(x, y, n_threads=n)) for n in (1, 2, 3, 4)}) == 1
 
 
+@pytest.mark.core
 def test_several_python_threads_at_once():
     expected = bits(fx.cross_entropy_value_and_grad(X, Y))
     wrong = []
@@ -83,6 +85,7 @@ def test_a_forked_child_works_serially():
     assert out == "0"
 
 
+@pytest.mark.core
 def test_import_brings_in_neither_numba_nor_torch():
     out = in_a_new_process(
         """
@@ -146,6 +149,7 @@ def test_a_cache_that_cannot_be_written_or_read_is_no_error(tmp_path):
     assert in_a_new_process(code, NUMBA_CACHE_DIR=str(cache)) == "0.693147"
 
 
+@pytest.mark.core
 def test_set_num_threads():
     before = fx.get_num_threads()
     fx.set_num_threads(1)

@@ -8,6 +8,8 @@ from fastxent._abi.argument_block import PLANNED
 from fastxent._abi.variant import CHECKED, CHECKS, CHUNK, FEW_CLASSES, LANES, MOST_TILED, MOST_TILED_LARGE, PANEL
 from fastxent._runtime.plan import FEW_ROWS, make_plan, row_axes
 
+pytestmark = pytest.mark.core
+
 
 def c_strides(shape, itemsize=4):
     strides = [itemsize]

@@ -17,6 +17,8 @@ import pytest
 import fastxent
 from fastxent._codegen import disk_cache
 
+pytestmark = pytest.mark.core
+
 CODE = b"machine code"
 SOMEBODY = 12345
 VARIABLES = ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME")

@@ -63,6 +63,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
+@pytest.mark.core
 def test_a_kernel_is_compiled_once_and_loaded_without_numba(compiled_once):
     assert binary(compiled_once) == LOADED
 

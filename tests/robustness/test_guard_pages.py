@@ -26,6 +26,8 @@ from tests.helpers.opponent import Same
 from tests.helpers.processes import run_script
 from tests.helpers.torch_cases import make_case as make_torch_case
 
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="no mprotect on this platform")
+
 BY_NAME = {dtype.name: dtype for dtype in DTYPES}
 NAN = float("nan")
 

@@ -36,6 +36,7 @@ def test_derivatives_of_all_kinds(reduction):
     assert gradgradcheck(f, x)
 
 
+@pytest.mark.core
 def test_a_kept_graph_gives_the_same_gradient_again():
     x = make_logits(6, 5)
     loss = ft.cross_entropy(x, TARGET)
@@ -61,6 +62,7 @@ def test_in_place_the_gradient_takes_the_logits_memory():
         ft.cross_entropy(needed, y, inplace=True).backward()
 
 
+@pytest.mark.core
 def test_install_reaches_everyone_and_leaves_no_trace():
     from torch.nn.functional import cross_entropy as imported_before
 
@@ -80,6 +82,7 @@ def test_traced_by_dynamo():
     torch.testing.assert_close(*(torch.autograd.grad(f, x)[0] for f in (compiled(x), expected)))
 
 
+@pytest.mark.core
 def test_errors_are_pytorchs():
     x = make_logits(6, 5)
     for arguments in ((x, TARGET[:5]), (x, TARGET.float()), (x, torch.full((6,), 5)), (x, TARGET, torch.ones(3))):
@@ -151,6 +154,7 @@ def test_a_call_makes_ready_only_what_it_runs(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of PyTorch's own forward-mode AD
+@pytest.mark.core
 def test_what_only_looks_like_the_last_call():
     from fastxent.torch import _callcache
 
