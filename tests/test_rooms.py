@@ -5,7 +5,11 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
 import fastxent
+
+pytestmark = pytest.mark.core
 
 PACKAGE = Path(fastxent.__file__).parent
 # From the ground up. What is in none of them, the public modules, `fastxent.torch` and the command line, is above them all.
