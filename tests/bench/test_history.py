@@ -17,7 +17,8 @@ import pytest
 from benchmarks import dashboard
 from benchmarks.history import Repository, main, spread
 from benchmarks.published import read
-from tests.helpers.asv_results import MACHINE, ROOT, START, git, make_repository, write_results
+from tests.helpers.asv_results import MACHINE, START, git, make_repository, write_results
+from tests.helpers.processes import ROOT
 
 SUITE = '''
 import fastxent
