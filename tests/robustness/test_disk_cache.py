@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from modulefinder import ModuleFinder
 from pathlib import Path
@@ -208,6 +209,19 @@ def test_files_of_other_builds_make_room(tmp_path, monkeypatch):
         disk_cache.write(f"value-1111-{letter}.fastxent", b"x" * 2000)
     assert {f.name for f in tmp_path.iterdir() if "1111" in f.name} == {f"value-1111-{letter}.fastxent" for letter in "abcde"}
     assert (tmp_path / "link-0000-a.fastxent").is_symlink() and not (tmp_path / other.format("b")).exists()
+
+
+def test_who_removes_what_another_removes_finds_nothing_amiss(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(disk_cache, "LIMIT", 1000)
+
+    def write(build: int) -> None:
+        for nth in range(50):
+            disk_cache.write(f"value-{build}-{nth}.fastxent", b"x" * 300)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert len(list(tmp_path.iterdir())) <= 50  # of one build, and no temporary ones
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
