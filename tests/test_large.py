@@ -11,7 +11,7 @@ import pytest
 from conftest import BFLOAT16, EVERYDAY_DTYPES, FLOAT16, FLOAT32, Budget, make_case, make_truth, run_torch
 
 import fastxent as fx
-from fastxent._fastpath import callcache
+from fastxent._fastpath.cache import calls
 from fastxent._runtime import plan
 
 SHAPES = {
@@ -26,12 +26,12 @@ OPTIONS = ["index", "weight ignore smoothing sample_weight", "probabilities weig
 
 def planned_with(monkeypatch, limit: str) -> Iterator[None]:
     """Plans as if one of their limits were 0; calls that were known before have other ones."""
-    monkeypatch.setattr(callcache, "known_calls", {})
-    monkeypatch.setattr(callcache, "_tables", dict.fromkeys(callcache._tables))
+    calls.clear()
     monkeypatch.setattr(plan, limit, 0)
     plan.make_plan.cache_clear()
     yield
     plan.make_plan.cache_clear()
+    calls.clear()
 
 
 @pytest.fixture

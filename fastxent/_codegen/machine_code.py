@@ -24,7 +24,7 @@ from fastxent._codegen import disk_cache
 
 PACKAGE = __package__.partition(".")[0]
 # What a kernel is made of: rooms of jitted code and of what they share, and who compiles them.
-ROOMS = "_abi", "_simd", "_kernels", "_fastpath.fastcall", "_runtime.plan", "_codegen.compiler"
+ROOMS = "_abi", "_simd", "_kernels", "_fastpath.front_end", "_runtime.plan", "_codegen.compiler"
 
 
 def sources() -> list[str]:

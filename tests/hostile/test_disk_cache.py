@@ -135,7 +135,7 @@ def test_every_source_of_a_kernel_counts(monkeypatch):
     apart = ("machine_code", "disk_cache")
     own = {m for m in modules if not m.endswith(apart)}
     assert own - set(machine_code.sources()) == {"fastxent._codegen"}
-    assert {"fastxent._fastpath.fastcall", "fastxent._runtime.plan"} <= set(machine_code.sources())
+    assert {"fastxent._fastpath.front_end.arrays", "fastxent._runtime.plan"} <= set(machine_code.sources())
     read, ids = machine_code._source, {machine_code.build_id()}
     for changed in machine_code.sources():
         monkeypatch.setattr(machine_code, "_source", lambda name, changed=changed: read(name) + b" " * (name == changed))

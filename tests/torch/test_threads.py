@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch_cases import REDUCTIONS, make_case, run_script
 
 import fastxent
-from fastxent._fastpath import table as _builtin
 from fastxent._runtime import threads
-from fastxent.torch import _callcache, cross_entropy, installed
+from fastxent.torch import cross_entropy, installed
 
 ROWS, CLASSES = 512, 1024  # enough work for a dozen threads
 
@@ -52,8 +51,6 @@ def teams() -> Iterator[list[int]]:
 
     def use(openmp: Callable[[], object]) -> None:
         threads._openmp = openmp  # type: ignore[assignment]
-        _builtin._run_on.cache_clear()  # and whoever holds one
-        _callcache.forget()
 
     use(lambda: watched)
     try:

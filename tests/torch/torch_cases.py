@@ -21,8 +21,9 @@ from conftest import make_rng, widest
 from torch import Tensor
 
 from fastxent import reference as ref
+from fastxent._fastpath.cache import calls
 from fastxent._runtime import run
-from fastxent.torch import _callcache
+from fastxent.torch import _calls
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 REDUCTIONS = ["none", "mean", "sum"]
@@ -302,7 +303,7 @@ def one_torch_thread() -> Iterator[None]:
 def counted() -> Iterator[list[str]]:
     """The names of the kernels that run inside, in order."""
     names: list[str] = []
-    run_task, ready = run.run, _callcache._ready
+    run_task, ready = run.run, _calls._ready
 
     def counting(name: str, *args: Any, **kwargs: Any) -> Any:
         names.append(name)
@@ -321,13 +322,13 @@ def counted() -> Iterator[list[str]]:
 
     with (
         patch.object(run, "run", counting),
-        patch.object(_callcache, "_ready", counting_ready),
+        patch.object(_calls, "_ready", counting_ready),
     ):
-        _callcache.forget()
+        calls.clear()
         try:
             yield names
         finally:
-            _callcache.forget()
+            calls.clear()
 
 
 def run_script(code: str, *arguments: str, timeout: float = 300, **environment: str) -> str:
