@@ -158,7 +158,8 @@ def test_what_only_looks_like_the_last_call():
     x, y = torch.randn(6, 4), torch.arange(6) % 4
     for _ in range(4):
         ft.cross_entropy(x, y)
-    assert sum(call.confirms(x, y, None) for call in map(calls.lookup, calls.keys())) == 2 * fastpath.ENABLED  # by two keys
+    guarded = [call for call in map(calls.lookup, calls.keys()) if isinstance(call, tuple)]
+    assert len(guarded) == fastpath.ENABLED
     others = {
         "other strides": torch.randn(6, 8)[:, ::2],
         "transposed": torch.randn(4, 6).T,

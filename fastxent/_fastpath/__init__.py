@@ -2,6 +2,6 @@
 
 ``cache`` is the one call cache, for NumPy and PyTorch: a key, a lookup, a store. ``array_calls`` are NumPy's keys and calls,
 ``fastxent.torch._callcache`` PyTorch's. What they run are ``tasks``, by functions of machine code (``front_end``) that
-``builtins`` makes callable. The room is optional: without it, or with FASTXENT_FASTPATH=0 (see ``_runtime.fastpath``), each call
-is checked and planned, with the same results. All rooms below may be imported here. Begin with ``cache``.
+``builtins`` makes callable. The room is optional: without it, or with FASTXENT_FASTPATH=0 (see ``_runtime.fastpath``), each
+call is checked and planned, with the same results. All rooms below may be imported here. Begin with ``cache``.
 """

@@ -1,7 +1,7 @@
 """NumPy's calls: their keys, what is stored of them, and how they are run.
 
-Arrays that are not large, and C-contiguous, have a key without extents; a builtin (``front_end.arrays``) confirms the rest in a
-tenth of a microsecond. All others have a key with extents and strides, and are run by Python in some microseconds. Class indices
+Arrays that are not large, and C-contiguous, have a key without extents; a builtin (``front_end.arrays``) confirms the rest in
+a tenth of a microsecond. All others have a key with extents and strides, and are run by Python in some microseconds. Class indices
 are never taken on trust: the task checks them, before it writes anything.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy import float32, float64, ndarray
+from numpy import ndarray
 
 from fastxent._fastpath import builtins
 from fastxent._fastpath.cache import calls
@@ -20,14 +20,20 @@ from fastxent._runtime.arguments import Array, Problem, address, new_gradient
 from fastxent._runtime.plan import MOST_DIRECT, WORTH_A_THREAD, Plan, over
 from fastxent._runtime.run import PackedTask
 
+_lookup = calls.lookup  # a small call is two microseconds
 
-class DenseCall(NamedTuple):
+
+class DenseCall:
     """Calls with C-contiguous arrays of whatever extents."""
 
-    run: Callable[..., Any]  # see ``builtins.arrays_builtin``
-    family: Family
-    option_types: tuple[type, ...]
-    dtypes: tuple[object, object]  # which the builtin knows by their addresses
+    __slots__ = ("dtypes", "family", "loss", "option_types", "run")
+
+    def __init__(
+        self, run: Callable[..., Any], loss: type[np.floating[Any]], family: Family, types: tuple[type, ...], dtypes: object
+    ) -> None:
+        self.run, self.loss = run, loss  # see ``builtins.arrays_builtin``
+        self.family, self.option_types = family, types
+        self.dtypes = dtypes  # which the builtin knows by their addresses
 
 
 class ExactCall(NamedTuple):
@@ -67,7 +73,7 @@ def lookup(
     if n_threads is not None and (type(n_threads) is not int or n_threads < 1):
         return None
     try:
-        dense = calls.lookup((name, logits.dtype, logits.ndim, target.dtype, options))
+        dense = _lookup((name, options, logits.dtype, logits.ndim))
     except TypeError:  # an option of a type that has no hash
         return None
     if dense is not None:
@@ -82,9 +88,9 @@ def lookup(
                 place = np.empty_like(logits) if small else new_gradient(logits, 0)
             loss = dense.run(team, logits, target, place, options)
             if loss is not False:
-                return (float64 if logits.itemsize == 8 else float32)(loss), place
+                return dense.loss(loss), place
             del place  # if it is new: it would be there beside the next one
-    exact = calls.lookup(_exact_key(name, logits, target, out, options))
+    exact = _lookup(_exact_key(name, logits, target, out, options))
     return None if exact is None else _run_exact(exact, name, logits, target, out, n_threads)
 
 
@@ -132,7 +138,7 @@ def store(
 
 
 def _store_dense(task: PackedTask, plan: Plan, p: Problem, target: Array, options: tuple[Any, ...]) -> None:
-    key = task.name, p.x.dtype, p.x.ndim, target.dtype, options
+    key = task.name, options, p.x.dtype, p.x.ndim
     types, dtypes = tuple(map(type, options)), (p.x.dtype, target.dtype)
     dense = calls.lookup(key)
     if dense is not None and dense.option_types == types:
@@ -141,4 +147,4 @@ def _store_dense(task: PackedTask, plan: Plan, p: Problem, target: Array, option
     family = family_of(task, p.axis, p.x.ndim, smoothing=p.smoothing)
     run = builtins.arrays_builtin(family, dtypes, options)
     if run is not None:
-        calls.store(key, DenseCall(run, family, types, dtypes))
+        calls.store(key, DenseCall(run, p.acc.type, family, types, dtypes))

@@ -35,8 +35,8 @@ class _State:
 
 
 def arrays_builtin(family: Family, dtypes: tuple[object, object], options: tuple[Any, ...]) -> Callable[..., Any] | None:
-    """``run(team, logits, target, out, options)``, as `front_end.arrays.run_arrays`, of dtypes and options like these; None: this
-    Python has to do without. The caller keeps family and dtypes."""
+    """``run(team, logits, target, out, options)``, as `front_end.arrays.run_arrays`, of dtypes and options like these; None:
+    this Python has to do without. The caller keeps family and dtypes."""
     if not objects.arrays_are_as_expected():
         return None
     writes = family.name != "value"

@@ -1,7 +1,7 @@
 """Tasks as machine code runs them (``front_end``): of one shape, or of a family of shapes.
 
 A family are calls that differ in the extents of their arrays only, and whose arrays are dense. Sequences of ever new lengths,
-and an epoch's last batch, are of the family of those before: their block is made ready by machine code (``front_end.strategy``).
+and an epoch's last batch, are of the family of those before: machine code makes their block ready (``front_end.strategy``).
 """
 
 from __future__ import annotations

@@ -20,8 +20,10 @@ from fastxent._runtime.run import PackedTask
 from fastxent.torch import _bridge
 from fastxent.torch._bridge import MEAN, NONE, Options, walkable
 from fastxent.torch._calls import NO_MEMORY, Call, PlainCall, Tasks, plan_of
-from fastxent.torch._keys import Form, form_of, key, short_key
+from fastxent.torch._keys import Form, form_of, key, of_none, short_key
 from fastxent.torch._watched import is_watched
+
+_NONE: tuple[Any, Any] = of_none, None
 
 
 def lookup(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...], inplace: bool) -> Tensor | None:
@@ -32,8 +34,11 @@ def lookup(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[
     try:
         if input.is_nested or target.is_nested or (weight is not None and weight.is_nested):
             return None
-        call = calls.lookup(short_key(input, weight, options))
-        if call is None or not call.confirms(input, target, weight):
+        is_like, call = calls.lookup(short_key(input, weight, options)) or _NONE
+        if not (
+            (is_like(input, target) if weight is None else is_like(input, target, weight))
+            and (call.in_order is None or input.is_contiguous() is call.in_order)
+        ):
             call = _by_full_key(input, target, weight, options)
     except NO_MEMORY:
         return None
@@ -51,9 +56,7 @@ def _by_full_key(
         return None
     call: Call | None = calls.lookup(key(input, target, weight, options, None if exact else form_of(input, target)))
     if call:
-        if call.is_like is None:
-            call.make_guard(input, target, weight)
-        calls.store(short_key(input, weight, options), call)
+        calls.store(short_key(input, weight, options), (call.guard(input, target, weight), call))
     return call or None
 
 

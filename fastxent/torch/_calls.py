@@ -84,16 +84,14 @@ class Call:
         self.n_narrow = 0 if weight is None or weight.dtype != torch.float32 or not weight.is_contiguous() else weight.numel()
         self.kept: Kept = (options, False, self)
         self.key = key(input, target, weight, options, form)
-        self.is_like: Guard | None = None
+        self.guards: dict[bool, Guard] = {}  # of logits that require a gradient, and of those that do not
 
-    def confirms(self, input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-        """Are these tensors like those of this call? In a fifth of the time that their key takes."""
-        if self.is_like is None or not (self.is_like(input, target) if weight is None else self.is_like(input, target, weight)):
-            return False
-        return self.in_order is None or input.is_contiguous() is self.in_order
-
-    def make_guard(self, input: Tensor, target: Tensor, weight: Tensor | None) -> None:
-        self.is_like = guard(*given(input, target, weight), free=2 if self.form else 0)
+    def guard(self, input: Tensor, target: Tensor, weight: Tensor | None) -> Guard:
+        """For tensors like these, which are like those of this call: made once, for that takes long."""
+        differentiable = input.requires_grad
+        if differentiable not in self.guards:
+            self.guards[differentiable] = guard(*given(input, target, weight), free=2 if self.form else 0)
+        return self.guards[differentiable]
 
     def _first_run(self, which: str, task: PackedTask, team: int, *tensors: Tensor | None) -> int:
         """Only a task that is run is compiled."""
@@ -162,8 +160,8 @@ class Call:
         """Of reduction none, times ``grad_output``; None if the tensors are not as they were."""
         if has_nested(input, target, weight):  # hooks on saved tensors may hand over anything
             return None
-        is_like = self.is_like is not None and self.is_like(*given(input, target, weight))
-        is_like = is_like or key(input, target, weight, self.options, self.form and form_of(input, target)) == self.key
+        is_guarded = any(is_like(*given(input, target, weight)) for is_like in list(self.guards.values()))
+        is_like = is_guarded or key(input, target, weight, self.options, self.form and form_of(input, target)) == self.key
         if not is_like or grad_output.shape != self.rows_of(input):
             return None
         if grad_output.layout != torch.strided or not _is_there(grad_output, reach(grad_output)):

@@ -80,11 +80,11 @@ def guard(*tensors: Tensor, free: int = 0) -> Guard:
         new: Any = torch._C._dynamo.guards.TensorGuards
         is_like: Guard = new(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     except (AttributeError, TypeError):  # another version of PyTorch
-        return _of_none
+        return of_none
     return is_like
 
 
-def _of_none(*_: Tensor) -> bool:
+def of_none(*_: Tensor) -> bool:
     return False
 
 

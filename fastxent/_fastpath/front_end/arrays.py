@@ -36,7 +36,7 @@ def has_option_types(process, call, options):
 
 @njit(**INLINE)
 def may_write(family, logits, target, out):
-    """May the gradient be written here: is it of the logits' shape, and either where they are or apart from all that is read?"""
+    """May the gradient be written here? It has the logits' shape, and lies where they do, or apart from all that is read."""
     axis, n_axes, sizes = word(family, words.CLASS_AXIS), word(family, words.N_AXES), word(logits, objects.DIMS)
     for i in range(n_axes):
         if word(word(out, objects.DIMS), i) != word(sizes, i):
@@ -85,8 +85,8 @@ def ran(call, team, args):
 def run_arrays(self, args, n_args):
     """Python's ``run(team, logits, target, out, options)``: the loss, or False.
 
-    ``self`` is the array of a call with arrays: see ``words``. False: the arrays are not like those of the call, the options not
-    of the same types (that they are equal is known), or a class index is out of range; or the task is in use. Where no gradient
+    ``self`` is the array of a call with arrays: see ``words``. False: the arrays are not like those of the call, the options
+    not of the same types (that they are equal is known), or a class index is out of range; or the task is in use. Where no gradient
     is written, ``out`` may be anything.
     """
     call = word(self, objects.DATA)
