@@ -22,11 +22,11 @@ from fastxent._abi import argument_block as abi
 from fastxent._abi.argument_block import WORK
 from fastxent._abi.variant import CHUNK, Variant
 from fastxent._codegen import compiler, registry
-from fastxent._kernels.parallel_for import enter, one_by_one, walk
+from fastxent._kernels.parallel_for import one_by_one, parallel_for, thread_number
 from fastxent._runtime import run
 from fastxent._runtime.plan import Plan
 from fastxent._simd.lanes import sum_across
-from fastxent._simd.memory import load, prefetch, store, stream
+from fastxent._simd.memory import load, prefetch, store, store_non_temporal
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import LANES, lane, splat
 
@@ -54,10 +54,10 @@ def streamed(task, tile, number):
     x, t, g = task.x + at, task.t + at, task.g + at
     if number < task.n_rows:
         for j in range(task.n_vectors):
-            stream(g + VECTOR * j, scaled(task, x, t, j))
+            store_non_temporal(g + VECTOR * j, scaled(task, x, t, j))
     else:
         for j in range(task.n_vectors):
-            stream(g + VECTOR * j, splat(g, 0.0))
+            store_non_temporal(g + VECTOR * j, splat(g, 0.0))
     return 0.0, 1.0
 
 
@@ -94,15 +94,15 @@ all_streamed, all_stored, all_read = map(one_by_one, (streamed, stored, read))
 
 
 def streamed_task(task):
-    walk(task, WORK, enter(task), all_streamed, task.n_units, task.chunk)
+    parallel_for(task, WORK, thread_number(task), all_streamed, task.n_units, task.chunk)
 
 
 def stored_task(task):
-    walk(task, WORK, enter(task), all_stored, task.n_units, task.chunk)
+    parallel_for(task, WORK, thread_number(task), all_stored, task.n_units, task.chunk)
 
 
 def read_task(task):
-    walk(task, WORK, enter(task), all_read, task.n_units, task.chunk)
+    parallel_for(task, WORK, thread_number(task), all_read, task.n_units, task.chunk)
 
 
 TASKS = {"streamed": streamed_task, "stored": stored_task, "read": read_task}

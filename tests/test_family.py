@@ -90,7 +90,7 @@ def test_machine_code_plans_as_python_does(monkeypatch):
         assert planned == plan.planned, (shape, axis, logits)
         assert tuple(family.words[words.AXES :][: len(plan.axes)].tolist()) == plan.axes, (shape, axis, logits)
         assert useful == min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD)
-        assert block.view(np.float64)[abi.SLOT["spread"]] == 0.1 / shape[axis]
+        assert block.view(np.float64)[abi.SLOT["uniform"]] == 0.1 / shape[axis]
         n_met, kinds = n_met + 1, kinds | {number_of(plan.variant)}
     assert n_met > 5000 and len(kinds) > 6
     assert len(kinds) <= words.MOST_KERNELS

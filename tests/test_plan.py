@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fastxent._abi.argument_block import PLANNED
-from fastxent._abi.variant import CHECKED, CHECKS, CHUNK, FEW_CLASSES, LANES, MOST_TILED, MOST_TILED_LARGE, STRIP
+from fastxent._abi.variant import CHECKED, CHECKS, CHUNK, FEW_CLASSES, LANES, MOST_TILED, MOST_TILED_LARGE, PANEL
 from fastxent._runtime.plan import FEW_ROWS, make_plan, row_axes
 
 
@@ -35,7 +35,7 @@ def test_axes_are_merged_where_all_operands_allow_it():
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis", "across", "neighbours"),
+    ("shape", "axis", "class_lanes", "contiguous_lanes"),
     [
         pytest.param((100, MOST_TILED + 1), 1, True, True, id="many classes, side by side"),
         pytest.param((15, FEW_CLASSES + 1), 1, True, True, id="too few rows to fill the lanes"),
@@ -44,9 +44,9 @@ def test_axes_are_merged_where_all_operands_allow_it():
         pytest.param((5, 7), 0, False, True, id="classes first"),
     ],
 )
-def test_direction(shape, axis, across, neighbours):
+def test_direction(shape, axis, class_lanes, contiguous_lanes):
     variant = plan(shape, axis).variant
-    assert (variant.across, variant.neighbours) == (across, neighbours)
+    assert (variant.class_lanes, variant.contiguous_lanes) == (class_lanes, contiguous_lanes)
 
 
 @pytest.mark.parametrize(
@@ -59,21 +59,21 @@ def test_units_cover_all_rows_once(shape):
     rows = math.prod(shape) // shape[1]
     assert (now["n_rows"], now["n_classes"]) == (rows, shape[1])
     assert (p.n_chunks - 1) * now["chunk"] < p.n_units <= p.n_chunks * now["chunk"]
-    if p.variant.across:
+    if p.variant.class_lanes:
         assert p.n_units == rows * now["n_segments"]
         assert (now["n_vectors"] - 1) * LANES < shape[1] <= now["n_vectors"] * LANES
     else:
-        inner, strip = p.axes[0], now["strip"]
-        assert (now["units_per_line"] - strip) * LANES < inner <= now["units_per_line"] * LANES
+        inner, panel = p.axes[0], now["panel"]
+        assert (now["units_per_line"] - panel) * LANES < inner <= now["units_per_line"] * LANES
         assert p.n_units == now["units_per_line"] * (rows // inner)
-        assert now["units_per_line"] % strip == 0 and now["chunk"] % strip == 0
+        assert now["units_per_line"] % panel == 0 and now["chunk"] % panel == 0
 
 
-def test_rows_side_by_side_with_few_classes_are_taken_in_strips():
-    assert planned(plan((16, 150, 128, 128)))["strip"] == STRIP
-    assert planned(plan((16, 150, 5, 5)))["strip"] == 2
-    assert planned(plan((16, MOST_TILED_LARGE + 1, 128, 128)))["strip"] == 1
-    assert planned(plan((1000, 10)))["strip"] == 1
+def test_rows_side_by_side_with_few_classes_are_packed_in_panels():
+    assert planned(plan((16, 150, 128, 128)))["panel"] == PANEL
+    assert planned(plan((16, 150, 5, 5)))["panel"] == 2
+    assert planned(plan((16, MOST_TILED_LARGE + 1, 128, 128)))["panel"] == 1
+    assert planned(plan((1000, 10)))["panel"] == 1
 
 
 def test_few_long_rows_are_split():

@@ -42,7 +42,7 @@ PLANNED = (
     ("n_vectors", "int"),  # vectors of a unit: see _rows
     ("n_units", "int"),  # a unit: one row, or up to 16 rows of one line of the innermost row axis, or a segment of a row
     ("units_per_line", "int"),
-    ("strip", "int"),  # units that are copied to the tile together
+    ("panel", "int"),  # units that are copied to the tile together
     ("chunk", "int"),  # units handed out at a time
     ("segment", "int"),  # vectors of a segment, where long rows are split
     ("n_segments", "int"),
@@ -72,15 +72,15 @@ CALLED = (
     ("w_period", "int"),  # a pointwise task: after so many elements w begins again, and so it does for 16 more
     ("u_period", "int"),  # the same for u
     ("store_loss", "int"),  # is there a loss array?
-    ("stream", "int"),  # may g be written past the caches?
+    ("non_temporal", "int"),  # may g be written past the caches?
     ("ignore", "int"),  # class index of the rows to skip
-    ("keep", "float"),  # 1 - eps
-    ("spread", "float"),  # eps / C
+    ("confidence", "float"),  # 1 - eps
+    ("uniform", "float"),  # eps / C
     ("factor", "float"),  # the gradient is multiplied by factor / divisor
     ("average", "int"),  # with class indices: is the gradient divided by the sum of the weights of the rows that are kept?
     ("z", "float"),  # factor of lse^2 in the loss
     ("cap", "float"),  # softcap
-    ("give_way", "int"),  # address of the system's function by which a thread that waits lets others run, or 0
+    ("sched_yield", "int"),  # address of the system's function by which a thread that waits lets others run, or 0
 )
 FIELDS = RUN + OPERANDS + PLANNED + CALLED
 FIRST_SLOT = 40

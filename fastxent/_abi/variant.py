@@ -25,7 +25,7 @@ PAIRERS = ("value", "value_and_grad")
 BUILTINS = {"run_arrays": "fastxent._fastpath.front_end.arrays", "run_tensors": "fastxent._fastpath.front_end.tensors"}
 # Units of neighbouring rows that are copied to the tile together; of so many classes, and more than these units side by side,
 # they are read and written while others are worked on: see ``plane_tiles``.
-STRIP, FEWEST_OVERLAPPED = 16, 8
+PANEL, FEWEST_OVERLAPPED = 16, 8
 # Elements handed to a thread at a time: long enough to hide the counter, short enough to share out evenly.
 CHUNK = 16384
 # Where class indices are checked, a unit is of this many, and so many units are handed out at a time.
@@ -46,13 +46,13 @@ class Variant(NamedTuple):
     target: str | None = None  # storage of class probabilities; None: class indices, or no target
     labelled: bool = False  # class indices
     smooth: bool = False  # label smoothing, with class indices
-    across: bool = False  # lanes are classes of one row; else rows
-    neighbours: bool = False  # what the lanes hold lies side by side in memory
-    tiled: bool = False  # rows in lanes, put together once in a tile, class by class
-    whole_rows: bool = False  # what goes into the tile are rows with their classes side by side
+    class_lanes: bool = False  # lanes are classes of one row; else rows
+    contiguous_lanes: bool = False  # what the lanes hold lies side by side in memory
+    packed: bool = False  # rows in lanes, put together once in a tile, class by class
+    transposed: bool = False  # what goes into the tile are rows with their classes side by side
     paired: bool = False  # two units of such rows are worked on at a time, by the kernels that do
     overlapped: bool = False  # neighbours in a tile are read and written while others are worked on, by the kernels that do
-    adjacent: bool = False  # rows in lanes, numbered one by one
+    consecutive_rows: bool = False  # rows in lanes, numbered one by one
     capped: bool = False  # softcap
     split: bool = False  # a unit is a segment of a row
     kept: bool = False  # the exponentials of a unit are kept between the two trips, by the kernels that make two

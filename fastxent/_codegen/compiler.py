@@ -35,7 +35,7 @@ def pipelined(name: str, variant: Variant) -> bool:
     if variant.overlapped:
         return name in PAIRERS
     kept = name == "value_and_grad" and variant.kept
-    if not variant.across or variant.split or variant.acc != "f32" or not (kept or name == "value"):
+    if not variant.class_lanes or variant.split or variant.acc != "f32" or not (kept or name == "value"):
         return False
     if variant.large:
         return not kept or variant.logits != "bf16"
@@ -44,7 +44,7 @@ def pipelined(name: str, variant: Variant) -> bool:
 
 def task_type(name: str, variant: Variant) -> vector.Task:
     """The Numba type of the argument block: which slot is what, and what the compiler may take for granted."""
-    acc, keeps_e = variant.acc, variant.kept and name in KEEPERS
+    acc, stores_exp = variant.acc, variant.kept and name in KEEPERS
     kinds: dict[str, Any] = {
         "int": "int",
         "float": "float",
@@ -57,19 +57,23 @@ def task_type(name: str, variant: Variant) -> vector.Task:
     }
     fields = tuple((field, abi.FIRST_SLOT + slot, kinds[kind]) for slot, (field, kind) in enumerate(abi.FIELDS))
     constants = {
-        "across": variant.across,
-        "neighbours": variant.neighbours,
+        "class_lanes": variant.class_lanes,
+        "contiguous_lanes": variant.contiguous_lanes,
         "labelled": variant.labelled,
         "soft": variant.target is not None,
         "dense": variant.smooth or variant.target is not None,
         "entropic": name == "stats",
         "capped": variant.capped,
-        "tiled": variant.tiled,
-        "keeps_e": keeps_e,
-        "e_in_g": keeps_e and variant.across and pipelined(name, variant) and variant.large and variant.logits == "f32",
-        "whole_rows": variant.whole_rows,
+        "packed": variant.packed,
+        "stores_exp": stores_exp,
+        "exp_in_gradient": stores_exp
+        and variant.class_lanes
+        and pipelined(name, variant)
+        and variant.large
+        and variant.logits == "f32",
+        "transposed": variant.transposed,
         "paired": variant.paired,
-        "adjacent": variant.adjacent,
+        "consecutive_rows": variant.consecutive_rows,
         "split": variant.split,
         "large": variant.large,
         "double": acc == "f64",
@@ -90,11 +94,11 @@ def c_function(name: str, variant: Variant) -> tuple[Any, str]:
     function = steps.check
     if name != "check":  # ``kernel``, with the function of this name as its ``work``
         if variant.overlapped and pipelined(name, variant):
-            work = schedules.by_strips
+            work = schedules.by_panels
         elif pipelined(name, variant):
             work = getattr(schedules, f"{name}_pipelined")
         elif variant.paired:
-            work = getattr(schedules, f"{name}_by_twos")
+            work = getattr(schedules, f"{name}_paired")
         else:
             work = one_by_one(_OTHERS.get(name) or getattr(steps, name))
         names = vars(steps) | {"work": work}

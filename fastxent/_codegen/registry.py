@@ -14,7 +14,7 @@ _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Kernel(NamedTuple):
-    """A compiled function of ``steps``."""
+    """A compiled function of ``steps_per_plane``."""
 
     call: Callable[[object], None]  # of "launch", which takes nothing but the argument block
     address: int

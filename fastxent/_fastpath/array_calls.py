@@ -1,8 +1,8 @@
 """NumPy's calls: their keys, what is stored of them, and how they are run.
 
 Arrays that are not large, and C-contiguous, have a key without extents; a builtin (``front_end.arrays``) confirms the rest in
-a tenth of a microsecond. All others have a key with extents and strides, and are run by Python in some microseconds. Class indices
-are never taken on trust: the task checks them, before it writes anything.
+a tenth of a microsecond. All others have a key with extents and strides, and Python runs them in some microseconds. Class
+indices are never taken on trust: the task checks them, before it writes anything.
 """
 
 from __future__ import annotations

@@ -3,8 +3,17 @@
 from numba import njit
 
 from fastxent._abi.argument_block import LINE
-from fastxent._kernels.addressing import from_class, g_step, t_step, write, write_out, x_step
-from fastxent._simd.memory import address, before_aligned, fixed, itemsize, prefetch, prefetch_near, prefetch_to_write, stream
+from fastxent._kernels.addressing import g_step, t_step, unit_from_class, write, write_out, x_step
+from fastxent._simd.memory import (
+    address,
+    before_aligned,
+    fixed,
+    itemsize,
+    prefetch,
+    prefetch_near,
+    prefetch_to_write,
+    store_non_temporal,
+)
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import LANES, all_lanes, every_lane, first_lanes, splat
 
@@ -18,25 +27,25 @@ def block_length(task):
 
 
 @njit(**INLINE)
-def further(task):
+def pipeline_distance(task):
     """Bytes between what a pipeline reads and what it asks for: memory takes longer than a cache."""
     return 8192 if task.large else 4096
 
 
 @njit(**INLINE)
-def look_ahead(task, unit, j):
+def prefetch_operands(task, unit, j):
     """While the exponentials of vector j are computed, ask for what is read a block, a row, or 16 rows later."""
-    if task.pipelined and task.across:  # the logits are asked for where they are read first: see ``look_further``
+    if task.pipelined and task.class_lanes:  # the logits are asked for where they are read first: see ``prefetch_pipelined``
         if task.soft:
-            prefetch_near(task.t + unit.t, j * t_step(task) + further(task))
+            prefetch_near(task.t + unit.t, j * t_step(task) + pipeline_distance(task))
         return
-    if task.across and not task.large:  # it is in some cache, and most of the time not in the nearest
+    if task.class_lanes and not task.large:  # it is in some cache, and most of the time not in the nearest
         prefetch_near(task.x + unit.x, (j + min(block_length(task), task.n_vectors)) * x_step(task))
-    if task.large and not task.tiled:
+    if task.large and not task.packed:
         ahead, t_ahead = LANES * itemsize(task.x), LANES * itemsize(task.t)
-        if task.across:
+        if task.class_lanes:
             ahead, t_ahead = block_length(task) * x_step(task), block_length(task) * t_step(task)
-        if task.across and task.keeps_e:
+        if task.class_lanes and task.stores_exp:
             ahead, t_ahead = fixed(task.axes, 8), fixed(task.axes, 24)
         prefetch(task.x + unit.x, j * x_step(task) + ahead)
         if task.double:  # two cache lines a vector
@@ -46,49 +55,49 @@ def look_ahead(task, unit, j):
 
 
 @njit(**INLINE)
-def look_further(task, unit, j):
+def prefetch_pipelined(task, unit, j):
     """In a pipeline: while vector j is read for the first time, ask for what follows."""
-    prefetch_near(task.x + unit.x, j * x_step(task) + further(task))
+    prefetch_near(task.x + unit.x, j * x_step(task) + pipeline_distance(task))
 
 
 @njit(**INLINE)
-def look_at_border(task, unit):
+def prefetch_border(task, unit):
     """Past the cache: a line that two rows share is written in parts, and has to be read before; ask for it."""
-    if task.stream != 0 and address(task.g + unit.g) % LINE != 0:
+    if task.non_temporal != 0 and address(task.g + unit.g) % LINE != 0:
         prefetch_to_write(task.g + unit.g, 0)
 
 
 @njit(**INLINE)
-def look_at_next_row(task, unit, j):
+def prefetch_next_row(task, unit, j):
     """Past the cache: ask for the next row while this one's gradient is computed."""
-    if task.large and task.across and not task.keeps_e:
+    if task.large and task.class_lanes and not task.stores_exp:
         if j < AHEAD:
             prefetch(task.x + unit.x, j * x_step(task) + fixed(task.axes, 8))
 
 
-# A gradient that is past the cache anyhow is written past the cache (``stream``): else each line would be read before it is
-# overwritten. Such stores are of whole vectors at their own alignment. So a row of many classes is taken in three parts, and
-# rows in lanes are streamed where all of their vectors are whole and aligned.
+# A gradient larger than the caches is written by non-temporal stores: else each line would be read before it is overwritten.
+# Such stores take whole aligned vectors. So a row of many classes is written in three parts, and rows in lanes are written
+# that way where all of their vectors are whole and aligned.
 
 
 @njit(**INLINE)
-def streams(task, unit):
+def is_non_temporal(task, unit):
     """May this unit's g be streamed?"""
-    if task.across:
-        return task.stream != 0
-    if task.tiled:
+    if task.class_lanes:
+        return task.non_temporal != 0
+    if task.packed:
         return False
     astray = (address(task.g + unit.g) | g_step(task)) % (LANES * itemsize(task.g))
-    return task.stream != 0 and every_lane(unit.writes) and astray == 0
+    return task.non_temporal != 0 and every_lane(unit.writes) and astray == 0
 
 
 @njit(**INLINE)
 def aligned(task, unit):
     """First lanes (mask) of a unit; the part that begins where g is aligned, and its whole vectors; last lanes (mask)."""
-    if not task.across:
+    if not task.class_lanes:
         return first_lanes(0), unit, task.n_vectors, first_lanes(0)
     before = before_aligned(task.g + unit.g, task.n_classes)
-    body = from_class(task, unit, before, task.n_vectors)
+    body = unit_from_class(task, unit, before, task.n_vectors)
     tail = task.n_classes - before - body.full * LANES
     return first_lanes(before), body, body.full, first_lanes(tail)
 
@@ -98,13 +107,13 @@ def write_zeros(task, unit):
     """g of rows that are all ignored."""
     zero = splat(task.x, 0.0)
     if task.large:
-        if streams(task, unit):
+        if is_non_temporal(task, unit):
             head, body, n_whole, tail = aligned(task, unit)
             write(task, task.g + unit.g, unit.g_lanes, zero, head)
             for j in range(n_whole):
-                stream(task.g + (body.g + j * g_step(task)), zero)
+                store_non_temporal(task.g + (body.g + j * g_step(task)), zero)
             write(task, task.g + (body.g + n_whole * g_step(task)), unit.g_lanes, zero, tail)
             return
     for j in range(unit.start, unit.stop):
-        mask = all_lanes() if task.across and j < unit.full else unit.writes
+        mask = all_lanes() if task.class_lanes and j < unit.full else unit.writes
         write_out(task, unit, j, zero, mask)

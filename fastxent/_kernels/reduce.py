@@ -3,24 +3,24 @@
 from numba import njit
 
 from fastxent._kernels.addressing import g_step, tile_step
-from fastxent._kernels.gradient import keep
+from fastxent._kernels.gradient import store_exponentials
 from fastxent._kernels.inputs import (
     INF,
     State,
-    joined,
+    empty,
+    full_logits,
     logits,
-    of_none,
-    raised,
+    merge,
+    rescale_to,
     sums_of,
     target_weights,
     vector_max,
-    whole_logits,
 )
-from fastxent._kernels.prefetch import block_length, look_ahead
-from fastxent._kernels.row_pipeline import GROUP, alongside, nothing_seen, rest, together
-from fastxent._simd.elementary import Shift, exp_of, exp_up, reduce, shift_by, up
-from fastxent._simd.lanes import add_halves, beside, max_across, repeat, sum_across, swap
-from fastxent._simd.memory import itemsize, load, scratch, store, store_apart
+from fastxent._kernels.prefetch import block_length, prefetch_operands
+from fastxent._kernels.row_pipeline import GROUP, finish_overlapped, group_length, no_maximum, overlapped_step
+from fastxent._simd.elementary import Shift, exp_reduced, exp_scale, exp_scaled, reduce_argument, shift_by
+from fastxent._simd.lanes import add_halves, concat, max_across, repeat, sum_across, swap
+from fastxent._simd.memory import itemsize, load, scratch, store, store_each
 from fastxent._simd.numba_backend import INLINE, as_needed
 from fastxent._simd.vector import LANES, WIDE, all_lanes, any_lane, splat, where, widen
 
@@ -30,44 +30,44 @@ HALVES = 128  # vectors of scratch for what is halfway to its exponential, where
 @njit(**INLINE)
 def vector_sums(task, unit, j, mask, m, shift):
     x = logits(task, unit, j, mask)
-    e = where(mask, exp_up(x, shift), 0.0)
-    keep(task, unit, j, e, mask)
+    e = where(mask, exp_scaled(x, shift), 0.0)
+    store_exponentials(task, unit, j, e, mask)
     return sums_of(task, x, e, target_weights(task, unit, j, mask), m)
 
 
-def beside_each_other(size):
+def concatenated(size):
     """Vectors j, ..., so many, of what ``vector`` gives, as one."""
     if size == 1:
         return njit(**INLINE)(lambda vector, task, unit, j: vector(task, unit, j))
-    half = beside_each_other(size // 2)
+    half = concatenated(size // 2)
     return njit(**INLINE)(
-        lambda vector, task, unit, j: beside(half(vector, task, unit, j), half(vector, task, unit, j + size // 2))
+        lambda vector, task, unit, j: concat(half(vector, task, unit, j), half(vector, task, unit, j + size // 2))
     )
 
 
 @njit(**INLINE)
-def whole_weights(task, unit, j):
+def full_weights(task, unit, j):
     return target_weights(task, unit, j, all_lanes())
 
 
 def wide_group(size):
     """The sums over vectors j, ..., so many, step by step beside each other: no processor looks far enough ahead by itself."""
-    side_by_side = beside_each_other(size)
+    several = concatenated(size)
 
     @njit(**INLINE)
     def group(task, unit, j, m, shift):
         for k in range(j, j + size):
-            look_ahead(task, unit, k)
-        x = side_by_side(whole_logits, task, unit, j)
+            prefetch_operands(task, unit, k)
+        x = several(full_logits, task, unit, j)
         q = x
         if task.dense:
-            q = side_by_side(whole_weights, task, unit, j)
-        e = exp_up(x, Shift(None, repeat(shift.coarse, size), repeat(shift.fine, size), repeat(shift.lowest, size)))
-        if task.keeps_e:
+            q = several(full_weights, task, unit, j)
+        e = exp_scaled(x, Shift(None, repeat(shift.coarse, size), repeat(shift.fine, size), repeat(shift.lowest, size)))
+        if task.stores_exp:
             if task.split:
-                store_apart(task.g + (unit.g + j * g_step(task)), e, g_step(task))
+                store_each(task.g + (unit.g + j * g_step(task)), e, g_step(task))
             else:
-                store_apart(unit.tile + j * tile_step(task, unit), e, tile_step(task, unit))
+                store_each(unit.tile + j * tile_step(task, unit), e, tile_step(task, unit))
         return sums_of(task, x, e, q, repeat(m, size))
 
     return group
@@ -77,47 +77,47 @@ eight, two = wide_group(GROUP), wide_group(2)
 
 
 @njit(**INLINE)
-def both(a, b):
+def add_terms(a, b):
     top, s, q_sum, q_dot, e_dot = a
     more, t, r_sum, r_dot, f_dot = b
     return top + more, s + t, q_sum + r_sum, q_dot + r_dot, e_dot + f_dot
 
 
 @njit(**INLINE)
-def add(total, lost, x):
-    """total + x, and what its rounding has lost added to ``lost`` (Knuth's two-sum)."""
-    new = total + x
-    there = new - total
-    return new, lost + ((total - (new - there)) + (x - there))
+def two_sum(total, error, x):
+    """total + x, and what its rounding has lost added to ``error`` (Knuth's two-sum)."""
+    rounded = total + x
+    there = rounded - total
+    return rounded, error + ((total - (rounded - there)) + (x - there))
 
 
 @njit(**INLINE)
-def whole(total, lost):
+def compensated(total, error):
     """The sum; of an inf or nan nothing was lost, and inf - inf is nan."""
-    return total + lost if lost == lost else total
+    return total + error if error == error else total
 
 
 @njit(**INLINE)
-def add_across(total, lost):
+def two_sum_across(total, error):
     """The sum over the lanes, in each of them, and what all its roundings have lost."""
-    total, lost = add(total, lost + swap(lost, 8), swap(total, 8))
-    total, lost = add(total, lost + swap(lost, 4), swap(total, 4))
-    total, lost = add(total, lost + swap(lost, 2), swap(total, 2))
-    return add(total, lost + swap(lost, 1), swap(total, 1))
+    total, error = two_sum(total, error + swap(error, 8), swap(total, 8))
+    total, error = two_sum(total, error + swap(error, 4), swap(total, 4))
+    total, error = two_sum(total, error + swap(error, 2), swap(total, 2))
+    return two_sum(total, error + swap(error, 1), swap(total, 1))
 
 
 @as_needed
-def in_few_lanes(constants):
+def halve_lanes(constants):
     """A vector's terms: of float32 classes two and two added, for that makes half as many float64 sums."""
-    if constants["across"] and not constants["double"]:
+    if constants["class_lanes"] and not constants["double"]:
         return lambda task, x: add_halves(x)
     return lambda task, x: x
 
 
 @as_needed
-def over_lanes(constants):
+def sum_lanes(constants):
     """The sum over the lanes if they are classes."""
-    if constants["across"]:
+    if constants["class_lanes"]:
         return lambda task, x: sum_across(x)
     return lambda task, x: x
 
@@ -125,11 +125,11 @@ def over_lanes(constants):
 @njit(**INLINE)
 def widen_add(task, total, x):
     """A sum and what it has lost, with a vector's terms added; float32 terms lose nothing that counts."""
-    value, lost = total
-    x = widen(in_few_lanes(task, x))
+    value, error = total
+    x = widen(halve_lanes(task, x))
     if task.double:
-        return add(value, lost, x)
-    return value + x, lost
+        return two_sum(value, error, x)
+    return value + x, error
 
 
 @njit(**INLINE)
@@ -138,7 +138,7 @@ def add_sums(task, totals, sums):
     top, s, q_sum, q_dot, e_dot = totals
     dtop, ds, dq_sum, dq_dot, de_dot = sums
     s = widen_add(task, s, ds)
-    if task.across and not task.double:
+    if task.class_lanes and not task.double:
         top = widen_add(task, top, dtop)
     if task.dense:
         q_sum, q_dot = widen_add(task, q_sum, dq_sum), widen_add(task, q_dot, dq_dot)
@@ -150,9 +150,9 @@ def add_sums(task, totals, sums):
 @njit(**INLINE)
 def wide_groups(task, unit, start, stop, m, shift, totals, pipeline):
     """The totals, with those of vectors start ... stop - 1, a multiple of eight; and the maximum ahead."""
-    top = nothing_seen(task)
+    top = no_maximum(task)
     for j in range(start, stop, GROUP):
-        top = alongside(task, pipeline, top, j)
+        top = overlapped_step(task, pipeline, top, j)
         totals = add_sums(task, totals, eight(task, unit, j, m, shift))
     return totals, top
 
@@ -168,8 +168,8 @@ def wide_pairs(task, unit, start, stop, m, shift, totals):
 @njit(**INLINE)
 def first_half(task, unit, j, shift, r, power):
     """Halfway to the exponentials of vector j, to two addresses."""
-    look_ahead(task, unit, j)
-    half = reduce(whole_logits(task, unit, j), shift)
+    prefetch_operands(task, unit, j)
+    half = reduce_argument(full_logits(task, unit, j), shift)
     store(r, half[0])
     store(power, half[1])
 
@@ -177,9 +177,9 @@ def first_half(task, unit, j, shift, r, power):
 @njit(**INLINE)
 def other_half(task, unit, j, m, r, power):
     """The sums over vector j, from what the first half has left there."""
-    x = whole_logits(task, unit, j)  # before an exponential takes its place
-    e = exp_of(load(r), load(power))
-    keep(task, unit, j, e, all_lanes())
+    x = full_logits(task, unit, j)  # before an exponential takes its place
+    e = exp_reduced(load(r), load(power))
+    store_exponentials(task, unit, j, e, all_lanes())
     return sums_of(task, x, e, target_weights(task, unit, j, all_lanes()), m)
 
 
@@ -187,7 +187,7 @@ def other_half(task, unit, j, m, r, power):
 def pair(task, unit, j, m, r, power):
     """The sums over vectors j and j + 1."""
     vector = LANES * itemsize(r)
-    return both(other_half(task, unit, j, m, r, power), other_half(task, unit, j + 1, m, r + vector, power + vector))
+    return add_terms(other_half(task, unit, j, m, r, power), other_half(task, unit, j + 1, m, r + vector, power + vector))
 
 
 @njit(**INLINE)
@@ -195,13 +195,13 @@ def narrow_group(task, unit, first, end, m, r, power, totals, top, pipeline):
     """The totals, with those of vectors first ... end - 1, of which the first halves are done; and the maximum ahead."""
     nothing = splat(m, 0.0)
     sums = nothing, nothing, nothing, nothing, nothing
-    for j in range(first, end, together(task)):  # sums of pairs lose fewer digits than a sum of all in a row
-        top = alongside(task, pipeline, top, j)
+    for j in range(first, end, group_length(task)):  # sums of pairs lose fewer digits than a sum of all in a row
+        top = overlapped_step(task, pipeline, top, j)
         at = (j - first) * LANES * itemsize(r)
-        sums = both(sums, pair(task, unit, j, m, r + at, power + at))
-        if together(task) > 2:
+        sums = add_terms(sums, pair(task, unit, j, m, r + at, power + at))
+        if group_length(task) > 2:
             at += 2 * LANES * itemsize(r)
-            sums = both(sums, pair(task, unit, j + 2, m, r + at, power + at))
+            sums = add_terms(sums, pair(task, unit, j + 2, m, r + at, power + at))
     return add_sums(task, totals, sums), top
 
 
@@ -212,17 +212,17 @@ def narrow_groups(task, unit, start, stop, m, shift, totals, pipeline):
     An exponential is some 16 results, each waiting for the one before, and a processor looks ahead over some 130. So a lot of
     them is made in two loops of half the length, with constants for which the registers suffice.
     """
-    top = nothing_seen(task)
+    top = no_maximum(task)
     halves = scratch(m, HALVES)
     vector = LANES * itemsize(halves)
-    lot = 2 * GROUP if task.across else HALVES // 2
+    lot = 2 * GROUP if task.class_lanes else HALVES // 2
     r, power = halves, halves + lot * vector
     for begin in range(start, stop, lot):
         end = min(begin + lot, stop)
         for j in range(begin, end):
             at = (j - begin) * vector
             first_half(task, unit, j, shift, r + at, power + at)
-        if task.across:  # the lanes' rounding errors make up for each other
+        if task.class_lanes:  # the lanes' rounding errors make up for each other
             totals, top = narrow_group(task, unit, begin, end, m, r, power, totals, top, pipeline)
         else:
             for first in range(begin, end, GROUP):
@@ -237,39 +237,39 @@ groups = wide_groups if WIDE else narrow_groups
 @njit(**INLINE)
 def total_over_classes(task, total):
     """The sum over the vectors' classes."""
-    value, lost = total
+    value, error = total
     if task.double:  # of an inf or nan nothing was lost, and inf - inf is nan
-        value = where(lost == lost, value + lost, value)
-    return over_lanes(task, value)
+        value = where(error == error, value + error, value)
+    return sum_lanes(task, value)
 
 
-def _from_what_was_lost(task, top, s):
+def _split_by_compensation(task, top, s):
     """float64: what is beside 1 is what rounding lost when it was added to 1."""
-    value, lost = s
-    if task.across:
-        value, lost = add_across(value, lost)
-    one = up(task.x)
+    value, error = s
+    if task.class_lanes:
+        value, error = two_sum_across(value, error)
+    one = exp_scale(task.x)
     top = where((value >= one) & (value < 2.0 * one), splat(value, one), 0.0)
-    return top, (value - top) + lost
+    return top, (value - top) + error
 
 
-def _added_apart(task, top, s):
-    return over_lanes(task, top[0]), over_lanes(task, s[0])
+def _split_by_terms(task, top, s):
+    return sum_lanes(task, top[0]), sum_lanes(task, s[0])
 
 
 @as_needed
-def top_and_beside(constants):
-    """The sum over the classes as the two numbers of ``State``. ``top``, ``s``: lane by lane, and what each has lost."""
-    return _from_what_was_lost if constants["double"] else _added_apart
+def split_sum(constants):
+    """The sum over the classes as the two numbers of ``State``. ``s_max``, ``s``: lane by lane, and what each has lost."""
+    return _split_by_compensation if constants["double"] else _split_by_terms
 
 
 @njit(**INLINE)
 def block_max(task, unit, start, stop):
     """The maximum over vectors start ... stop - 1."""
-    if task.tiled and not task.capped:  # the whole row, as it is stored: known already
+    if task.packed and not task.capped:  # the whole row, as it is stored: known already
         return unit.m
     m = vector_max(task, unit, start, stop)
-    return max_across(m) if task.across else m
+    return max_across(m) if task.class_lanes else m
 
 
 @njit(**INLINE)
@@ -280,28 +280,28 @@ def state_of(task, unit, start, stop, m, pipeline):
     shift = shift_by(m)
     finite = where(m == -INF, splat(m, 0.0), m)
     none = splat(task.w, 0.0)
-    zero = widen(in_few_lanes(task, splat(task.x, 0.0)))
+    zero = widen(halve_lanes(task, splat(task.x, 0.0)))
     nothing = zero, zero
     totals = nothing, nothing, nothing, nothing, nothing
-    top = nothing_seen(task)
+    top = no_maximum(task)
     n_whole = max(start, min(stop, unit.full))
     grouped = start
     near, is_near = Shift(None, shift.coarse, shift.fine, shift.lowest), not task.double and not any_lane(shift.base != 0.0)
     if is_near:
-        grouped = start + (n_whole - start) // together(task) * together(task)
+        grouped = start + (n_whole - start) // group_length(task) * group_length(task)
         totals, top = groups(task, unit, start, grouped, finite, near, totals, pipeline)
-    top = rest(task, pipeline, top, grouped)
+    top = finish_overlapped(task, pipeline, top, grouped)
     if WIDE and is_near:
         paired = grouped + (n_whole - grouped) // 2 * 2
         totals = wide_pairs(task, unit, grouped, paired, finite, near, totals)
         grouped = paired
     for j in range(grouped, n_whole):
-        look_ahead(task, unit, j)
+        prefetch_operands(task, unit, j)
         totals = add_sums(task, totals, vector_sums(task, unit, j, all_lanes(), finite, shift))
     for j in range(n_whole, stop):
         totals = add_sums(task, totals, vector_sums(task, unit, j, unit.reads, finite, shift))
     s_top, s, q_sum, q_dot, e_dot = totals
-    s_top, s_beside = top_and_beside(task, s_top, s)
+    s_top, s_beside = split_sum(task, s_top, s)
     state = State(
         m,
         s_top,
@@ -316,14 +316,14 @@ def state_of(task, unit, start, stop, m, pipeline):
 @njit(**INLINE)
 def span_state(task, unit):
     """The statistics of the unit's vectors, in one trip through memory: twice through blocks that the nearest caches hold."""
-    if task.tiled or task.keeps_e:
+    if task.packed or task.stores_exp:
         state, _ = state_of(task, unit, unit.start, unit.stop, block_max(task, unit, unit.start, unit.stop), None)
         return state
-    state = of_none(task, splat(task.x, -INF))  # Numba wants one before the loop
+    state = empty(task, splat(task.x, -INF))  # Numba wants one before the loop
     for at in range(unit.start, unit.stop, block_length(task)):
         end = min(unit.stop, at + block_length(task))
         m = block_max(task, unit, at, end)
-        state = raised(state, m) if at > unit.start else of_none(task, m)
+        state = rescale_to(state, m) if at > unit.start else empty(task, m)
         block, _ = state_of(task, unit, at, end, state.m, None)
-        state = joined(state, block)
+        state = merge(state, block)
     return state

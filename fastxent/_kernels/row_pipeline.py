@@ -14,19 +14,19 @@ from collections import namedtuple
 from numba import njit
 
 from fastxent._abi.variant import MOST_KEPT
-from fastxent._kernels.addressing import from_class, g_step, write
-from fastxent._kernels.gradient import exponentials, gradient_vector, keep, put_label
-from fastxent._kernels.inputs import INF, Factors, from_part, vector_max, whole_logits
-from fastxent._kernels.plane_tiles import rest_beside, step_beside
-from fastxent._kernels.prefetch import aligned, look_further, streams
+from fastxent._kernels.addressing import g_step, unit_from_class, write
+from fastxent._kernels.gradient import exponentials, gradient_vector, put_label, store_exponentials
+from fastxent._kernels.inputs import INF, Factors, full_logits, rescale_stored, vector_max
+from fastxent._kernels.plane_tiles import finish_unit, pipeline_step
+from fastxent._kernels.prefetch import aligned, is_non_temporal, prefetch_pipelined
 from fastxent._simd.elementary import shift_by
 from fastxent._simd.lanes import max_across, max_of_halves, repeat
-from fastxent._simd.memory import get, itemsize, put, scratch, store, stream
+from fastxent._simd.memory import get, itemsize, put, scratch, store, store_non_temporal
 from fastxent._simd.numba_backend import INLINE, by_kind
 from fastxent._simd.vector import LANES, WIDE, absolute, all_lanes, first_lanes, iota, lane, maximum, splat, where, widen
 
 GROUP = 8  # vectors whose float32 terms are added up before they go to the float64 totals
-AT_A_TIME = GROUP if WIDE else 2  # vectors whose exponentials are made beside each other
+INTERLEAVED = GROUP if WIDE else 2  # vectors whose exponentials are made beside each other
 # Vectors between the gradient that is written and the logits that are read at the same time. Rows are often 4 KB apart, or a
 # multiple of that; and a load waits for a store that is 4 KB away, for all that a processor looks at is the address in a page.
 LEAD = 2 * GROUP if WIDE else GROUP
@@ -35,39 +35,39 @@ SMALLEST = 2.0**-126  # normal float32
 PART = 1024  # vectors of a part, or somewhat more: 64 KB of logits
 VECTORS_OF_NUMBERS = -(-MOST_KEPT // (PART * LANES))  # that hold a number for each part
 
-Pipeline = namedtuple("Pipeline", "ahead behind")  # a unit, that is read next; and:
+Pipeline = namedtuple("Pipeline", "ahead pending")  # a unit, that is read next; and:
 # A row, or a part of it, whose gradient is still to be written, some vectors together: the row from where g is aligned on; up
 # to which vector; the target class, counted from there, and the first of the vectors that are written together with its own.
-Behind = namedtuple("Behind", "unit f stop y y_at")
+Pending = namedtuple("Pending", "unit f stop y y_at")
 
 
 @njit(**INLINE)
-def together(task):
+def group_length(task):
     """Vectors that are worked on between looks at what is ahead and behind: fewer for a gradient, which does more."""
-    return AT_A_TIME if WIDE or task.keeps_e or not task.across else 2 * AT_A_TIME
+    return INTERLEAVED if WIDE or task.stores_exp or not task.class_lanes else 2 * INTERLEAVED
 
 
-def _step_of_strips(task, beside, top, j):
-    step_beside(task, beside, beside.first + j // AT_A_TIME)
+def _panel_step(task, pipeline, top, j):
+    pipeline_step(task, pipeline, pipeline.first + j // INTERLEAVED)
     return top
 
 
-def _rest_of_strips(task, beside, top, stop):
-    rest_beside(task, beside, stop // AT_A_TIME)
+def _finish_panel_steps(task, pipeline, top, stop):
+    finish_unit(task, pipeline, stop // INTERLEAVED)
     return top
 
 
-@by_kind(none=lambda task, pipeline, top, j: top, Beside=_step_of_strips)
-def alongside(task, pipeline, top, j):
+@by_kind(none=lambda task, pipeline, top, j: top, PanelPipeline=_panel_step)
+def overlapped_step(task, pipeline, top, j):
     """What is done beside the exponentials of vectors j, ...; the maximum ahead, so far."""
-    write_behind(task, pipeline.behind, j)
-    return look_ahead_at(task, pipeline.ahead, top, j)
+    write_pending(task, pipeline.pending, j)
+    return running_max(task, pipeline.ahead, top, j)
 
 
-@by_kind(none=lambda task, pipeline, top, stop: top, Beside=_rest_of_strips)
-def rest(task, pipeline, top, stop):
-    """What is left to do if ``alongside`` was called for all vectors below ``stop``; the maximum ahead."""
-    finish_behind(task, pipeline.behind, stop)
+@by_kind(none=lambda task, pipeline, top, stop: top, PanelPipeline=_finish_panel_steps)
+def finish_overlapped(task, pipeline, top, stop):
+    """What is left to do if ``overlapped_step`` was called for all vectors below ``stop``; the maximum ahead."""
+    finish_pending(task, pipeline.pending, stop)
     return max_ahead(task, pipeline.ahead, top, stop)
 
 
@@ -91,34 +91,34 @@ in_register, from_register = (_itself, _itself) if WIDE else (max_of_halves, _tw
 
 
 @njit(**INLINE)
-def nothing_seen(task):
+def no_maximum(task):
     """The maximum over nothing."""
     return in_register(splat(task.x, -INF))
 
 
 @njit(**INLINE)
-def look_ahead_at(task, ahead, top, j):
+def running_max(task, ahead, top, j):
     """The maximum so far, and that of vectors j, ... ahead, if they are whole."""
-    if j + together(task) <= ahead.full:
-        top = max_of_some(task, ahead, j, top)
-        if together(task) > AT_A_TIME:
-            top = max_of_some(task, ahead, j + AT_A_TIME, top)
+    if j + group_length(task) <= ahead.full:
+        top = max_of_vectors(task, ahead, j, top)
+        if group_length(task) > INTERLEAVED:
+            top = max_of_vectors(task, ahead, j + INTERLEAVED, top)
     return top
 
 
 @njit(**INLINE)
-def max_of_some(task, unit, at, top):
-    """The larger of ``top`` and what is in vectors at, ...: all whole."""
-    for j in range(at, at + AT_A_TIME):
-        look_further(task, unit, j)
-        top = maximum(top, in_register(whole_logits(task, unit, j)))
+def max_of_vectors(task, unit, at, top):
+    """The larger of ``s_max`` and what is in vectors at, ...: all whole."""
+    for j in range(at, at + INTERLEAVED):
+        prefetch_pipelined(task, unit, j)
+        top = maximum(top, in_register(full_logits(task, unit, j)))
     return top
 
 
 @njit(**INLINE)
 def max_ahead(task, ahead, top, j):
-    """The maximum over all that is ahead, a number; ``top`` is that of what ``look_ahead_at`` could look at below vector j."""
-    seen = min(j, ahead.full // together(task) * together(task))
+    """The maximum over all that is ahead, a number; ``s_max`` is that of what ``running_max`` could look at below vector j."""
+    seen = min(j, ahead.full // group_length(task) * group_length(task))
     m = maximum(from_register(top), vector_max(task, ahead, seen, ahead.stop))
     return lane(max_across(m), 0)
 
@@ -126,7 +126,7 @@ def max_ahead(task, ahead, top, j):
 @njit(**INLINE)
 def max_of(task, ahead):
     """The maximum over all that is ahead, nothing of which was looked at."""
-    return max_ahead(task, ahead, nothing_seen(task), 0)
+    return max_ahead(task, ahead, no_maximum(task), 0)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def max_of(task, ahead):
 
 
 @njit(**INLINE)
-def parts_of_row(task):
+def row_parts(task):
     """How many parts a row has; vectors of each but the last, which has at most 8 less for each part. Parts are of a thousand:
     so it is never empty, and all that is left over at the end of a row is in it."""
     n = max(1, task.n_vectors // PART) if task.large else 1
@@ -143,9 +143,9 @@ def parts_of_row(task):
 
 
 @njit(**INLINE)
-def part_of_row(task, unit, k, length):
+def row_part(task, unit, k, length):
     """Part k of a row, as a unit: so vectors that are ahead, here, and behind at a time have the same number."""
-    return from_class(task, unit, k * length * LANES, min(length, unit.stop - k * length))
+    return unit_from_class(task, unit, k * length * LANES, min(length, unit.stop - k * length))
 
 
 @njit(**INLINE)
@@ -155,27 +155,27 @@ def part_numbers(task):
 
 
 @njit(**INLINE)
-def to_factors(task, unit, f, m, parts):
+def rescale_parts(task, unit, f, m, parts):
     """The parts' factors, in place of their maxima. If one were so small that float32 would lose digits of it, the part's
     exponentials are made smaller instead."""
-    n_parts, length = parts_of_row(task)
+    n_parts, length = row_parts(task)
     if n_parts == 1:  # seen from m
         put(parts, 0, lane(f.wide_a, 0))
         return
     for k in range(n_parts):
-        power, rest = from_part(task, get(parts, k * itemsize(parts)), m)
+        power, rest = rescale_stored(task, get(parts, k * itemsize(parts)), m)
         a = f.wide_a * rest * widen(power)
         if 0.0 < lane(absolute(a), 0) < SMALLEST:
-            part = part_of_row(task, unit, k, length)
+            part = row_part(task, unit, k, length)
             for j in range(part.stop):
                 mask = all_lanes() if j < part.full else part.reads
-                keep(task, part, j, exponentials(task, part, j, mask, f.shift, power) * power, mask)
+                store_exponentials(task, part, j, exponentials(task, part, j, mask, f.shift, power) * power, mask)
             a = f.wide_a * rest
         put(parts, k * itemsize(parts), lane(a, 0))
 
 
 @njit(**INLINE)
-def factors_of_part(f, parts, k):
+def part_factors(f, parts, k):
     """Each is a number, and takes one register then."""
     a, b, g_y = splat(f.a, get(parts, k * itemsize(parts))), splat(f.b, lane(f.b, 0)), splat(f.g_y, lane(f.g_y, 0))
     return Factors(f.shift, f.power, a, f.wide_a, b, f.k, f.q_hot, f.e_hot, f.inverse_s, g_y)
@@ -187,24 +187,24 @@ def factors_of_part(f, parts, k):
 
 
 @njit(**INLINE)
-def nothing_behind(task, unit):
+def no_pending(task, unit):
     """Before the first row."""
     zero = splat(task.x, 0.0)
-    return Behind(unit, Factors(shift_by(zero), zero, zero, splat(task.w, 0.0), zero, zero, zero, zero, zero, zero), 0, -1, -1)
+    return Pending(unit, Factors(shift_by(zero), zero, zero, splat(task.w, 0.0), zero, zero, zero, zero, zero, zero), 0, -1, -1)
 
 
 @njit(**INLINE)
-def follow(task, unit, f, m, parts):
+def pending_row(task, unit, f, m, parts):
     """The row is behind now. Its ends, which may share lines with other rows, are written."""
-    to_factors(task, unit, f, m, parts)
+    rescale_parts(task, unit, f, m, parts)
     head, body, n_whole, tail = first_lanes(0), unit, unit.full, unit.writes
-    if streams(task, unit):
+    if is_non_temporal(task, unit):
         head, body, n_whole, tail = aligned(task, unit)
-    stop = n_whole // AT_A_TIME * AT_A_TIME
-    g = gradient_vector(task, unit, 0, head, factors_of_part(f, parts, 0))
+    stop = n_whole // INTERLEAVED * INTERLEAVED
+    g = gradient_vector(task, unit, 0, head, part_factors(f, parts, 0))
     write(task, task.g + unit.g, unit.g_lanes, g, head)
-    n_parts, _ = parts_of_row(task)
-    f_last = factors_of_part(f, parts, n_parts - 1)
+    n_parts, _ = row_parts(task)
+    f_last = part_factors(f, parts, n_parts - 1)
     for j in range(stop, n_whole + 1):
         mask = all_lanes() if j < n_whole else tail
         g = gradient_vector(task, body, j, mask, f_last)
@@ -213,61 +213,61 @@ def follow(task, unit, f, m, parts):
     if task.labelled:
         y = lane(unit.y, 0) - body.first
         if 0 <= y < stop * LANES:
-            y_at = y // (AT_A_TIME * LANES) * AT_A_TIME
+            y_at = y // (INTERLEAVED * LANES) * INTERLEAVED
         else:
             put_label(task, unit, f)
-    return Behind(body, f, stop, y, y_at)
+    return Pending(body, f, stop, y, y_at)
 
 
 @njit(**INLINE)
-def part_behind(task, row, parts, k, length):
+def pending_part(task, row, parts, k, length):
     """Part k of the row behind. Its first vectors are written, and its last ones, in which the next part may begin."""
     at, stop = k * length, min(length, row.stop - k * length)
-    unit, f, y = from_class(task, row.unit, at * LANES, stop), factors_of_part(row.f, parts, k), row.y - at * LANES
+    unit, f, y = unit_from_class(task, row.unit, at * LANES, stop), part_factors(row.f, parts, k), row.y - at * LANES
     if at + length < row.stop:
-        stop -= AT_A_TIME
-        f_next, border = factors_of_part(row.f, parts, k + 1), length * LANES - row.unit.first
-        for j in range(stop, stop + AT_A_TIME):
+        stop -= INTERLEAVED
+        f_next, border = part_factors(row.f, parts, k + 1), length * LANES - row.unit.first
+        for j in range(stop, stop + INTERLEAVED):
             g, g_next = gradient_vector(task, unit, j, all_lanes(), f), gradient_vector(task, unit, j, all_lanes(), f_next)
             c = iota() + j * LANES
-            put_whole(task, unit, j, where(c == y, f.g_y, where(c < border, g, g_next)))
-    behind = Behind(unit, f, stop, y, row.y_at - at)
-    for j in range(-LEAD, 0, AT_A_TIME):
-        write_behind(task, behind, j)
-    return behind
+            store_full(task, unit, j, where(c == y, f.g_y, where(c < border, g, g_next)))
+    pending = Pending(unit, f, stop, y, row.y_at - at)
+    for j in range(-LEAD, 0, INTERLEAVED):
+        write_pending(task, pending, j)
+    return pending
 
 
-@by_kind(none=lambda task, behind, j: None)
-def write_behind(task, behind, j):
+@by_kind(none=lambda task, pending, j: None)
+def write_pending(task, pending, j):
     """Of the row behind, what is LEAD vectors further than vectors j, ..., whose exponentials take the place of its own."""
     at = j + LEAD
-    if at < behind.stop:
-        if at == behind.y_at:  # a line that bypassed the caches is slow to change
-            put_behind(task, behind, at, True)
+    if at < pending.stop:
+        if at == pending.y_at:  # a line that bypassed the caches is slow to change
+            put_pending(task, pending, at, True)
         else:
-            put_behind(task, behind, at, False)
+            put_pending(task, pending, at, False)
 
 
 @njit(**INLINE)
-def put_behind(task, behind, at, holds_y):
-    for j in range(at, at + AT_A_TIME):
-        g = gradient_vector(task, behind.unit, j, all_lanes(), behind.f)
+def put_pending(task, pending, at, holds_y):
+    for j in range(at, at + INTERLEAVED):
+        g = gradient_vector(task, pending.unit, j, all_lanes(), pending.f)
         if holds_y:
-            g = where(iota() + j * LANES == behind.y, behind.f.g_y, g)
-        put_whole(task, behind.unit, j, g)
+            g = where(iota() + j * LANES == pending.y, pending.f.g_y, g)
+        store_full(task, pending.unit, j, g)
 
 
 @njit(**INLINE)
-def put_whole(task, unit, j, g):
+def store_full(task, unit, j, g):
     p = task.g + (unit.g + j * g_step(task))
-    if streams(task, unit):
-        stream(p, g)
+    if is_non_temporal(task, unit):
+        store_non_temporal(p, g)
     else:
         store(p, g)
 
 
-@by_kind(none=lambda task, behind, start: None)
-def finish_behind(task, behind, start):
-    """What is left of the row behind, if ``start`` is the first vector with which ``write_behind`` was not called."""
-    for j in range(start, behind.stop - LEAD, AT_A_TIME):
-        write_behind(task, behind, j)
+@by_kind(none=lambda task, pending, start: None)
+def finish_pending(task, pending, start):
+    """What is left of the row behind, if ``call_kernel`` is the first vector with which ``write_pending`` was not called."""
+    for j in range(start, pending.stop - LEAD, INTERLEAVED):
+        write_pending(task, pending, j)

@@ -10,6 +10,7 @@ from fastxent._simd.memory import (
     as_stored,
     before_aligned,
     copy,
+    copy_non_temporal,
     fixed,
     gather,
     itemsize,
@@ -17,8 +18,7 @@ from fastxent._simd.memory import (
     prefetch_near,
     scatter,
     store,
-    store_first,
-    stream_copy,
+    store_masked,
 )
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.transpose import BY_MASK, SQUARE, load_transposed, store_transposed
@@ -26,31 +26,31 @@ from fastxent._simd.vector import LANES, all_lanes, count_lanes, first_lanes, io
 
 INF = float("inf")
 PAGE = 4096
-LATER = 2048  # bytes between short rows that are worked on, one unit at a time, and those that are asked for
+SHORT_ROWS_AHEAD = 2048  # bytes between short rows that are worked on, one unit at a time, and those that are asked for
 
 
 @njit(**INLINE)
-def first_of(task, c):
+def first_class(task, c):
     """Rows are taken 16 classes at a time, from c = 0, 16, ...; the last of them begins earlier, that it be whole too."""
     return max(0, min(c, task.n_classes - LANES))
 
 
 @njit(**INLINE)
-def fill(task, tile, p, n, lanes, mask):
+def load_tile(task, tile, p, n, lanes, mask):
     """The logits of 16 rows, class by class: rows read whole and transposed, or, as the last few are, gathered.
 
     Returns the rows' maxima; -inf where not ``mask``.
     """
     vector = LANES * itemsize(tile)
     m = splat(tile, -INF)
-    if task.whole_rows and (n == LANES or n == 1):
+    if task.transposed and (n == LANES or n == 1):
         row, ahead = fixed(task.axes, 8) if n > 1 else 0, 0  # one row is read as if it were 16
         if task.large or task.n_classes < LANES:
-            look_at_later_rows(task, p, row)
+            prefetch_rows(task, p, row)
         elif row == task.n_classes * itemsize(p):
-            ahead = later(task, row)
+            ahead = prefetch_distance(task, row)
         for c in range(0, task.n_classes, LANES):
-            first = first_of(task, c)
+            first = first_class(task, c)
             at = p + first * itemsize(p)
             m = maximum(m, load_transposed(at, row, min(LANES, task.n_classes), tile + first * vector, ahead))
     else:
@@ -62,14 +62,14 @@ def fill(task, tile, p, n, lanes, mask):
 
 
 @njit(**INLINE)
-def fill_weights(task, tile, p, n, lanes, mask):
+def load_target_tile(task, tile, p, n, lanes, mask):
     """The class probabilities of 16 rows, in the same way."""
     vector = LANES * itemsize(tile)
     if n == LANES:
         row = fixed(task.axes, 24)
-        ahead = later(task, row) if row == task.n_classes * itemsize(p) else 0
+        ahead = prefetch_distance(task, row) if row == task.n_classes * itemsize(p) else 0
         for c in range(0, task.n_classes, LANES):
-            first = first_of(task, c)
+            first = first_class(task, c)
             load_transposed(p + first * itemsize(p), row, min(LANES, task.n_classes), tile + first * vector, ahead)
     else:
         for j in range(task.n_vectors):
@@ -77,23 +77,23 @@ def fill_weights(task, tile, p, n, lanes, mask):
 
 
 @njit(**INLINE)
-def put_neighbours(task, p, place, n):
+def copy_out(task, p, place, n):
     """Copy n elements to the gradient, past the caches if it is."""
     step, from_step = LANES * itemsize(p), LANES * itemsize(place)
-    if task.large and task.stream != 0:
+    if task.large and task.non_temporal != 0:
         head = before_aligned(p, n)
         if head > 0:
-            store_first(p, load(place), first_lanes(head))
+            store_masked(p, load(place), first_lanes(head))
             p, place, n = p + head * itemsize(p), place + head * itemsize(place), n - head
     n_whole = n // LANES
     for k in range(n_whole):
-        if task.large and task.stream != 0:
-            stream_copy(p + k * step, place + k * from_step)
+        if task.large and task.non_temporal != 0:
+            copy_non_temporal(p + k * step, place + k * from_step)
         else:
             copy(p + k * step, place + k * from_step)
     tail = n - n_whole * LANES
     if tail > 0:
-        store_first(p + n_whole * step, load(place + n_whole * from_step), first_lanes(tail))
+        store_masked(p + n_whole * step, load(place + n_whole * from_step), first_lanes(tail))
 
 
 @njit(**INLINE)
@@ -116,36 +116,36 @@ def next_tile(task, tile):
 
 
 @njit(**INLINE)
-def later(task, row):
+def prefetch_distance(task, row):
     """Bytes between the short rows that are worked on, each of ``row`` bytes, and those that are asked for."""
-    return LATER + LANES * row if task.paired else LATER
+    return SHORT_ROWS_AHEAD + LANES * row if task.paired else SHORT_ROWS_AHEAD
 
 
 @njit(**INLINE)
-def look_at_later_rows(task, p, row):
+def prefetch_rows(task, p, row):
     """Ask for as much as 16 rows of ``row`` bytes are, later on. Short rows are read and written in pieces, so no processor
     does it by itself."""
     if row == task.n_classes * itemsize(p):
-        for at in range(later(task, row), later(task, row) + LANES * row, LINE):
+        for at in range(prefetch_distance(task, row), prefetch_distance(task, row) + LANES * row, LINE):
             prefetch_near(p, at)
 
 
 @njit(**INLINE)
-def flush_rows(task, unit, tile, p, factor, g_y):
+def write_transposed(task, unit, tile, p, factor, g_y):
     """The gradient of whole rows, with that of the target; by way of a stage, where they are then one piece, what cannot be
     written as it comes: without masks rows of less than a square; fewer than 16 of them, and what goes past the caches."""
     row, own = fixed(task.axes, 16), task.n_classes * itemsize(p)
     if task.large:
-        look_at_later_rows(task, p, row)
+        prefetch_rows(task, p, row)
     n = count_lanes(unit.rows)
     in_pieces = task.n_classes < SQUARE and not BY_MASK
-    staged = in_pieces or n < LANES or (task.large and task.stream != 0 and row == own)
+    staged = in_pieces or n < LANES or (task.large and task.non_temporal != 0 and row == own)
     stage = as_stored(p, tile + tile_bytes(task, tile))
     to, step, lanes, columns = p, row, unit.g_lanes, min(LANES, task.n_classes)
     if staged:  # whole vectors: what a mask has written is slow to be read back
         to, step, lanes, columns = stage, own, iota() * own, max(columns, SQUARE)
     for c in range(0, task.n_classes, LANES):
-        first = first_of(task, c)
+        first = first_class(task, c)
         place = tile + first * LANES * itemsize(tile)
         store_transposed(to + first * itemsize(p), step, columns, place, factor)
     if task.labelled:  # an ignored row's gradient is 0 everywhere, as is its g_y; a stage has room for 16 rows
@@ -153,7 +153,7 @@ def flush_rows(task, unit, tile, p, factor, g_y):
         scatter(to, lanes + y * itemsize(p), g_y, all_lanes())
     if staged:
         if row == own:
-            put_neighbours(task, p, stage, n * task.n_classes)
+            copy_out(task, p, stage, n * task.n_classes)
         else:
             for k in range(n):
-                put_neighbours(task, p + k * row, stage + k * own, task.n_classes)
+                copy_out(task, p + k * row, stage + k * own, task.n_classes)

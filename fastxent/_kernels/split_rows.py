@@ -10,7 +10,7 @@ from numba import njit
 from fastxent._abi.argument_block import LINE
 from fastxent._kernels.addressing import locate
 from fastxent._kernels.gradient import holds_label
-from fastxent._kernels.inputs import INF, Label, State, from_part, joined, label, of_none, seen_from
+from fastxent._kernels.inputs import INF, Label, State, empty, label, merge, rescale, rescale_stored
 from fastxent._kernels.reduce import span_state
 from fastxent._simd.lanes import max_across, sum_across
 from fastxent._simd.memory import gather, get, put
@@ -31,8 +31,8 @@ def save_segment(task, tile, number):
                 put(at, X_Y, lane(widen(label(task, unit).raw_x_y), 0))
         state = span_state(task, unit)
         put(at, 0, lane(widen(state.m), 0))
-        put(at, 8, lane(state.top, 0))
-        put(at, 16, lane(state.beside, 0))
+        put(at, 8, lane(state.s_max, 0))
+        put(at, 16, lane(state.s_rest, 0))
         put(at, 24, lane(state.q_sum, 0))
         put(at, 32, lane(state.q_dot, 0))
         put(at, 40, lane(state.e_dot, 0))
@@ -60,18 +60,18 @@ def row_state(task, unit, number):
     for k in range(0, task.n_segments, LANES):
         m = maximum(m, load_segments(task, first, k).m)
     m = max_across(m)
-    state = of_none(task, m)
+    state = empty(task, m)
     for k in range(0, task.n_segments, LANES):
-        state = joined(state, seen_from(load_segments(task, first, k), m))
-    top, beside = sum_across(state.top), sum_across(state.beside)
-    return State(m, top, beside, sum_across(state.q_sum), sum_across(state.q_dot), sum_across(state.e_dot))
+        state = merge(state, rescale(load_segments(task, first, k), m))
+    s_max, s_rest = sum_across(state.s_max), sum_across(state.s_rest)
+    return State(m, s_max, s_rest, sum_across(state.q_sum), sum_across(state.q_dot), sum_across(state.e_dot))
 
 
 @njit(**INLINE)
 def to_row(task, number, state):
-    """What turns the exponentials that a segment has kept into those for the row's maximum: see ``from_part``."""
-    if task.split and task.keeps_e:
-        return from_part(task, get(task.segments, LINE * number), state.m)
+    """What turns the exponentials that a segment has kept into those for the row's maximum: see ``rescale_stored``."""
+    if task.split and task.stores_exp:
+        return rescale_stored(task, get(task.segments, LINE * number), state.m)
     return splat(task.x, 1.0), splat(task.w, 1.0)
 
 

@@ -9,26 +9,26 @@ from numba import njit
 from fastxent._abi.argument_block import BAD, CHECK, DIVISOR, SEGMENTS, WORK
 from fastxent._abi.variant import CHECKED, CHECKS
 from fastxent._kernels.addressing import (
-    flush,
     g_step,
     locate,
     put_rows,
     row_values,
     sum_rows,
-    unchanged,
+    unscaled,
     write,
     write_out,
+    write_tile,
     x_step,
 )
 from fastxent._kernels.gradient import exponentials, write_gradient
 from fastxent._kernels.inputs import factors, label, log_s, logits, row_loss, s_of, sum_loss
-from fastxent._kernels.parallel_for import enter, one_by_one, wait, walk
+from fastxent._kernels.parallel_for import barrier, one_by_one, parallel_for, thread_number
 from fastxent._kernels.prefetch import write_zeros
 from fastxent._kernels.reduce import span_state
 from fastxent._kernels.split_rows import row_label, row_state, save_segment, to_row
-from fastxent._simd.elementary import exp_up, shift_by
+from fastxent._simd.elementary import exp_scaled, shift_by
 from fastxent._simd.lanes import min_across, sum_across
-from fastxent._simd.memory import gather, get, itemsize, load, load_masked, put, start
+from fastxent._simd.memory import call_kernel, gather, get, itemsize, load, load_masked, put
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import (
     LANES,
@@ -83,8 +83,8 @@ def check_targets(task, tile, number):
 
 
 @njit(**INLINE)
-def deliver_loss(task, unit, state, y):
-    """Store the rows' losses if they are wanted; return their sum, as ``walk`` takes it."""
+def put_loss(task, unit, state, y):
+    """Store the rows' losses if they are wanted; return their sum, as ``parallel_for`` takes it."""
     plain = task.weighted == 0 and task.sampled == 0 and task.z == 0.0 and not task.soft  # Q = 1: l = log s - D
     if plain and task.store_loss == 0 and not task.double:
         rest, product = sum_loss(task, unit, state, y)
@@ -96,7 +96,7 @@ def deliver_loss(task, unit, state, y):
 
 
 @njit(**INLINE)
-def deliver_no_loss(task, unit):
+def put_zero_loss(task, unit):
     """All of the unit's rows are ignored."""
     if task.store_loss != 0:
         put_rows(task, task.loss, unit, splat(task.loss, 0.0))
@@ -110,66 +110,66 @@ def value(task, tile, number):
     if task.split and unit.start > 0:
         return 0.0, 1.0
     if not any_lane(unit.kept):
-        return deliver_no_loss(task, unit)
+        return put_zero_loss(task, unit)
     y = row_label(task, unit, number)
-    return deliver_loss(task, unit, row_state(task, unit, number), y)
+    return put_loss(task, unit, row_state(task, unit, number), y)
 
 
 @njit(**INLINE)
 def value_and_grad(task, tile, number):
     """Loss and gradient."""
     unit = locate(task, tile, number)
-    loss, late = (0.0, 1.0), unchanged(task)
+    loss, late = (0.0, 1.0), unscaled(task)
     if any_lane(unit.kept):
         y = row_label(task, unit, number)
         state = row_state(task, unit, number)
         if not task.split or unit.start == 0:
-            loss = deliver_loss(task, unit, state, y)
+            loss = put_loss(task, unit, state, y)
         late = write_gradient(task, unit, factors(task, unit, state, y, to_row(task, number, state)))
     else:
         if not task.split or unit.start == 0:
-            loss = deliver_no_loss(task, unit)
+            loss = put_zero_loss(task, unit)
         write_zeros(task, unit)
-    flush(task, unit, *late)
+    write_tile(task, unit, *late)
     return loss
 
 
 @njit(**INLINE)
-def hessian_vector(task, unit, j, mask, f, top, beside):
+def hessian_vector(task, unit, j, mask, f, s_max, s_rest):
     """h_c = a e_c (s - e_c) / s, with s - e_c = (top - e_c) + beside."""
-    e = exp_up(logits(task, unit, j, mask), f.shift)
-    return e * f.a * (((top - e) + beside) * f.inverse_s)
+    e = exp_scaled(logits(task, unit, j, mask), f.shift)
+    return e * f.a * (((s_max - e) + s_rest) * f.inverse_s)
 
 
 @njit(**INLINE)
 def grad_hess(task, tile, number):
     """Gradient and Hessian diagonal, which has the strides of the gradient."""
     unit = locate(task, tile, number)
-    zero, late = splat(task.x, 0.0), unchanged(task)
+    zero, late = splat(task.x, 0.0), unscaled(task)
     if any_lane(unit.kept):
         state = span_state(task, unit)
         f = factors(task, unit, state, label(task, unit), to_row(task, number, state))
-        top, beside = narrow(task.x, state.top), narrow(task.x, state.beside)
+        s_max, s_rest = narrow(task.x, state.s_max), narrow(task.x, state.s_rest)
         for j in range(unit.start, unit.stop):
             whole = j < unit.full
             reads = all_lanes() if whole else unit.reads
             writes = all_lanes() if whole else unit.writes
-            h = hessian_vector(task, unit, j, reads, f, top, beside)
+            h = hessian_vector(task, unit, j, reads, f, s_max, s_rest)
             write(task, task.h + (unit.g + j * g_step(task)), unit.g_lanes, h, writes)
         late = write_gradient(task, unit, f)
     else:
         for j in range(unit.start, unit.stop):
-            mask = all_lanes() if task.across and j < unit.full else unit.writes
+            mask = all_lanes() if task.class_lanes and j < unit.full else unit.writes
             write(task, task.h + (unit.g + j * g_step(task)), unit.g_lanes, zero, mask)
         write_zeros(task, unit)
-    flush(task, unit, *late)
+    write_tile(task, unit, *late)
     return 0.0, 1.0
 
 
 @njit(**INLINE)
 def class_numbers(task, j):
     """The classes in vector j."""
-    if task.across:
+    if task.class_lanes:
         return iota() + j * LANES
     return splat(task.y, j)
 
@@ -189,10 +189,10 @@ def stats(task, tile, number):
             put_rows(task, p, unit, narrow(p, zero))
         put_rows(task, task.prediction, unit, nothing)
         put_rows(task, task.target_rank, unit, nothing)
-        return deliver_no_loss(task, unit)
+        return put_zero_loss(task, unit)
     state = span_state(task, unit)
     y = row_values(task, task.y, unit.row, unit.row_lanes, unit.kept)
-    if task.across:
+    if task.class_lanes:
         x_y = splat(task.x, get(task.x + unit.x, lane(y, 0) * itemsize(task.x)))
     else:
         x_y = gather(task.x + unit.x, unit.x_lanes + y * x_step(task), unit.kept)
@@ -208,19 +208,19 @@ def stats(task, tile, number):
         first_nan = where(is_nan & (c < first_nan), c, first_nan)
         ahead = (x > x_y) | ((x == x_y) & (c < y)) | (is_nan & ((x_y == x_y) | (c < y)))
         rank = rank + where(mask & ahead, one, no)
-    if task.across:
+    if task.class_lanes:
         first_max, first_nan, rank = min_across(first_max), min_across(first_nan), sum_across(rank)
     prediction = where(first_nan < none, first_nan, first_max)
 
     kept = unit.kept
     log_sum = log_s(state)
-    p_y = widen(exp_up(x_y, shift_by(state.m))) / s_of(state)
+    p_y = widen(exp_scaled(x_y, shift_by(state.m))) / s_of(state)
     put_rows(task, task.lse, unit, narrow(task.lse, where(kept, widen(state.m) + log_sum, 0.0)))
     put_rows(task, task.entropy, unit, narrow(task.lse, where(kept, log_sum - state.e_dot / s_of(state), 0.0)))
     put_rows(task, task.target_prob, unit, narrow(task.lse, where(kept, p_y, 0.0)))
     put_rows(task, task.prediction, unit, where(kept, prediction, nothing))
     put_rows(task, task.target_rank, unit, where(kept, rank, nothing))
-    return deliver_loss(task, unit, state, label(task, unit))
+    return put_loss(task, unit, state, label(task, unit))
 
 
 @njit(**INLINE)
@@ -233,7 +233,7 @@ def softmax(task, tile, number):
     for j in range(unit.start, unit.stop):
         mask = all_lanes() if j < unit.full else unit.writes
         write_out(task, unit, j, exponentials(task, unit, j, mask, shift, power) * inverse_s, mask)
-    flush(task, unit, *unchanged(task))
+    write_tile(task, unit, *unscaled(task))
     return 0.0, 1.0
 
 
@@ -247,7 +247,7 @@ def log_softmax(task, tile, number):
         mask = all_lanes() if j < unit.full else unit.writes
         log_p = (widen(logits(task, unit, j, mask)) - m) - log_sum
         write_out(task, unit, j, narrow(task.x, log_p), mask)
-    flush(task, unit, *unchanged(task))
+    write_tile(task, unit, *unscaled(task))
     return 0.0, 1.0
 
 
@@ -270,16 +270,16 @@ check_all = one_by_one(check_targets)
 
 def check(task, phase, me):
     """A kernel: are all class indices in range, and what do the rows weigh?"""
-    walk(task, phase, me, check_all, (task.n_rows + CHECKED - 1) // CHECKED, CHECKS)
+    parallel_for(task, phase, me, check_all, (task.n_rows + CHECKED - 1) // CHECKED, CHECKS)
 
 
 work = one_by_one(value)  # what a kernel does with some units: ``compiler`` puts in what it is to do
-keep_segment = save_segment  # with task.keeps_e
+keep_segment = save_segment  # with task.stores_exp
 
 
 def kernel(task, phase, me):
     """A kernel: ``work`` on all units."""
-    walk(task, phase, me, work, task.n_units, task.chunk)
+    parallel_for(task, phase, me, work, task.n_units, task.chunk)
 
 
 def launch(task):
@@ -287,16 +287,16 @@ def launch(task):
 
     Before all class indices are checked, nothing is written, and nothing is read by one of them.
     """
-    me = enter(task)
+    me = thread_number(task)
     if task.check != 0:
-        start(task.check, task, CHECK, me)
-        wait(task, CHECK)
+        call_kernel(task.check, task, CHECK, me)
+        barrier(task, CHECK)
         if get(task.total, BAD) != 0.0:
             return
         if task.average != 0:  # every thread writes the same
             weight = get(task.total, 8 * CHECK)
             put(task.total, DIVISOR, weight if weight != 0.0 else NAN)
     if task.save_segment != 0:
-        start(task.save_segment, task, SEGMENTS, me)
-        wait(task, SEGMENTS)
-    start(task.kernel, task, WORK, me)
+        call_kernel(task.save_segment, task, SEGMENTS, me)
+        barrier(task, SEGMENTS)
+    call_kernel(task.kernel, task, WORK, me)

@@ -58,7 +58,7 @@ class Problem(NamedTuple):
     @property
     def numbers(self) -> dict[str, float]:
         """The options as the tasks know them."""
-        return {"ignore": self.ignore, "keep": 1.0 - self.smoothing, "spread": self.smoothing / self.x.shape[self.axis]}
+        return {"ignore": self.ignore, "confidence": 1.0 - self.smoothing, "uniform": self.smoothing / self.x.shape[self.axis]}
 
     def plan(self, g: Array | None = None, may_split: bool = True) -> Plan:
         """How a kernel walks over this problem and writes ``g``."""

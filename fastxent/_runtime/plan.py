@@ -21,9 +21,9 @@ from fastxent._abi.variant import (
     MOST_PAIRED_LARGE,
     MOST_TILED,
     MOST_TILED_LARGE,
+    PANEL,
     POINTS,
     POINTS_CHUNK,
-    STRIP,
     Variant,
     precision,
 )
@@ -43,20 +43,20 @@ MOST_DIRECT = 1 << 22
 class Strategy(NamedTuple):
     """What is chosen for some extents: a variant's properties that depend on them, and numbers as in ``PLANNED``."""
 
-    across: bool
-    neighbours: bool
-    tiled: bool
-    whole_rows: bool
+    class_lanes: bool
+    contiguous_lanes: bool
+    packed: bool
+    transposed: bool
     paired: bool
     overlapped: bool
-    adjacent: bool
+    consecutive_rows: bool
     split: bool
     kept: bool
     large: bool
     n_vectors: int
     n_units: int
     units_per_line: int
-    strip: int
+    panel: int
     chunk: int
     segment: int
     n_segments: int
@@ -118,21 +118,21 @@ def over(a: float, b: float) -> float:
     return a / b if b else math.nan
 
 
-def is_across(n_rows: int, n_classes: int, size: int, tight: bool) -> bool:
+def uses_class_lanes(n_rows: int, n_classes: int, size: int, tight: bool) -> bool:
     """Are the lanes classes of one row? ``size``: bytes of a logit; tight: the classes lie side by side in all operands."""
     most_tiled = MOST_TILED_LARGE if n_rows * n_classes * size >= LARGE else MOST_TILED
     return tight and n_classes > (most_tiled if n_rows >= LANES else FEW_CLASSES)
 
 
 def strategy(
-    across: bool,
+    class_lanes: bool,
     n_rows: int,
     n_classes: int,
     extent: int,  # of the innermost row axis, along which the lanes go if they are rows
     size: int,
     tight: bool,
-    neighbours: bool,
-    adjacent: bool,
+    contiguous_lanes: bool,
+    consecutive_rows: bool,
     may_split: bool,
     capped: bool,
     unrounded: bool,  # the logits are stored in the precision of the arithmetic
@@ -141,9 +141,9 @@ def strategy(
     """The choice itself. It takes and gives numbers only, and needs nothing else of Python, so that machine code can make it
     for calls that differ in their extents only: see ``family``."""
     past_caches = n_rows * n_classes * size >= LARGE
-    split = tiled = whole_rows = False
-    segment = n_segments = strip = 1
-    if across:
+    split = packed = transposed = False
+    segment = n_segments = panel = 1
+    if class_lanes:
         n_vectors = -(-n_classes // LANES)
         units_per_line = extent
         split = may_split and n_rows < FEW_ROWS and n_vectors >= 2 * SEGMENT
@@ -153,36 +153,36 @@ def strategy(
         n_units = n_rows * n_segments
         per_unit = n_classes // n_segments
     else:
-        tiled = n_classes <= (MOST_TILED_LARGE if past_caches else MOST_TILED)
-        whole_rows = tiled and not neighbours and tight
+        packed = n_classes <= (MOST_TILED_LARGE if past_caches else MOST_TILED)
+        transposed = packed and not contiguous_lanes and tight
         n_vectors = n_classes
         units_per_line = -(-extent // LANES)
-        if tiled and neighbours:  # whole strips, the last of which may have empty units
-            strip = -(-units_per_line // -(-units_per_line // STRIP))
-            units_per_line = -(-units_per_line // strip) * strip
+        if packed and contiguous_lanes:  # whole panels, the last of which may have empty units
+            panel = -(-units_per_line // -(-units_per_line // PANEL))
+            units_per_line = -(-units_per_line // panel) * panel
         n_units = units_per_line * (n_rows // extent)
         per_unit = n_classes * LANES
 
     # The exponentials of a split row are kept where its gradient will be.
-    kept = not capped and (tiled or (across and (unrounded if split else n_vectors <= MOST_KEPT)))
-    large = past_caches and (neighbours or whole_rows) and not split
-    paired = whole_rows and n_classes <= (MOST_PAIRED_LARGE if large else MOST_PAIRED)
-    overlapped = large and tiled and neighbours and kept and single
-    overlapped = overlapped and n_classes >= FEWEST_OVERLAPPED and units_per_line > strip
+    kept = not capped and (packed or (class_lanes and (unrounded if split else n_vectors <= MOST_KEPT)))
+    large = past_caches and (contiguous_lanes or transposed) and not split
+    paired = transposed and n_classes <= (MOST_PAIRED_LARGE if large else MOST_PAIRED)
+    overlapped = large and packed and contiguous_lanes and kept and single
+    overlapped = overlapped and n_classes >= FEWEST_OVERLAPPED and units_per_line > panel
     chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
-    together = 2 if paired else strip  # units that belong into one chunk
+    together = 2 if paired else panel  # units that belong into one chunk
     chunk = -(-chunk // together) * together
     return Strategy(
-        across, neighbours, tiled, whole_rows, paired, overlapped, adjacent, split, kept, large,
-        n_vectors, n_units, units_per_line, strip, chunk, segment, n_segments, -(-n_units // chunk),
+        class_lanes, contiguous_lanes, packed, transposed, paired, overlapped, consecutive_rows, split, kept, large,
+        n_vectors, n_units, units_per_line, panel, chunk, segment, n_segments, -(-n_units // chunk),
     )  # fmt: skip
 
 
 def number_of(s: Strategy | Variant) -> int:
     """Of the kernel among those of a family."""
     return (
-        s.across * 1 + s.neighbours * 2 + s.tiled * 4 + s.whole_rows * 8 + s.paired * 16 + s.overlapped * 32
-        + s.adjacent * 64 + s.split * 128 + s.kept * 256 + s.large * 512
+        s.class_lanes * 1 + s.contiguous_lanes * 2 + s.packed * 4 + s.transposed * 8 + s.paired * 16 + s.overlapped * 32
+        + s.consecutive_rows * 64 + s.split * 128 + s.kept * 256 + s.large * 512
     )  # fmt: skip
 
 
@@ -221,9 +221,9 @@ def make_plan(
     for a in axes:
         n_rows *= a.extent
 
-    across = is_across(n_rows, n_classes, sizes[0], tight)
-    neighbours, adjacent = True, False
-    if across:
+    class_lanes = uses_class_lanes(n_rows, n_classes, sizes[0], tight)
+    contiguous_lanes, consecutive_rows = True, False
+    if class_lanes:
         steps = tuple(LANES * size for size in sizes)
     else:
         # Lanes go along the axis whose rows lie side by side, or else the longest.
@@ -232,19 +232,19 @@ def make_plan(
             innermost = max(axes, key=lambda a: ((a.x, a.g, a.t) == sizes, a.extent))
             axes.remove(innermost)
             axes.insert(0, innermost)
-        neighbours, adjacent = (innermost.x, innermost.g, innermost.t) == sizes, innermost.row == 1
+        contiguous_lanes, consecutive_rows = (innermost.x, innermost.g, innermost.t) == sizes, innermost.row == 1
     acc = precision(logits, target)
     s = strategy(
-        across, n_rows, n_classes, axes[0].extent, sizes[0], tight, neighbours, adjacent, may_split, capped,
+        class_lanes, n_rows, n_classes, axes[0].extent, sizes[0], tight, contiguous_lanes, consecutive_rows, may_split, capped,
         logits == acc, acc == "f32",
     )  # fmt: skip
     planned = (
-        n_rows, n_classes, s.n_vectors, s.n_units, s.units_per_line, s.strip, s.chunk, s.segment, s.n_segments,
+        n_rows, n_classes, s.n_vectors, s.n_units, s.units_per_line, s.panel, s.chunk, s.segment, s.n_segments,
         len(axes), *steps,
     )  # fmt: skip
     variant = Variant(
-        logits, target, labelled, smooth, across, neighbours, s.tiled, s.whole_rows, s.paired, s.overlapped, adjacent, capped,
-        s.split, s.kept, s.large,
+        logits, target, labelled, smooth, class_lanes, contiguous_lanes, s.packed, s.transposed, s.paired, s.overlapped,
+        consecutive_rows, capped, s.split, s.kept, s.large,
     )  # fmt: skip
     table = tuple(chain.from_iterable(axes))
     return Plan(variant, planned, table, s.n_units, s.n_chunks, n_rows * n_classes)

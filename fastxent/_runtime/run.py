@@ -96,8 +96,8 @@ def argument_block(
     name: str, plan: Plan, *,
     x: int = 0, g: int = 0, h: int = 0, t: int = 0, y: int = 0, tiles: int = 0, w: int = 0, u: int = 0,
     loss: int = 0, lse: int = 0, sign: int = 0, entropy: int = 0, target_prob: int = 0, prediction: int = 0,
-    target_rank: int = 0, ignore: int = 0, keep: float = 1.0, spread: float = 0.0, factor: float = 1.0, divisor: float = 1.0,
-    average: bool = False, z: float = 0.0, cap: float = 0.0, w_period: int = 1, u_period: int = 1,
+    target_rank: int = 0, ignore: int = 0, confidence: float = 1.0, uniform: float = 0.0, factor: float = 1.0,
+    divisor: float = 1.0, average: bool = False, z: float = 0.0, cap: float = 0.0, w_period: int = 1, u_period: int = 1,
 ) -> ctypes.Array[ctypes.c_char]:  # fmt: skip
     """What a task reads: addresses and numbers as in ``argument_block``, and behind them room for its sums.
 
@@ -114,8 +114,8 @@ def argument_block(
         registry.kernel("check").address if variant.labelled else 0, *kernels_of(name, variant),
         ctypes.addressof(plan.table), at_partial, at_taken, at_segments, at_total,
         lse, sign, entropy, target_prob, prediction, target_rank,
-        w != 0, u != 0, w_period, u_period, loss != 0, _may_bypass(x, g, plan), ignore, keep, spread, factor, average, z, cap,
-        _give_way(),
+        w != 0, u != 0, w_period, u_period, loss != 0, _may_bypass(x, g, plan), ignore, confidence, uniform, factor, average,
+        z, cap, _give_way(),
     )  # fmt: skip
     _set_totals(block, _AT_TOTAL, 0.0, 0.0, divisor or math.nan)
     return block
@@ -128,7 +128,7 @@ def kernels_of(name: str, variant: Variant) -> tuple[int, int]:
 
 
 def _may_bypass(x: int, g: int, plan: Plan) -> bool:
-    """May a large gradient be written past the caches? In place its lines are there already, but not those of strips in hand
+    """May a large gradient be written past the caches? In place its lines are there already, but not those of panels in hand
     (see ``plane_tiles``). And all rows have to begin where an element may."""
     steps = plan.axes[2::5]  # the row axes' strides in g
     return (g != x or plan.variant.overlapped) and all(at % plan.itemsize == 0 for at in (g, *steps))

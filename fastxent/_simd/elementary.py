@@ -21,7 +21,7 @@ from fastxent._simd.vector import I32, I64, SCALAR, absolute, at_least, call_llv
 #   e^r = 1 + r + r^2 q(r), q interpolated at Chebyshev nodes: 0.2 (f32), 0.002 (f64) of a half-ulp.
 #   2^k   is the low bits moved to the exponent's place: with bias + UP in what is added, they are k + bias + UP.
 #         2^k e^r = 2^k + 2^k (r + r^2 q(r)), rounded once.
-# Softmax needs ratios of exponentials only. So exp_up returns exp(x - m) 2^UP, UP = 24 or 52: the factor cancels, and a
+# Softmax needs ratios of exponentials only. So exp_scaled returns exp(x - m) 2^UP, UP = 24 or 52: the factor cancels, and a
 # probability too small for a normal number keeps its bits until the last multiplication rounds it to a denormal one.
 # Below x - m = -(bias + UP) ln 2 the exponent field is 0 and the result exactly 0, also for x = -inf.
 
@@ -78,11 +78,11 @@ def _power_of_two(typingctx, shifted):
     return shifted(shifted), codegen
 
 
-Shift = namedtuple("Shift", "base coarse fine lowest")  # a maximum m in parts; the x below which exp_up is 0
+Shift = namedtuple("Shift", "base coarse fine lowest")  # a maximum m in parts; the x below which exp_scaled is 0
 
 
 def shift_by(m):
-    """What ``exp_up`` needs to know of ``m``; -inf counts as 0, for -inf - -inf would be nan."""
+    """What ``exp_scaled`` needs to know of ``m``; -inf counts as 0, for -inf - -inf would be nan."""
     raise TypeError("shift_by is for kernels")
 
 
@@ -113,13 +113,13 @@ def _itself(x, base):
     return x
 
 
-def reduce(x, shift):
-    """``(r, 2**(k + UP))``, of which ``exp_of`` makes ``exp(x - m) * 2**UP``: see ``exp_up``."""
+def reduce_argument(x, shift):
+    """``(r, 2**(k + UP))``, of which ``exp_reduced`` makes ``exp(x - m) * 2**UP``: see ``exp_scaled``."""
     raise TypeError("reduce is for kernels")
 
 
-@overload(reduce, jit_options=INLINE)
-def _reduce(x, shift):
+@overload(reduce_argument, jit_options=INLINE)
+def _reduce_argument(x, shift):
     mantissa, bias, up, ln2_high, ln2_low, _ = _FORMAT[x.kind]
     offset = 1.5 * 2.0**mantissa + (bias + up)
     log2e = 1.0 / math.log(2.0)
@@ -135,13 +135,13 @@ def _reduce(x, shift):
     return reduce
 
 
-def exp_of(r, power):
+def exp_reduced(r, power):
     """``power e^r``, |r| <= ln(2)/2."""
     raise TypeError("exp_of is for kernels")
 
 
-@overload(exp_of, jit_options=INLINE)
-def _exp_of(r, power):
+@overload(exp_reduced, jit_options=INLINE)
+def _exp_reduced(r, power):
     q_of = _polynomial(_FORMAT[r.kind][-1])
 
     def exp_of(r, power):
@@ -152,13 +152,13 @@ def _exp_of(r, power):
 
 
 @njit(**INLINE)
-def exp_up(x, shift):
+def exp_scaled(x, shift):
     """``exp(x - m) * 2**UP`` for ``x <= m``, -inf and nan; error below 1.5 ulp; ``shift = shift_by(m)``.
 
     Where the base is 0, it may be None: one operation less.
     """
-    r, power = reduce(x, shift)
-    return exp_of(r, power)
+    r, power = reduce_argument(x, shift)
+    return exp_reduced(r, power)
 
 
 def tanh(x, height):
@@ -192,18 +192,18 @@ def _tanh(x, height):
 def sech_squared(x):
     """``1 - tanh(x)^2``, the slope of tanh, as 4 r (1 - r) with r = 1 / (1 + e^(2 |x|)): it keeps its digits at a large |x|."""
     d = absolute(x) * -2.0
-    e = exp_up(d, shift_by(splat(d, 0.0))) / up(d)
+    e = exp_scaled(d, shift_by(splat(d, 0.0))) / exp_scale(d)
     r = e / (e + 1.0)
     return r * 4.0 * (splat(r, 1.0) - r)
 
 
-def up(like):
-    """What ``exp_up`` gives for ``exp(0) = 1``: the factor 2**UP of ``like``'s kind (a Vec or a Ptr)."""
+def exp_scale(like):
+    """What ``exp_scaled`` gives for ``exp(0) = 1``: the factor 2**UP of ``like``'s kind (a Vec or a Ptr)."""
     raise TypeError("up is for kernels")
 
 
-@overload(up, jit_options=INLINE)
-def _up(like):
+@overload(exp_scale, jit_options=INLINE)
+def _exp_scale(like):
     factor = 2.0 ** _FORMAT[like.kind][2]
     return lambda like: factor
 
@@ -309,13 +309,13 @@ def log1p(e):
     return log(u) + (e - (u - 1.0)) / u
 
 
-def exp_down(x):
-    """``exp(x)``, x <= 0: without a maximum whose digits have to be kept, some operations less than `exp_up`."""
+def exp_negative(x):
+    """``exp(x)``, x <= 0: without a maximum whose digits have to be kept, some operations less than `exp_scaled`."""
     raise TypeError("exp_down is for kernels")
 
 
-@overload(exp_down, jit_options=INLINE)
-def _exp_down(x):
+@overload(exp_negative, jit_options=INLINE)
+def _exp_negative(x):
     mantissa, bias, up, ln2_high, ln2_low, _ = _FORMAT[x.kind]
     offset = 1.5 * 2.0**mantissa + (bias + up)
     lowest, log2e, down = -(bias + up) * math.log(2.0), 1.0 / math.log(2.0), 2.0**-up
@@ -325,6 +325,6 @@ def _exp_down(x):
         shifted = fma(x, log2e, splat(x, offset))
         k = shifted - offset
         r = fma(k, -ln2_low, fma(k, -ln2_high, x))
-        return exp_of(r, _power_of_two(shifted)) * down
+        return exp_reduced(r, _power_of_two(shifted)) * down
 
     return exp_down

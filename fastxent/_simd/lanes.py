@@ -21,7 +21,7 @@ def _halved(builder, total, lanes):
 
 
 @intrinsic
-def beside(typingctx, a, b):
+def concat(typingctx, a, b):
     """Two vectors as one of twice the lanes.
 
     What is done to it is done to each part, step by step, so that none waits for the result of its own last step.

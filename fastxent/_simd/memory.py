@@ -95,7 +95,7 @@ def store(typingctx, p, x):
 
 
 @intrinsic
-def store_apart(typingctx, p, x, step):
+def store_each(typingctx, p, x, step):
     """Write the vectors of which ``x`` was made, ``step`` bytes from one to the next."""
 
     def codegen(context, builder, sig, args):
@@ -135,7 +135,7 @@ def _store_in_pieces(module, vector):
 
 
 @intrinsic
-def store_first(typingctx, p, x, mask):
+def store_masked(typingctx, p, x, mask):
     """Write neighbours at ``p`` where ``mask``, which is true for the first lanes only; no other is touched."""
 
     def codegen(context, builder, sig, args):
@@ -168,29 +168,29 @@ def copy(typingctx, p, q):
 
 
 @intrinsic
-def stream_copy(typingctx, p, q):
+def copy_non_temporal(typingctx, p, q):
     """The same, past the caches; ``p`` is aligned to the vector."""
 
     def codegen(context, builder, sig, args):
         to, at = (typed(builder, address, lanes_of(STORED[p.storage], LANES)) for address in args)
-        _past_caches(builder, builder.store(builder.load(at, align=1), to, align=LANES * ITEMSIZE[p.storage]))
+        _non_temporal(builder, builder.store(builder.load(at, align=1), to, align=LANES * ITEMSIZE[p.storage]))
         return context.get_dummy_value()
 
     return types.void(p, q), codegen
 
 
-def _past_caches(builder, written):
+def _non_temporal(builder, written):
     written.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
 
 
 @intrinsic
-def stream(typingctx, p, x):
+def store_non_temporal(typingctx, p, x):
     """Write 16 neighbours at ``p``, aligned to the vector, past the caches (the array is not read again soon)."""
 
     def codegen(context, builder, sig, args):
         raw = encode(builder, args[1], p)
         written = builder.store(raw, typed(builder, args[0], raw.type), align=LANES * ITEMSIZE[p.storage])
-        _past_caches(builder, written)
+        _non_temporal(builder, written)
         return context.get_dummy_value()
 
     return types.void(p, x), codegen
@@ -281,7 +281,7 @@ def put(typingctx, p, offset, value):
 
 
 @intrinsic
-def raise_to(typingctx, p, offset, value):
+def fetch_max(typingctx, p, offset, value):
     """Make an integer ``value`` if it is less, and return what it was, atomically."""
 
     def codegen(context, builder, sig, args):
@@ -303,7 +303,7 @@ def call(typingctx, function):
 
 
 @intrinsic
-def start(typingctx, kernel, task, phase, me):
+def call_kernel(typingctx, kernel, task, phase, me):
     """Run the kernel at an address."""
 
     def codegen(context, builder, sig, args):
@@ -355,7 +355,7 @@ def before_aligned(p, n):
     return min(n, (-address(p)) % (LANES * itemsize(p)) // itemsize(p))
 
 
-def ask_for(builder, address, level=1, writes=False):
+def emit_prefetch(builder, address, level=1, writes=False):
     call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(int(writes)), I32(4 - level), I32(1)])
 
 
@@ -363,7 +363,7 @@ def _prefetch(level, writes=False):
     @intrinsic
     def prefetch(typingctx, p, offset):
         def codegen(context, builder, sig, args):
-            ask_for(builder, builder.gep(args[0], [args[1]]), level, writes)
+            emit_prefetch(builder, builder.gep(args[0], [args[1]]), level, writes)
             return context.get_dummy_value()
 
         return types.void(p, types.int64), codegen

@@ -8,7 +8,7 @@ from numba.extending import intrinsic
 
 from fastxent._abi.argument_block import LINE
 from fastxent._simd.half import ITEMSIZE, encode
-from fastxent._simd.memory import ask_for, load_lanes, load_lanes_masked, store_lanes, typed
+from fastxent._simd.memory import emit_prefetch, load_lanes, load_lanes_masked, store_lanes, typed
 from fastxent._simd.vector import I64, LANES, SCALAR, WIDE, Vec, broadcast, lanes_of, larger, pick
 
 SQUARE = 16 if WIDE else 8  # rows and columns that are transposed at a time: what the registers hold
@@ -105,7 +105,7 @@ def load_transposed(typingctx, p, stride, columns, tile, ahead):
                 if wanted is None:
                     for at in rows[i : i + SQUARE]:
                         for line in range(0, SQUARE * ITEMSIZE[p.storage], LINE):
-                            ask_for(builder, builder.gep(at, [builder.add(ahead, I64(line))]))
+                            emit_prefetch(builder, builder.gep(at, [builder.add(ahead, I64(line))]))
                     elements = [load_lanes(builder, p, at, width) for at in rows[i : i + SQUARE]]
                 else:
                     nothing = encode(builder, lowest, p)

@@ -2,7 +2,7 @@
 
 Numba has had no vector math library since 0.62, so ``np.exp`` in a kernel is a scalar call, and LLVM prefers 256-bit
 registers on AVX-512 hosts. Explicit ``<16 x float>`` values give every host its full width (LLVM splits them on narrower
-ones) and let a kernel read like NumPy: ``acc += exp_up(x - m)``.
+ones) and let a kernel read like NumPy: ``acc += exp_scaled(x - m)``.
 
 ====== ============================== =========================================================
 type   holds                          made by
@@ -52,7 +52,7 @@ def lanes_of(scalar, lanes=LANES):
 
 
 class Vec(types.Type):
-    """16 lanes of one kind, held in registers; or a multiple: vectors that are worked on together (see ``beside``)."""
+    """16 lanes of one kind, held in registers; or a multiple: vectors that are worked on together (see ``s_rest``)."""
 
     def __init__(self, kind, lanes=LANES):
         self.kind, self.lanes = kind, lanes
@@ -319,7 +319,7 @@ def narrow(typingctx, like, x):
 
 
 @intrinsic
-def as_numbers(typingctx, like, x):
+def as_floats(typingctx, like, x):
     """Integers ``x`` as lanes of ``like``'s kind; ``like`` is a Vec or a Ptr."""
     vec = Vec(like.kind)
     return vec(like, x), lambda context, builder, sig, args: builder.sitofp(args[1], lanes_of(SCALAR[vec.kind]))

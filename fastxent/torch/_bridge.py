@@ -206,8 +206,8 @@ def _scalar(value: float, dtype: torch.dtype) -> Tensor:
 def numbers(options: Options, n_classes: int) -> dict[str, float]:
     """The options as the tasks know them."""
     return {
-        "ignore": options.ignore_index, "keep": 1.0 - options.label_smoothing, "spread": options.label_smoothing / n_classes,
-        "z": options.z_loss, "cap": options.softcap,
+        "ignore": options.ignore_index, "confidence": 1.0 - options.label_smoothing,
+        "uniform": options.label_smoothing / n_classes, "z": options.z_loss, "cap": options.softcap,
     }  # fmt: skip
 
 

@@ -86,8 +86,8 @@ def run_arrays(self, args, n_args):
     """Python's ``run(team, logits, target, out, options)``: the loss, or False.
 
     ``self`` is the array of a call with arrays: see ``words``. False: the arrays are not like those of the call, the options
-    not of the same types (that they are equal is known), or a class index is out of range; or the task is in use. Where no gradient
-    is written, ``out`` may be anything.
+    not of the same types (that they are equal is known), or a class index is out of range; or the task is in use. Where no
+    gradient is written, ``out`` may be anything.
     """
     call = word(self, objects.DATA)
     process, team = word(call, words.PROCESS_AT), 0

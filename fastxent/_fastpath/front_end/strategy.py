@@ -15,10 +15,11 @@ from fastxent._runtime import plan
 from fastxent._runtime.plan import MOST_DIRECT
 from fastxent._simd.numba_backend import INLINE
 
-SPREAD, SAVE_SEGMENT, WORKS = (abi.SLOT[name] for name in ("spread", "save_segment", "kernel"))
+UNIFORM, SAVE_SEGMENT, WORKS = (abi.SLOT[name] for name in ("uniform", "save_segment", "kernel"))
 
-is_across, strategy, number_of, n_checks, useful_threads = (
-    njit(**INLINE)(choice) for choice in (plan.is_across, plan.strategy, plan.number_of, plan.n_checks, plan.useful_threads)
+uses_class_lanes, strategy, number_of, n_checks, useful_threads = (
+    njit(**INLINE)(choice)
+    for choice in (plan.uses_class_lanes, plan.strategy, plan.number_of, plan.n_checks, plan.useful_threads)
 )
 
 
@@ -63,26 +64,26 @@ def made_ready(family, outer, n_classes, inner):
         return words.NOT_THERE
     tight = inner == 1
     extent = n_rows if n_classes == 1 or outer == 1 or inner == 1 else inner
-    neighbours = n_rows > 1 and (inner > 1 or n_classes == 1)
-    across = is_across(n_rows, n_classes, size, tight)
+    contiguous_lanes = n_rows > 1 and (inner > 1 or n_classes == 1)
+    class_lanes = uses_class_lanes(n_rows, n_classes, size, tight)
     s = strategy(
-        across, n_rows, n_classes, extent, size, tight, across or neighbours, not across, True,
+        class_lanes, n_rows, n_classes, extent, size, tight, class_lanes or contiguous_lanes, not class_lanes, True,
         word(family, words.CAPPED) != 0, word(family, words.UNROUNDED) != 0, word(family, words.SINGLE) != 0,
     )  # fmt: skip
     kernel = kernel_for(family, number_of(s))
     if kernel == 0 or max(s.n_chunks, n_checks(n_rows)) > words.ROOM:
         return words.NOT_MET
     n_axes = set_axes(family, n_rows, n_classes, inner, extent)
-    step = LANES * size if across else inner * size
+    step = LANES * size if class_lanes else inner * size
     planned = (
-        n_rows, n_classes, s.n_vectors, s.n_units, s.units_per_line, s.strip, s.chunk, s.segment, s.n_segments, n_axes,
+        n_rows, n_classes, s.n_vectors, s.n_units, s.units_per_line, s.panel, s.chunk, s.segment, s.n_segments, n_axes,
         step, step, step,
     )  # fmt: skip
     for nth in range(len(planned)):
         set_word(block, PLANNED + nth, planned[nth])
     set_word(block, SAVE_SEGMENT, word(kernel, 1))
     set_word(block, WORKS, word(kernel, 2))
-    set_word(block, SPREAD, number(family, words.SMOOTHING) / n_classes)
+    set_word(block, UNIFORM, number(family, words.SMOOTHING) / n_classes)
     if word(family, words.AVERAGED) != 0:
         set_word(block, DIVISOR_AT, float64(n_rows))
     return useful_threads(s.n_chunks, elements)

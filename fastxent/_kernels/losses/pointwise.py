@@ -12,10 +12,10 @@ from numba import njit
 from fastxent._abi.argument_block import DIVISOR
 from fastxent._abi.variant import POINTS
 from fastxent._kernels.addressing import sum_rows
-from fastxent._kernels.reduce import beside_each_other, total_over_classes, widen_add
-from fastxent._simd.elementary import exp_down, log1p_to_1, x_log_x
+from fastxent._kernels.reduce import concatenated, total_over_classes, widen_add
+from fastxent._simd.elementary import exp_negative, log1p_to_1, x_log_x
 from fastxent._simd.lanes import fold
-from fastxent._simd.memory import get, itemsize, load_masked, store_apart, store_first
+from fastxent._simd.memory import get, itemsize, load_masked, store_each, store_masked
 from fastxent._simd.numba_backend import INLINE, as_needed
 from fastxent._simd.vector import LANES, WIDE, absolute, all_lanes, at_least, first_lanes, fma, splat, where
 
@@ -54,18 +54,18 @@ def positive_weights_at(task, mask, j):
 
 
 def binary_loss(size):
-    side_by_side = beside_each_other(size)
+    several = concatenated(size)
 
     @njit(**INLINE)
     def formula(task, mask, j, factor):
-        x, t = side_by_side(logits_at, task, mask, j), side_by_side(targets_at, task, mask, j)
+        x, t = several(logits_at, task, mask, j), several(targets_at, task, mask, j)
         negative, positive = splat(t, 1.0) - t, t
         if task.sampled != 0:
-            positive = t * side_by_side(positive_weights_at, task, mask, j)
+            positive = t * several(positive_weights_at, task, mask, j)
         weight = negative
         if task.weighted != 0:
-            weight = side_by_side(weights_at, task, mask, j)
-        e = exp_down(absolute(x) * -1.0)
+            weight = several(weights_at, task, mask, j)
+        e = exp_negative(absolute(x) * -1.0)
         log1p_e = log1p_to_1(e)
         loss = fma(negative, log1p_e + at_least(x, 0.0), positive * (log1p_e + at_least(x * -1.0, 0.0)))
         if task.weighted != 0:
@@ -85,11 +85,11 @@ def binary_loss(size):
 
 def divergence_term(size):
     """t (log t - x), x the logarithm of a probability."""
-    side_by_side = beside_each_other(size)
+    several = concatenated(size)
 
     @njit(**INLINE)
     def formula(task, mask, j, factor):
-        x, t = side_by_side(logits_at, task, mask, j), side_by_side(targets_at, task, mask, j)
+        x, t = several(logits_at, task, mask, j), several(targets_at, task, mask, j)
         term = x_log_x(t) - t * x
         return term, term
 
@@ -98,12 +98,12 @@ def divergence_term(size):
 
 def divergence_term_of_logs(size):
     """exp(t) (t - x). A t above 0 is no logarithm of a probability, but may come."""
-    side_by_side = beside_each_other(size)
+    several = concatenated(size)
 
     @njit(**INLINE)
     def formula(task, mask, j, factor):
-        x, t = side_by_side(logits_at, task, mask, j), side_by_side(targets_at, task, mask, j)
-        e = exp_down(absolute(t) * -1.0)
+        x, t = several(logits_at, task, mask, j), several(targets_at, task, mask, j)
+        e = exp_negative(absolute(t) * -1.0)
         term = where(t > 0.0, splat(e, 1.0) / e, e) * (t - x)
         return term, term
 
@@ -137,17 +137,17 @@ def pointwise(formula):
             loss, g = group(task, mask, j, factor)
             total = widen_add(task, total, fold(loss))
             if task.store_loss != 0:
-                store_apart(task.loss + j * LANES * itemsize(task.loss), loss, LANES * itemsize(task.loss))
+                store_each(task.loss + j * LANES * itemsize(task.loss), loss, LANES * itemsize(task.loss))
             if task.differentiate:
-                store_apart(task.g + j * LANES * itemsize(task.g), g, LANES * itemsize(task.g))
+                store_each(task.g + j * LANES * itemsize(task.g), g, LANES * itemsize(task.g))
         for j in range(in_groups, first + (n + LANES - 1) // LANES):
             mask = first_lanes(n - (j - first) * LANES)
             loss, g = one(task, mask, j, factor)
             total = widen_add(task, total, where(mask, loss, 0.0))
             if task.store_loss != 0:
-                store_first(task.loss + j * LANES * itemsize(task.loss), loss, mask)
+                store_masked(task.loss + j * LANES * itemsize(task.loss), loss, mask)
             if task.differentiate:
-                store_first(task.g + j * LANES * itemsize(task.g), g, mask)
+                store_masked(task.g + j * LANES * itemsize(task.g), g, mask)
         return sum_rows(task, total_over_classes(task, total)), 1.0
 
     return visit

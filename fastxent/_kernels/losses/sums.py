@@ -3,9 +3,9 @@
 from numba import njit
 
 from fastxent._kernels.addressing import locate, put_rows
-from fastxent._kernels.inputs import INF, logits, target_weights, whole_logits
-from fastxent._kernels.reduce import beside_each_other, in_few_lanes, total_over_classes, widen_add
-from fastxent._simd.elementary import exp_up, log, log1p, shift_by, up, x_log_x
+from fastxent._kernels.inputs import INF, full_logits, logits, target_weights
+from fastxent._kernels.reduce import concatenated, halve_lanes, total_over_classes, widen_add
+from fastxent._simd.elementary import exp_scale, exp_scaled, log, log1p, shift_by, x_log_x
 from fastxent._simd.lanes import fold, max_across
 from fastxent._simd.numba_backend import INLINE, as_needed
 from fastxent._simd.vector import WIDE, absolute, all_lanes, any_lane, maximum, narrow, splat, where, widen
@@ -19,20 +19,20 @@ def reads(unit, j):
 
 @njit(**INLINE)
 def no_total(task):
-    nothing = widen(in_few_lanes(task, splat(task.x, 0.0)))
+    nothing = widen(halve_lanes(task, splat(task.x, 0.0)))
     return nothing, nothing
 
 
 def group_of_terms(size):
-    side_by_side = beside_each_other(size)
-    return njit(**INLINE)(lambda task, unit, j: fold(x_log_x(side_by_side(whole_logits, task, unit, j))))
+    several = concatenated(size)
+    return njit(**INLINE)(lambda task, unit, j: fold(x_log_x(several(full_logits, task, unit, j))))
 
 
 one, two, four = group_of_terms(1), group_of_terms(2), group_of_terms(4)
 
 
 @as_needed
-def grouped(constants):
+def group_terms(constants):
     """The terms of so many vectors that the processor has enough to do: it does not look far enough ahead by itself."""
     if not WIDE:
         return lambda task, unit, j: one(task, unit, j)
@@ -42,7 +42,7 @@ def grouped(constants):
 
 
 @njit(**INLINE)
-def at_once(task):
+def group_size_of_terms(task):
     """How many these are."""
     return (2 if task.double else 4) if WIDE else 1
 
@@ -52,9 +52,9 @@ def entropy(task, tile, number):
     """-sum_c p_c log p_c, the logits being probabilities; 0 log 0 = 0."""
     unit = locate(task, tile, number)
     total = no_total(task)
-    in_groups = unit.full // at_once(task) * at_once(task)
-    for j in range(0, in_groups, at_once(task)):
-        total = widen_add(task, total, grouped(task, unit, j))
+    in_groups = unit.full // group_size_of_terms(task) * group_size_of_terms(task)
+    for j in range(0, in_groups, group_size_of_terms(task)):
+        total = widen_add(task, total, group_terms(task, unit, j))
     for j in range(in_groups, unit.stop):
         total = widen_add(task, total, x_log_x(logits(task, unit, j, reads(unit, j))))
     h = splat(task.w, 0.0) - total_over_classes(task, total)
@@ -81,9 +81,9 @@ def logsumexp_of_products(task, tile, number):
     m = splat(task.x, -INF)
     for j in range(unit.start, unit.stop):
         m = maximum(m, exponents(task, unit, j)[0])
-    if task.across:
+    if task.class_lanes:
         m = max_across(m)
-    shift, down = shift_by(m), 1.0 / up(task.x)
+    shift, down = shift_by(m), 1.0 / exp_scale(task.x)
     # What the largest exponentials count: inf - inf is nan, and nothing but exp(-inf) is 0.
     size = where(m == INF, m, where(m == -INF, splat(m, 0.0), 1.0))
     top, rest = no_total(task), no_total(task)
@@ -92,7 +92,7 @@ def logsumexp_of_products(task, tile, number):
         is_top = x == m
         if any_lane(is_top):
             top = widen_add(task, top, where(is_top, b * size, 0.0))
-        rest = widen_add(task, rest, where(is_top | (b == 0.0), splat(b, 0.0), exp_up(x, shift) * down * b))
+        rest = widen_add(task, rest, where(is_top | (b == 0.0), splat(b, 0.0), exp_scaled(x, shift) * down * b))
     top, rest = total_over_classes(task, top), total_over_classes(task, rest)
     total, ratio, m = top + rest, rest / top, widen(m)
     close = absolute(ratio) <= 0.5
