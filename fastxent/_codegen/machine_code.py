@@ -23,13 +23,13 @@ from fastxent._abi.variant import SYMBOL, Variant
 from fastxent._codegen import disk_cache
 
 PACKAGE = __package__.partition(".")[0]
-# What a kernel is made of: rooms of jitted code and of what they share, and who compiles them.
+# What a kernel is made of: rooms of jitted code and of what they share, and who compiles them. ``_fastpath`` may be missing.
 ROOMS = "_abi", "_simd", "_kernels", "_fastpath.front_end", "_runtime.plan", "_codegen.compiler"
 
 
 def sources() -> list[str]:
     """The modules in these rooms, found where the rooms are; nothing is imported but the rooms' parents."""
-    found = [f"{PACKAGE}.{room}" for room in ROOMS]
+    found = [f"{PACKAGE}.{room}" for room in ROOMS if find_spec(f"{PACKAGE}.{room.partition('.')[0]}") is not None]
     for name in found:  # grows as rooms within rooms are found
         spec = find_spec(name)
         places = spec.submodule_search_locations if spec is not None else None
