@@ -246,7 +246,9 @@ class Inputs:
         if self.case.option == "z-loss":
             loss += Z_LOSS * float(np.square(reference.logsumexp(x, axis=self.case.axis)).sum())
         if self.case.option == "policy":
-            loss -= ENTROPY_BONUS * float(reference.entropy(reference.softmax(x, axis=self.case.axis), axis=self.case.axis).sum())
+            loss -= ENTROPY_BONUS * float(
+                reference.entropy(reference.softmax(x, axis=self.case.axis), axis=self.case.axis).sum()
+            )
         return loss
 
 

@@ -292,7 +292,9 @@ PROVIDERS = (
     Provider("fastxent out=", "ours", _numpy_out, _ours, modes=(GRAD,), options=BY_NUMPY),
     Provider("fastxent in place", "ours", _numpy_in_place, _ours, "floor in place", modes=(GRAD,), options=BY_NUMPY),
     Provider("fastxent torch", "ours", _torch_ours(False), _ours_torch),
-    Provider("fastxent torch in place", "ours", _torch_ours(True), _ours_torch, "floor in place", modes=(GRAD,), options=IN_PLACE),
+    Provider(
+        "fastxent torch in place", "ours", _torch_ours(True), _ours_torch, "floor in place", modes=(GRAD,), options=IN_PLACE
+    ),
     Provider("PyTorch eager", "peer", _eager, _torch),
     Provider("torch.compile", "peer", _compiled, _compiled_missing),
     Provider("scikit-learn", "peer", _sklearn, _sklearn_there, options=("plain",), dtypes=FULL, any_layout=False),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastxent._fastpath.callcache import recall, remember
+from fastxent._runtime import fastpath
 from fastxent._runtime.arguments import (
     Array,
     Problem,
@@ -29,6 +29,11 @@ from fastxent._runtime.arguments import (
 from fastxent._runtime.options import checked
 from fastxent._runtime.plan import Plan, over
 from fastxent._runtime.run import run
+
+if fastpath.ENABLED:
+    from fastxent._fastpath.array_calls import lookup, store
+else:
+    from fastxent._runtime.fastpath import lookup, store
 
 
 class CrossEntropyStats(NamedTuple):
@@ -118,13 +123,13 @@ def cross_entropy(
     array([0.417, 0.   ])
     """
     plain, options = weight is sample_weight is None, (axis, ignore_index, label_smoothing, reduction)
-    if plain and (met := recall("value", logits, target, None, options, n_threads)):
+    if plain and (met := lookup("value", logits, target, None, options, n_threads)):
         return met[0]
     checked("reduction", reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
     loss = _loss_of("value", p, reduction)
     if plain and reduction != "none":
-        remember("value", p, logits, target, None, None, options)
+        store("value", p, logits, target, None, None, options)
     return loss
 
 
@@ -185,7 +190,7 @@ def cross_entropy_value_and_grad(
            [ 0.125,  0.125,  0.125, -0.375]])
     """
     plain, options = weight is sample_weight is None, (axis, ignore_index, label_smoothing, reduction)
-    if plain and (met := recall("value_and_grad", logits, target, out, options, n_threads)):
+    if plain and (met := lookup("value_and_grad", logits, target, out, options, n_threads)):
         return met
     checked("reduction", reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
@@ -194,7 +199,7 @@ def cross_entropy_value_and_grad(
     g = new_gradient(p.x, p.axis) if out is None else writable_place(out, p.x, p.axis, (p.y, p.t, p.w, p.u))
     loss = _loss_of("value_and_grad", p, reduction, g)
     if plain and reduction != "none":
-        remember("value_and_grad", p, logits, target, out, g, options)
+        store("value_and_grad", p, logits, target, out, g, options)
     if out is None:
         return loss, g
     if g is not out:

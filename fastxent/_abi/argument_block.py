@@ -101,38 +101,3 @@ _ZEROS = f"={8 * FIRST_SLOT}x"  # the counters begin at 0
 BLOCK = struct.Struct(_ZEROS + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
 START, START_ALONE = struct.Struct(_ZEROS + "3q"), struct.Struct(_ZEROS + "3q9q")  # RUN; and the operands
 TOTAL = struct.Struct("=16x3d")  # sum of the losses, BAD, DIVISOR
-
-# A family: calls that differ in the extents of their arrays only, which are dense. Words of 8 bytes, all numbers; see
-# ``family``: number of axes; the class axis; do the classes lie innermost (else as in C order)?; bytes of a logit; are there
-# class probabilities?; is their loss averaged?; number of class weights, or 0; label smoothing, a float64; number of
-# kernels; ``plan.Traits``; the row axes' table, of two axes at most; of each kernel its number, that of its segments,
-# itself
-N_AXES, CLASS_AXIS, INNERMOST, SIZE, SOFT, AVERAGED, N_WEIGHTS, SMOOTHING, N_KERNELS, TRAITS = range(10)
-N_TRAITS = 7
-AXES = TRAITS + N_TRAITS
-KERNELS, MOST_KERNELS, KERNEL = AXES + 2 * 5, 16, 3
-FAMILY = KERNELS + MOST_KERNELS * KERNEL  # behind them comes the argument block
-ROOM = 1024  # chunks, and segments, that there is room for behind that
-
-# The table of calls that are known, and not large: words again; see ``fastcall``.
-MOST_ENTRIES = 256
-# Its head: number of entries; is a gradient written?; types of arrays and of options; ``launch``, functions of Python's and of
-# the OpenMP runtime's
-COUNT, WRITES, NDARRAY_TYPE, INT_TYPE, FLOAT_TYPE, STR_TYPE, LAUNCH, TO_FLOAT, TO_BOOL, TO_INT, FROM_INT, COMPARE = range(12)
-PARALLEL, THREAD_NUMBER = range(12, 14)
-HEAD = 14
-EQUAL = 2  # Py_EQ
-# An entry: the family; dtypes of logits and class indices; options
-FAMILY_AT, X_DTYPE, Y_DTYPE, OPTIONS, N_OPTIONS = 0, 1, 2, 3, 4
-ENTRY = OPTIONS + N_OPTIONS
-# Where tensors are run on there are no entries, but: bytes from a tensor's object to its handle; functions of PyTorch's C
-# interface, and where they write; None
-HANDLE, DATA_PTR, STORAGE_SIZE, STORAGE_OFFSET, DIM, TENSOR_SIZES, TENSOR_STRIDES, FOUND, NOTHING = range(HEAD, HEAD + 9)
-# And a call is: has it a family, else a block alone?; is its loss a float64?; how many class weights are float32, and where
-# they go as float64; of each operand its slot in the block, bytes that must be there, those of an element
-OF_FAMILY, IS_DOUBLE, N_NARROW, WIDE_AT, FIRST_OPERAND, OPERAND = 0, 1, 2, 3, 4, 3
-NOT_THERE, NOT_MET = -1, -2  # a tensor has not the memory or layout that it must have; no kernel of the family is for this
-# The word in which it is, in CPython's and NumPy's objects. ``table`` looks at a real array before anybody relies on it.
-TYPE, DATA, NDIM, DIMS, DTYPE, FLAGS = 1, 2, 3, 4, 7, 8
-CONTIGUOUS_AND_ALIGNED, WRITEABLE = 0x101, 0x400  # of an array's flags
-LOW_HALF = 0xFFFFFFFF  # of a word: a C int

@@ -21,8 +21,8 @@ TILE = MOST_STORED * LANES * 8  # bytes
 # Short rows of so many classes are worked on two units at a time: all that they read and write in float32 has room in the
 # nearest cache. Past the caches more than a few classes are held up by the memory.
 MOST_PAIRED, MOST_PAIRED_LARGE = 112, 16
-# Functions that are compiled like kernels, and the modules in which they are.
-BUILTINS = {"answer": "fastxent._fastpath.fastcall", "run_on": "fastxent._fastpath.fastcall"}
+# Functions that are compiled like kernels, and the modules in which they are: of a room that may be missing.
+BUILTINS = {"run_arrays": "fastxent._fastpath.front_end.arrays", "run_tensors": "fastxent._fastpath.front_end.tensors"}
 # Units of neighbouring rows that are copied to the tile together; of so many classes, and more than these units side by side,
 # they are read and written while others are worked on: see ``plane_tiles``.
 PANEL, FEWEST_OVERLAPPED = 16, 8

@@ -25,7 +25,7 @@ from fastxent._codegen.disk_cache import SUFFIX
 
 PACKAGE = __package__.partition(".")[0]
 # What a kernel is made of: rooms of jitted code and of what they share, and who compiles them. ``_fastpath`` may be missing.
-ROOMS = "_abi", "_simd", "_kernels", "_fastpath.fastcall", "_runtime.plan", "_codegen.compiler"
+ROOMS = "_abi", "_simd", "_kernels", "_fastpath.front_end", "_runtime.plan", "_codegen.compiler"
 
 _LITERAL_OR_COMMENT = re.compile(rb"""("{3}.*?"{3}|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|\#[^\n]*""", re.DOTALL)
 _DOCSTRING = re.compile(rb'(:\n)\s*[rR]?"{3}.*?"{3}\n', re.DOTALL)  # the first statement of a class or function

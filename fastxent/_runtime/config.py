@@ -17,7 +17,7 @@ from fastxent._abi.dtypes import ITEMSIZE, STORAGE
 from fastxent._abi.variant import BUILTINS, Variant
 from fastxent._codegen import disk_cache, patience, registry
 from fastxent._codegen.uninterrupted import imported
-from fastxent._runtime import threads
+from fastxent._runtime import fastpath, threads
 from fastxent._runtime.plan import make_plan
 from fastxent._runtime.threads import available_cpus, get_num_threads
 
@@ -52,7 +52,7 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
     for dtype in dtypes:
         if dtype not in STORAGE:
             raise ValueError(f"dtypes holds {dtype!r}; allowed are {', '.join(STORAGE)}")
-    jobs = [(name, Variant("f32")) for name in ("launch", "check", *BUILTINS)]
+    jobs = [(name, Variant("f32")) for name in ("launch", "check", *(BUILTINS if fastpath.ENABLED else ()))]
     for dtype in dtypes:
         jobs += [(name, _variant_for(name, shape, dtype)) for shape in _COMMON for name in ("value", "value_and_grad")]
     with patience.quietly():

@@ -45,7 +45,7 @@ MOST_SEGMENTS = 64
 LARGE, PIECES = 1 << 24, 128
 # Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
 WORTH_A_THREAD = 16384
-# Bytes of the logits of a call that a builtin may run, which keeps the GIL: 0.2 ms on one thread, of two classes 2 ms.
+# Bytes of the logits of a call that a builtin may run.
 MOST_DIRECT = 1 << 22
 
 

@@ -4,7 +4,7 @@ A compiled function, ``launch``, takes one argument block, runs the kernels that
 the block's counters say that nothing is left. So the three ways to run it differ in who calls it: ``GOMP_parallel`` calls it in
 every thread of the team that PyTorch uses too; threads of our own call it where there is no libgomp; or the caller alone calls
 it, and no parallel runtime is entered at all: small work, one thread, and any forked child (libgomp hangs after fork).
-Calls that are known and not large do the first or the last of these without Python: see ``fastcall``.
+Calls that are known and not large do the first or the last of these without Python: see ``_fastpath``.
 
 ``prange`` is not used: it resets ``torch.get_num_threads()``, freezes multiprocessing's start method, aborts when two threads
 call it and kills forked children (DESIGN.md, section 5).
@@ -39,6 +39,8 @@ class _State:
     # handler raises in between.
     calls: ClassVar[set[object]] = set()
     forked = False
+    # The task that machine code runs without the GIL, one more call in flight: its address, or 0.
+    released: ClassVar[ctypes.c_int64] = ctypes.c_int64(0)
     tiles: ClassVar[list[tuple[np.ndarray[Any, Any], int]]] = []  # that no call is using; their addresses
     jobs: SimpleQueue[Callable[[], None]] | None = None
 
@@ -192,7 +194,7 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
     try:
         _State.calls.add(call)
         # Calls in flight at once share the cores.
-        team = _allowed(min(_useful(plan), max(1, (n_threads or threads.get_num_threads()) // len(_State.calls))))
+        team = _allowed(min(_useful(plan), max(1, (n_threads or threads.get_num_threads()) // _in_flight())))
         openmp = threads._openmp()
         if team == 1:
             _alone(task, block)
@@ -203,6 +205,16 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
             _run_on_threads(task, block, plan, team)
     finally:
         _State.calls.discard(call)
+
+
+def _in_flight() -> int:
+    """How many calls there are now that may start a team."""
+    return len(_State.calls) + (_State.released.value != 0)
+
+
+def released_at() -> int:
+    """Where the address of the task is that machine code runs without the GIL."""
+    return ctypes.addressof(_State.released)
 
 
 def _useful(plan: Plan) -> int:
@@ -219,7 +231,7 @@ def team_at_once(n_threads: int | None) -> int:
     """Threads for a call that a builtin runs; 0: it has to go the longer way."""
     if _State.forked:
         return 1
-    return 0 if _State.calls or threads._openmp() is None else _allowed(n_threads or threads.get_num_threads())
+    return 0 if _in_flight() or threads._openmp() is None else _allowed(n_threads or threads.get_num_threads())
 
 
 def _alone(task: Kernel, block: ctypes.Array[ctypes.c_char]) -> None:
@@ -289,7 +301,7 @@ def _jobs() -> SimpleQueue[Callable[[], None]]:
 
 
 def _after_fork() -> None:
-    _State.forked, _State.jobs, _State.calls = True, None, set()
+    _State.forked, _State.jobs, _State.calls, _State.released.value = True, None, set(), 0
 
 
 if hasattr(os, "register_at_fork"):

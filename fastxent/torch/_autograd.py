@@ -15,7 +15,7 @@ from fastxent.torch._decomposition import differentiable_backward
 from fastxent.torch._operators import gradient_of_rows
 from fastxent.torch._watched import is_seen_by_a_mode
 
-# What a node knows besides tensors: the options, was the gradient written where the logits were, the call if it is known.
+# What a node has besides tensors: the options, was the gradient written where the logits were, the call if it is stored.
 Kept = tuple[Options, bool, Any]
 
 
@@ -62,7 +62,7 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
     """What the forward has not prepared: gradients of reduction none, and those that are to be differentiated again."""
     if grad_output is None:
         return None
-    options, inplace, known = ctx.kept
+    options, inplace, call = ctx.kept
     if is_grad_enabled():
         return _differentiable(ctx, grad_output)
     if options.reduction != NONE:
@@ -73,7 +73,7 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
     saved = input, target, weight, _ = _saved(ctx)
     watched = type(grad_output) is not Tensor or is_seen_by_a_mode() or is_dual(grad_output)
     out = input.detach() if inplace else None
-    grad = None if known is None or watched else known.gradient_of_rows(input, target, weight, grad_output, out)
+    grad = None if call is None or watched else call.gradient_of_rows(input, target, weight, grad_output, out)
     if grad is None:
         if _stands_for_others(grad_output) or is_dual(grad_output):
             return _differentiable(ctx, grad_output)
@@ -87,7 +87,7 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
 
 
 def _new_gradient_of_rows(saved: list[Any], options: Options, grad_output: Tensor, out: Tensor | None) -> Tensor:
-    """Of a call that is not known."""
+    """Of a call that is not stored."""
     input, target, weight, sample_weight = saved
     if grad_output._is_zerotensor():  # it has no memory
         grad_output = torch.zeros(grad_output.shape, dtype=grad_output.dtype, device="cpu")

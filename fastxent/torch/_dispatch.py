@@ -10,8 +10,8 @@ from torch.autograd import forward_ad
 
 from fastxent.torch._autograd import attach
 from fastxent.torch._bridge import INTEGERS, NONE, STORAGE, Options, as_int64, may_be_overwritten, misfit, value, value_and_grad
-from fastxent.torch._callcache import remember
 from fastxent.torch._decomposition import formula, loss_dtype, stock
+from fastxent.torch._fastpath import store
 from fastxent.torch._operators import value_and_grad_op, value_op
 from fastxent.torch._watched import is_traced, is_watched, stands_for_another
 
@@ -45,7 +45,7 @@ def route(
     else:
         loss = value(input, target, weight, sample_weight, options)
     if sample_weight is None:
-        remember(input, target, weight, options)
+        store(input, target, weight, options)
     dtype = loss_dtype(input, target, weight)
     return loss if loss.dtype == dtype else loss.to(dtype)
 

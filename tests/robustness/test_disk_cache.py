@@ -140,7 +140,7 @@ def test_every_source_of_a_kernel_counts(monkeypatch):
     apart = ("machine_code", "cache_key", "disk_cache")
     own = {m for m in modules if not m.endswith(apart)}
     assert own - set(cache_key.sources()) == {"fastxent._codegen"}
-    assert {"fastxent._fastpath.fastcall", "fastxent._runtime.plan"} <= set(cache_key.sources())
+    assert {"fastxent._fastpath.front_end.arrays", "fastxent._runtime.plan"} <= set(cache_key.sources())
     read, ids = cache_key._source, {cache_key.build_id()}
     for changed in cache_key.sources():
         monkeypatch.setattr(cache_key, "_source", lambda name, changed=changed: read(name) + b" " * (name == changed))
