@@ -78,7 +78,7 @@ def log_prob_and_entropy(
             [-0.6671, -0.0881,  0.7553]])
     """
     if has_torch_function_variadic(input, target):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             log_prob_and_entropy, (input, target), input, target, temperature=temperature, ignore_index=ignore_index
         )
     for name, t in {"input": input, "target": target}.items():
@@ -139,8 +139,8 @@ def _value(input: Tensor, target: Tensor, temperature: float, ignore_index: int)
     call = _bridge.prepare(input, target, None, None)
     log_prob, entropy = (torch.zeros(call.rows, dtype=call.acc, device="cpu") for _ in range(2))
     if input.numel() > 0:
-        addresses = {"loss": log_prob.data_ptr(), "entropy": entropy.data_ptr()}
-        _run("log_prob_and_entropy", call, temperature, ignore_index, **addresses)
+        at = {"loss": log_prob.data_ptr(), "entropy": entropy.data_ptr()}
+        _run("log_prob_and_entropy", call, temperature, ignore_index, None, **at)
     return log_prob, entropy
 
 
