@@ -1,10 +1,14 @@
 """Plans are pure data: what is chosen for which shape, without running anything."""
 
+import itertools
 import math
 
 import pytest
+from llvmlite import binding
 
 from fastxent._abi.argument_block import PLANNED
+from fastxent._abi.dtypes import ITEMSIZE
+from fastxent._abi.tasks import TASKS
 from fastxent._abi.variant import (
     CHECKED,
     CHECKS,
@@ -16,8 +20,11 @@ from fastxent._abi.variant import (
     PANEL,
     Layout,
     Schedule,
+    Storage,
 )
-from fastxent._runtime.plan import FEW_ROWS, make_plan, row_axes
+from fastxent._kernels import tasks
+from fastxent._runtime.plan import FEW_ROWS, LEGAL, make_plan, row_axes, traits_of
+from fastxent._simd import host, vector
 
 pytestmark = pytest.mark.core
 
@@ -77,7 +84,7 @@ def test_units_cover_all_rows_once(shape):
         assert p.n_units == rows * now["n_segments"]
         assert (now["n_vectors"] - 1) * LANES < shape[1] <= now["n_vectors"] * LANES
     else:
-        inner, panel = p.axes[0], now["panel"]
+        inner, panel = p.axes[0].extent, now["panel"]
         assert (now["units_per_line"] - panel) * LANES < inner <= now["units_per_line"] * LANES
         assert p.n_units == now["units_per_line"] * (rows // inner)
         assert now["units_per_line"] % panel == 0 and now["chunk"] % panel == 0
@@ -109,3 +116,40 @@ def test_there_is_room_for_the_chunks_of_every_phase():
     assert few.most_chunks == few.n_chunks == 1
     many = plan((1 << 22, 1))
     assert many.most_chunks == (1 << 22) // (CHECKED * CHECKS) > many.n_chunks
+
+
+def strategies():
+    """Of all tasks, over the borders between shapes, in C order, with the classes first, apart, and where strides disagree."""
+    for task, logits in itertools.product(TASKS, ITEMSIZE):
+        for shape in itertools.product((1, 17, 63, 300, 50_000), (3, 10, 100, 300, 1000, 40_000, 300_000)):
+            size = ITEMSIZE[logits]
+            c_order, classes_first = c_strides(shape, size), (size, shape[0] * size)
+            apart = tuple(3 * s for s in c_order)
+            for x, g in ((c_order,) * 2, (classes_first,) * 2, (apart,) * 2, (classes_first, c_order)):
+                for capped in (False, True):
+                    v = make_plan(task, shape, (x, g, x), 1, logits, labelled=True, capped=capped).variant
+                    yield (v.layout, v.schedule, v.storage), (task, shape, x, g, logits, capped)
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["AVX-512", "narrow registers"])
+def test_the_table_of_strategies_holds_all_and_no_more(wide, monkeypatch):
+    monkeypatch.setattr(host, "is_wide", lambda binding: wide)
+    for function in (make_plan, traits_of):
+        function.cache_clear()
+    reached = {}
+    for strategy, call in strategies():
+        assert strategy in LEGAL, call
+        reached.setdefault(strategy, call)
+    for function in (make_plan, traits_of):
+        function.cache_clear()
+    assert set(LEGAL) == set(reached)
+
+
+def test_the_host_is_what_numba_compiles_for():
+    assert host.is_wide(binding) == vector.WIDE
+
+
+def test_every_task_computes_something():
+    computed = {*tasks.LOSSES, *tasks.VISITS, *tasks.POINTWISE} - {"save_segment"}
+    assert computed == set(TASKS)
+    assert {s for _, s, _ in LEGAL} - {Schedule.ONE_BY_ONE, Schedule.SPLIT} == set(tasks.SCHEDULES)
