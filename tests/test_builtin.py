@@ -35,8 +35,8 @@ def arrays(shape: tuple[int, ...] = (6, 4), dtype: Any = np.float32, seed: int =
 
 def answer(name: str, *args: Any, options: tuple[Any, ...] = DEFAULTS, team: int = 1) -> Any:
     """What the builtins say whose calls have this name and equal options, whatever the arrays are."""
-    stored = (calls.lookup(key) for key in calls.keys() if key[:2] == (name, options))
-    found = [call.run(team, *args, options) for call in stored if isinstance(call, array_calls.DenseCall)]
+    dense = {key: call for key in calls.keys() if isinstance(call := calls.lookup(key), array_calls.DenseCall)}
+    found = [call.run(team, *args, *options) for key, call in dense.items() if key[:5] == (name, *options)]
     return next((loss for loss in found if loss is not False), False)
 
 
