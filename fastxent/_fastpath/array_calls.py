@@ -1,8 +1,9 @@
 """NumPy's calls: their keys, what is stored of them, and how they are run.
 
-Arrays that are not large, and C-contiguous, have a key without extents; a builtin (``front_end.arrays``) confirms the rest in
-a tenth of a microsecond. All others have a key with extents and strides, and Python runs them in some microseconds. Class
-indices are never taken on trust: the task checks them, before it writes anything.
+Arrays that are not large, and C-contiguous, have a key without extents, and a shorter one that names the last call with these
+options. A builtin (``front_end.arrays``) confirms the rest in a tenth of a microsecond. All others have a key with extents and
+strides, and Python runs them in some microseconds. Class indices are never taken on trust: the task checks them, before it
+writes anything.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def lookup(
     if n_threads is not None and (type(n_threads) is not int or n_threads < 1):
         return None
     try:
-        dense = _lookup((name, axis, ignore_index, label_smoothing, reduction, logits.dtype, logits.ndim))
+        dense = _lookup((name, axis, ignore_index, label_smoothing, reduction))
     except TypeError:  # an option of a type that has no hash
         return None
     if dense is not None:
@@ -87,6 +88,12 @@ def lookup(
                 else:
                     place = np.empty_like(logits) if small else new_gradient(logits, 0)
             loss = dense.run(team, logits, target, place, axis, ignore_index, label_smoothing, reduction)
+            if loss is False:
+                other = _lookup((name, axis, ignore_index, label_smoothing, reduction, logits.dtype, logits.ndim))
+                if other is not None and other is not dense:
+                    calls.store((name, axis, ignore_index, label_smoothing, reduction), other)
+                    loss = other.run(team, logits, target, place, axis, ignore_index, label_smoothing, reduction)
+                    dense = other
             if loss is not False:
                 return dense.loss(loss), place
             del place  # if it is new: it would be there beside the next one
@@ -153,4 +160,6 @@ def _store_dense(task: PackedTask, plan: Plan, p: Problem, target: Array, option
     family = family_of(task, p.axis, p.x.ndim, smoothing=p.smoothing)
     run = builtins.arrays_builtin(family, dtypes, options)
     if run is not None:
-        calls.store(key, DenseCall(run, p.acc.type, family, types, dtypes))
+        dense = DenseCall(run, p.acc.type, family, types, dtypes)
+        calls.store(key, dense)
+        calls.store((task.name, *options), dense)
