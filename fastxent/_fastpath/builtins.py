@@ -62,9 +62,9 @@ def tensors_builtin(task: Task, operands: Operands, is_double: bool, n_narrow: i
 
 def team(n_threads: int | None = None) -> int:
     """Threads for a call that a builtin runs; 0: it has to go the longer way."""
-    if _State.openmp is not threads._openmp():  # PyTorch has come
+    if _State.openmp is not (openmp := threads._openmp()):  # PyTorch has come
         _use_openmp()
-    return run.team_at_once(n_threads)
+    return run.team_at_once(n_threads, openmp)
 
 
 def _use_openmp() -> None:
