@@ -20,13 +20,13 @@ from fastxent._runtime.arguments import (
     address,
     check_classes,
     check_out,
-    check_reduction,
     like,
     new_gradient,
     out_of_range,
     problem,
     writable_place,
 )
+from fastxent._runtime.options import checked
 from fastxent._runtime.plan import Plan, over
 from fastxent._runtime.run import run
 
@@ -125,7 +125,7 @@ def cross_entropy(
     plain = weight is sample_weight is None
     if plain and (met := lookup("value", logits, target, None, n_threads, axis, ignore_index, label_smoothing, reduction)):
         return met[0]
-    check_reduction(reduction)
+    checked("reduction", reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
     loss = _loss_of("value", p, reduction)
     if plain and reduction != "none":
@@ -194,7 +194,7 @@ def cross_entropy_value_and_grad(
         met := lookup("value_and_grad", logits, target, out, n_threads, axis, ignore_index, label_smoothing, reduction)
     ):
         return met
-    check_reduction(reduction)
+    checked("reduction", reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
     if out is not None:
         check_out(out, p.x)
@@ -256,7 +256,7 @@ def cross_entropy_stats(
     >>> stats.target_prob.round(4)
     array([0.8438, 0.2447])
     """
-    check_reduction(reduction)
+    checked("reduction", reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
     if p.x.shape[p.axis] == 0:
         raise ValueError(f"logits has shape {p.x.shape}: no class to predict")
@@ -317,7 +317,7 @@ def cross_entropy_grad_hess(
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads, float_labels=True)
     grad, hess = like(p.x, p.axis), like(p.x, p.axis)
     if p.x.size:
-        _run("grad_hess", p, p.plan(grad, may_split=False), g=address(grad), h=address(hess))
+        _run("grad_hess", p, p.plan("grad_hess", grad), g=address(grad), h=address(hess))
     return grad, hess
 
 
@@ -364,7 +364,7 @@ def nll_loss(
     >>> print(f"{fx.nll_loss(np.log([[0.1, 0.7, 0.2]]), [1]):.8f}")
     0.35667494
     """
-    check_reduction(reduction)
+    checked("reduction", reduction)
     p = problem(log_probs, target, axis, weight, None, ignore_index, 0.0, None, "log_probs")
     if p.y is None:
         raise TypeError("target holds class probabilities; nll_loss takes class indices")
@@ -386,7 +386,7 @@ def _loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labe
     rows = np.zeros(p.rows if reduction == "none" else 0, p.acc)
     total, divisor = 0.0, p.divisor
     if p.x.size:
-        plan = p.plan(g, may_split=name != "stats")
+        plan = p.plan(name, g)
         more |= {"g": address(g), "loss": address(rows) if reduction == "none" else 0}
         total, divisor = _run(name, p, plan, reduction == "mean", labels, **more)
     return _reduced(total, divisor, reduction, rows)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
 import fastxent
+
+pytestmark = pytest.mark.core
 
 PACKAGE = Path(fastxent.__file__).parent
 # From the ground up. What is in none of them, the public modules, `fastxent.torch` and the command line, is above them all.
@@ -62,6 +66,13 @@ def test_imports_go_round_in_no_circle():
         for name in leaves:
             del imports[name]
     assert not imports
+
+
+def test_the_command_line_imports_the_benchmarks_and_not_they_the_command_line():
+    files = list((PACKAGE.parent / "benchmarks").rglob("*.py"))
+    assert files
+    for file in files:
+        assert not {name for name in imports_of(file) if name.startswith(("fastxent.cli", "fastxent._cli"))}, file
 
 
 def test_every_folder_is_a_room_that_introduces_itself():

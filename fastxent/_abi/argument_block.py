@@ -5,6 +5,7 @@
 """
 
 import struct
+from typing import NamedTuple
 
 # What is done one after the other: the class indices are checked, the statistics of split rows are taken, the work is done.
 CHECK, SEGMENTS, WORK = range(3)
@@ -35,22 +36,27 @@ OPERANDS = (
     ("loss", "acc"),  # (rows,) out
     ("tiles", "acc"),  # (threads, TILE bytes) scratch
 )
-# What the plan knows
-PLANNED = (
-    ("n_rows", "int"),
-    ("n_classes", "int"),
-    ("n_vectors", "int"),  # vectors of a unit: see _rows
-    ("n_units", "int"),  # a unit: one row, or up to 16 rows of one line of the innermost row axis, or a segment of a row
-    ("units_per_line", "int"),
-    ("panel", "int"),  # units that are copied to the tile together
-    ("chunk", "int"),  # units handed out at a time
-    ("segment", "int"),  # vectors of a segment, where long rows are split
-    ("n_segments", "int"),
-    ("n_axes", "int"),
-    ("x_step", "int"),  # bytes from a unit's vector j to vector j + 1 in x ...
-    ("g_step", "int"),
-    ("t_step", "int"),
-)
+
+
+class Planned(NamedTuple):
+    """What the plan knows."""
+
+    n_rows: int
+    n_classes: int
+    n_vectors: int  # of a unit: see ``addressing``
+    n_units: int  # a unit: one row, or up to 16 rows of one line of the innermost row axis, or a segment of a row
+    units_per_line: int
+    panel: int  # units that are copied to the tile together
+    chunk: int  # units handed out at a time
+    segment: int  # vectors of a segment, where long rows are split
+    n_segments: int
+    n_axes: int
+    x_step: int  # bytes from a unit's vector j to vector j + 1 in x ...
+    g_step: int
+    t_step: int
+
+
+PLANNED = tuple((name, "int") for name in Planned._fields)
 # What else one call knows
 CALLED = (
     ("check", "int"),  # address of the kernel that checks the class indices, or 0
@@ -61,6 +67,7 @@ CALLED = (
     ("taken", "i64"),  # (n_chunks,) in/out, LINE bytes apart: number of the last phase in which a thread took this chunk
     ("segments", "f64"),  # (n_units, 6) in/out, LINE bytes apart: statistics of the segments of split rows
     ("total", "f64"),  # (5,) out: sum of the kept rows' weights, of nothing, of the losses; in/out: see BAD, DIVISOR
+    ("v", "weight"),  # (rows,) in: what comes back for the entropy
     ("lse", "acc"),  # (rows,) out
     ("sign", "acc"),  # (rows,) out: of the sum whose logarithm lse is
     ("entropy", "acc"),  # (rows,) out
@@ -80,9 +87,14 @@ CALLED = (
     ("average", "int"),  # with class indices: is the gradient divided by the sum of the weights of the rows that are kept?
     ("z", "float"),  # factor of lse^2 in the loss
     ("cap", "float"),  # softcap
+    ("temperature", "float"),  # the logits are divided by it
     ("sched_yield", "int"),  # address of the system's function by which a thread that waits lets others run, or 0
 )
 FIELDS = RUN + OPERANDS + PLANNED + CALLED
+# Of a field that nobody gives a value
+DEFAULTS = dict.fromkeys((name for name, _ in FIELDS), 0) | {
+    "confidence": 1.0, "factor": 1.0, "temperature": 1.0, "w_period": 1, "u_period": 1,
+}  # fmt: skip
 FIRST_SLOT = 40
 SLOT = {name: FIRST_SLOT + nth for nth, (name, _) in enumerate(FIELDS)}
 _ZEROS = f"={8 * FIRST_SLOT}x"  # the counters begin at 0

@@ -141,7 +141,7 @@ def store(
         or not all(map(is_constant, options))
     ):
         return
-    plan = p.plan(g)
+    plan = p.plan(name, g)
     if plan.variant.large:  # it has more to pack, and takes longer anyway
         return
     task = PackedTask(name, plan, average=options[-1] == "mean", **p.numbers)

@@ -14,7 +14,7 @@ import numpy as np
 from fastxent._abi import argument_block as abi
 from fastxent._fastpath.front_end import words
 from fastxent._runtime import run
-from fastxent._runtime.plan import Plan, number_of
+from fastxent._runtime.plan import Plan, number_of, traits_of
 from fastxent._runtime.run import PackedTask
 
 # Work, as ``front_end.launch.is_long`` counts it, that takes about 100 us on one thread. Measured: a float32 logit takes 0.3 to
@@ -54,10 +54,10 @@ class Family(Task):
         soft = variant.target is not None
         begin = self.words.ctypes.data
         at_block = begin + 8 * words.TASK
-        self.words[: words.N_KERNELS] = (
+        self.words[: words.AXES] = (
             at_block, MOST_HELD[variant.acc], True, 0,
-            n_axes, axis, innermost, plan.itemsize, soft, soft and arguments.get("average", False), n_weights, 0,
-            variant.capped, variant.logits == variant.acc, variant.acc == "f32",
+            n_axes, axis, innermost, plan.itemsize, soft, soft and arguments.get("average", False), n_weights, 0, 0,
+            *traits_of(name, variant.logits, variant.target, variant.capped),
         )  # fmt: skip
         self.words.view(np.float64)[words.SMOOTHING] = smoothing
         ctypes.memmove(at_block, block, len(block))

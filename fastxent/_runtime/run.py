@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastxent._abi import argument_block as abi
-from fastxent._abi.variant import KEEPERS, TILE, Variant
+from fastxent._abi.variant import TILE, Schedule, Variant
 from fastxent._codegen import registry
 from fastxent._codegen.registry import Kernel
 from fastxent._runtime import threads
@@ -92,46 +92,42 @@ def _take_tiles() -> tuple[np.ndarray[Any, Any], int]:
         return tiles_for(MOST_THREADS)
 
 
-def argument_block(
-    name: str, plan: Plan, *,
-    x: int = 0, g: int = 0, h: int = 0, t: int = 0, y: int = 0, tiles: int = 0, w: int = 0, u: int = 0,
-    loss: int = 0, lse: int = 0, sign: int = 0, entropy: int = 0, target_prob: int = 0, prediction: int = 0,
-    target_rank: int = 0, ignore: int = 0, confidence: float = 1.0, uniform: float = 0.0, factor: float = 1.0,
-    divisor: float = 1.0, average: bool = False, z: float = 0.0, cap: float = 0.0, w_period: int = 1, u_period: int = 1,
-) -> ctypes.Array[ctypes.c_char]:  # fmt: skip
+def argument_block(name: str, plan: Plan, *, divisor: float = 1.0, **given: float) -> ctypes.Array[ctypes.c_char]:
     """What a task reads: addresses and numbers as in ``argument_block``, and behind them room for its sums.
 
     ``divisor`` 0, a mean over nothing, is nan. With class indices and ``average`` the task makes it.
     """
     variant = plan.variant
-    segments = plan.n_units if variant.split else 0
+    segments = plan.n_units if variant.schedule == Schedule.SPLIT else 0
     block = ctypes.create_string_buffer(HEAD_OF_BLOCK + abi.LINE * (1 + plan.most_chunks + segments))
     block.plan = plan  # type: ignore[attr-defined]  # owns the axes' table, whose address is in the block
     at_total, at_taken = ctypes.addressof(block) + _AT_TOTAL, ctypes.addressof(block) + _first_chunk(block)
-    at_partial, at_segments = at_taken + 8, at_taken + abi.LINE * plan.most_chunks
-    abi.BLOCK.pack_into(
-        block, 0, 0, 0, 0, x, g, h, t, y, w, u, loss, tiles, *plan.planned,
-        registry.kernel("check").address if variant.labelled else 0, *kernels_of(name, variant),
-        ctypes.addressof(plan.table), at_partial, at_taken, at_segments, at_total,
-        lse, sign, entropy, target_prob, prediction, target_rank,
-        w != 0, u != 0, w_period, u_period, loss != 0, _may_bypass(x, g, plan), ignore, confidence, uniform, factor, average,
-        z, cap, _give_way(),
-    )  # fmt: skip
+    save_segment, kernel = kernels_of(name, variant)
+    fields = abi.DEFAULTS | plan.planned._asdict() | given
+    fields |= {
+        "check": registry.kernel("check").address if variant.labelled else 0,
+        "save_segment": save_segment,
+        "kernel": kernel,
+        "axes": ctypes.addressof(plan.table),
+        "partial": at_taken + 8,
+        "taken": at_taken,
+        "segments": at_taken + abi.LINE * plan.most_chunks,
+        "total": at_total,
+        "weighted": fields["w"] != 0,
+        "sampled": fields["u"] != 0,
+        "store_loss": fields["loss"] != 0,
+        "non_temporal": plan.is_non_temporal(int(fields["x"]), int(fields["g"])),
+        "sched_yield": _sched_yield(),
+    }
+    abi.BLOCK.pack_into(block, 0, *fields.values())
     _set_totals(block, _AT_TOTAL, 0.0, 0.0, divisor or math.nan)
     return block
 
 
 def kernels_of(name: str, variant: Variant) -> tuple[int, int]:
-    """Addresses of the kernels that take the statistics of split rows, or 0, and that do the work of task ``name``."""
-    save = "keep_segment" if name in KEEPERS and variant.kept else "save_segment"
-    return registry.kernel(save, variant).address if variant.split else 0, registry.kernel(name, variant).address
-
-
-def _may_bypass(x: int, g: int, plan: Plan) -> bool:
-    """May a large gradient be written past the caches? In place its lines are there already, but not those of panels in hand
-    (see ``plane_tiles``). And all rows have to begin where an element may."""
-    steps = plan.axes[2::5]  # the row axes' strides in g
-    return (g != x or plan.variant.overlapped) and all(at % plan.itemsize == 0 for at in (g, *steps))
+    """Addresses of the kernels that reduce the segments of split rows, or 0, and that do the work of task ``name``."""
+    save = registry.kernel("save_segment", variant).address if variant.schedule == Schedule.SPLIT else 0
+    return save, registry.kernel(name, variant).address
 
 
 def _first_chunk(block: ctypes.Array[ctypes.c_char]) -> int:
@@ -140,7 +136,7 @@ def _first_chunk(block: ctypes.Array[ctypes.c_char]) -> int:
 
 
 @lru_cache
-def _give_way() -> int:
+def _sched_yield() -> int:
     """Where the system's function is by which a thread that waits lets others run; 0: it has to do without."""
     try:
         return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0

@@ -16,6 +16,7 @@ people call; read ``_dispatch`` next. Who does what:
 * ``_operators``: ``torch.ops.fastxent`` is what ``torch.compile``, ``torch.export`` and dispatch modes see.
 * ``_decomposition`` says the same in PyTorch's operators. It serves what must be differentiated further: double backward,
   forward-mode AD, ``torch.func``, probabilities that require a gradient.
+* ``_policy`` is `log_prob_and_entropy`, from the operator to the backward.
 * ``_install`` puts all this in PyTorch's place for the whole process.
 """
 
@@ -30,8 +31,9 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fastxent.torch._dispatch import route
 from fastxent.torch._fastpath import lookup
 from fastxent.torch._install import install, installed, uninstall
+from fastxent.torch._policy import log_prob_and_entropy
 
-__all__ = ["CrossEntropyLoss", "cross_entropy", "install", "installed", "uninstall"]
+__all__ = ["CrossEntropyLoss", "cross_entropy", "install", "installed", "log_prob_and_entropy", "uninstall"]
 
 
 def cross_entropy(

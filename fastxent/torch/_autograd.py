@@ -52,6 +52,7 @@ class _Eager(torch.autograd.Function):
         if grad.element_size() == 2 and not inplace:
             # Half precision: a gradient that has been rounded once, perhaps to 0, cannot be scaled up any more.
             input, target, weight, sample_weight = _saved(ctx)
+            check_operands(input, target, weight, sample_weight)
             out = grad if ours else None
             return value_and_grad(input, target, weight, sample_weight, options, out, factor)[1], None
         return (grad.mul_(factor) if ours else grad * factor), None
@@ -88,11 +89,11 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
 def _new_gradient_of_rows(saved: list[Any], options: Options, grad_output: Tensor, out: Tensor | None) -> Tensor:
     """Of a call that is not stored."""
     input, target, weight, sample_weight = saved
-    check_operands(input, target, weight, sample_weight)
     if grad_output._is_zerotensor():  # it has no memory
         grad_output = torch.zeros(grad_output.shape, dtype=grad_output.dtype, device="cpu")
     elif grad_output.layout != torch.strided:
         grad_output = grad_output.to_dense()
+    check_operands(input, target, weight, grad_output if sample_weight is None else sample_weight)
     check_memory(grad_output, sample_weight)
     rows = grad_output if sample_weight is None else grad_output * sample_weight
     return value_and_grad(input, target, weight, rows, options._replace(reduction=SUM), out)[1]

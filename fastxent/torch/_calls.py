@@ -136,7 +136,8 @@ class Call:
         if why == 0:
             raise out_of_bounds(target, input.shape[input.dim() > 1], self.options.ignore_index)
         if why == NOT_MET:
-            self.families[which].meet(plan_of(input, target, self.labelled, self.options))
+            family = self.families[which]
+            family.meet(plan_of(family.name, input, target, self.labelled, self.options))
         return None
 
     def run(
@@ -205,10 +206,10 @@ def room_for_gradient(input: Tensor, small: bool) -> Tensor:
     return empty_like(input) if small else gradient_like(input)
 
 
-def plan_of(input: Tensor, target: Tensor, labelled: bool, options: Options) -> Plan:
+def plan_of(task: str, input: Tensor, target: Tensor, labelled: bool, options: Options) -> Plan:
     g, t = empty_like(input, device="meta"), input if labelled else target  # its strides are those of `gradient_like`
     return _bridge.plan_of(
-        input.shape, (input.stride(), g.stride(), t.stride()), min(1, input.dim() - 1), input.dtype,
+        task, input.shape, (input.stride(), g.stride(), t.stride()), min(1, input.dim() - 1), input.dtype,
         None if labelled else target.dtype, labelled, labelled and options.label_smoothing > 0, options.softcap != 0,
     )  # fmt: skip
 

@@ -6,11 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import grad
-from torch_cases import DTYPES, EXTRAS, OPTIONS, REDUCTIONS, Case, counted, make_case, one_torch_thread, torch_loss
 
 from fastxent.torch import cross_entropy
+from tests.helpers.cases import REDUCTIONS, Case
+from tests.helpers.launches import counted
+from tests.helpers.opponent import torch_loss
+from tests.helpers.torch_cases import DTYPES, EXTRAS, OPTIONS, make_case
 
-one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 SHAPES = [(6,), (5, 3), (5, 60), (2, 3, 4)]
 CLOSE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-6, torch.float64: 1e-12}
@@ -25,7 +28,7 @@ def assert_close(ours, theirs, dtype=torch.float64):
 
 
 def leaf(case: Case) -> torch.Tensor:
-    return case.x.clone().requires_grad_()
+    return case.logits.clone().requires_grad_()
 
 
 def grad_outputs(loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -60,7 +63,7 @@ def test_grad_output_in_each_dtype(reduction, dtype):
     """In half precision too a factor is applied before rounding: loss scaling lives from it (tiny gradients, factor 2^16)."""
     case = make_case(dtype, (64, 100), "index")
     for factor in (1.0, 0.3, 2.0**12, 2.0**-10):
-        x, wide = leaf(case), case.x.to(torch.float64, copy=True).requires_grad_()
+        x, wide = leaf(case), case.logits.to(torch.float64, copy=True).requires_grad_()
         (loss_of(cross_entropy, case, x, reduction).sum().float() * factor).backward()
         (F.cross_entropy(wide, case.target, reduction=reduction).sum() * factor).backward()
         tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
@@ -109,7 +112,7 @@ def test_gradients_of_several_steps_are_their_own(reduction):
     kept = []
     case = make_case(torch.float32, (2048, 256))  # 2 MiB: large enough to be recycled
     for step in range(6):
-        x = (case.x + step).mul(0.1 * step + 0.1).requires_grad_()
+        x = (case.logits + step).mul(0.1 * step + 0.1).requires_grad_()
         loss_of(cross_entropy, case, x, reduction).sum().backward()
         want = x.grad.clone()
         keeper = [x.grad, x.grad[3:5], x.grad.numpy(), x.grad.numpy()[:, 7], x.grad.detach().view(-1), x.grad.untyped_storage()]
@@ -151,7 +154,7 @@ def test_gradient_penalty_where_grad_output_is_a_plain_1():
     x = leaf(case)
     (first,) = grad(loss_of(cross_entropy, case, x), x, create_graph=True)
     (second,) = grad(first.square().sum(), x)
-    want = torch.autograd.functional.hessian(lambda v: F.cross_entropy(v, case.target), case.x)
+    want = torch.autograd.functional.hessian(lambda v: F.cross_entropy(v, case.target), case.logits)
     assert_close(second, 2 * torch.einsum("ij,ijkl->kl", first.detach(), want))
     assert second.abs().max() > 1e-3
 
@@ -159,7 +162,7 @@ def test_gradient_penalty_where_grad_output_is_a_plain_1():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_gradient_penalty_in_other_dtypes(dtype):
     case = make_case(dtype, (5, 3), "weight")
-    x, wide = leaf(case), case.x.double().requires_grad_()
+    x, wide = leaf(case), case.logits.double().requires_grad_()
     penalties = []
     for function, v in ((cross_entropy, x), (F.cross_entropy, wide)):
         (first,) = grad(function(v, case.target, case.options["weight"].to(v.dtype)), v, create_graph=True)
@@ -192,7 +195,7 @@ def test_probabilities_are_differentiable(wanted, reduction, option):
         case = make_case(torch.float64, shape, option)
         results = []
         for function in (cross_entropy, torch_loss):
-            x, t = case.x.clone().requires_grad_(wanted == "both"), case.target.clone().requires_grad_()
+            x, t = case.logits.clone().requires_grad_(wanted == "both"), case.target.clone().requires_grad_()
             loss = function(x, t, reduction=reduction, **case.options)
             g = torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
             results.append(grad(loss, [x, t] if wanted == "both" else [t], g))
@@ -234,13 +237,13 @@ def test_no_gradient_work_where_none_is_wanted(mode, reduction, option):
     case = make_case(torch.float32, (5, 60), option)
     with counted() as kernels, mode():
         loss = loss_of(cross_entropy, case, leaf(case), reduction)
-        plain = loss_of(cross_entropy, case, case.x.clone(), reduction)
+        plain = loss_of(cross_entropy, case, case.logits.clone(), reduction)
     assert not loss.requires_grad and torch.equal(loss, plain)
     assert "value" in kernels and not [k for k in kernels if "grad" in k]
     with counted() as kernels:
-        loss = loss_of(cross_entropy, case, case.x, reduction)
+        loss = loss_of(cross_entropy, case, case.logits, reduction)
     assert not loss.requires_grad and not [k for k in kernels if "grad" in k]
-    assert_close(loss, loss_of(torch_loss, case, case.x, reduction), torch.float32)
+    assert_close(loss, loss_of(torch_loss, case, case.logits, reduction), torch.float32)
 
 
 def test_one_kernel_a_step():
@@ -256,8 +259,8 @@ def test_one_kernel_a_step():
 def test_no_grad_for_the_logits_alone():
     """A detached input of a graph that needs gradients elsewhere."""
     case, scale = make_case(torch.float32, (5, 3)), torch.ones((), requires_grad=True)
-    (loss_of(cross_entropy, case, case.x) * scale).backward()
-    assert_close(scale.grad, loss_of(F.cross_entropy, case, case.x), torch.float32)
+    (loss_of(cross_entropy, case, case.logits) * scale).backward()
+    assert_close(scale.grad, loss_of(F.cross_entropy, case, case.logits), torch.float32)
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)

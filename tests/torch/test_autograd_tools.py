@@ -6,15 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from torch_cases import REDUCTIONS, Case, make_case, one_torch_thread, torch_loss
 
 from fastxent.torch import CrossEntropyLoss, cross_entropy
+from tests.helpers.cases import REDUCTIONS, Case
+from tests.helpers.opponent import torch_loss
+from tests.helpers.torch_cases import make_case
 
-one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def leaf(case: Case) -> torch.Tensor:
-    return case.x.clone().requires_grad_()
+    return case.logits.clone().requires_grad_()
 
 
 def backward(function, case: Case, reduction: str) -> torch.Tensor:
@@ -60,7 +62,7 @@ def test_saved_tensor_hooks(reduction, option):
     x = leaf(case)
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         loss = cross_entropy(x * 2, case.target, reduction=reduction, **case.options)
-    assert case.x.shape in packed
+    assert case.logits.shape in packed
     loss.sum().backward()
     want = leaf(case)
     torch_loss(want * 2, case.target, reduction, **case.options).sum().backward()
@@ -120,7 +122,7 @@ def test_anomaly_mode(reduction):
     with torch.autograd.detect_anomaly():
         got = backward(cross_entropy, case, reduction)
         torch.testing.assert_close(got, backward(F.cross_entropy, case, reduction), rtol=1e-12, atol=1e-12)
-        case.x[2, 3] = float("nan")
+        case.logits[2, 3] = float("nan")
         with pytest.raises(RuntimeError, match=r"returned nan values in its 0th output"):
             backward(cross_entropy, case, reduction)
 
@@ -135,7 +137,7 @@ def test_deterministic_mode_and_number_of_threads_change_no_bit(shape):
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(deterministic)
             results.append([backward(cross_entropy, case, r) for r in REDUCTIONS])
-            results[-1] += [cross_entropy(case.x, case.target, reduction=r, **case.options) for r in REDUCTIONS]
+            results[-1] += [cross_entropy(case.logits, case.target, reduction=r, **case.options) for r in REDUCTIONS]
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(before)
@@ -186,12 +188,12 @@ class Tagged(torch.Tensor):
 
 def test_subclasses_and_parameters():
     case = make_case(torch.float64, (5, 60))
-    want = cross_entropy(case.x, case.target)
-    tagged = case.x.clone().as_subclass(Tagged)
+    want = cross_entropy(case.logits, case.target)
+    tagged = case.logits.clone().as_subclass(Tagged)
     got = cross_entropy(tagged, case.target)
     assert type(got) is Tagged and torch.equal(got.as_subclass(torch.Tensor), want)
     assert type(F.cross_entropy(tagged, case.target)) is Tagged
-    parameter = torch.nn.Parameter(case.x.clone())
+    parameter = torch.nn.Parameter(case.logits.clone())
     CrossEntropyLoss()(parameter, case.target).backward()
     (want,) = torch.autograd.grad(F.cross_entropy(parameter, case.target), parameter)
     torch.testing.assert_close(parameter.grad, want, rtol=1e-12, atol=1e-12)
@@ -209,5 +211,5 @@ def test_torch_function_modes_see_the_call():
 
     case = make_case(torch.float64, (5, 60))
     with Watch():
-        got = cross_entropy(case.x, case.target)
-    assert torch.equal(got, cross_entropy(case.x, case.target)) and seen
+        got = cross_entropy(case.logits, case.target)
+    assert torch.equal(got, cross_entropy(case.logits, case.target)) and seen

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torch_cases import counted, run_script
 
 import fastxent.torch as fxt
+from tests.helpers.launches import counted
+from tests.helpers.processes import run_script
 
 STEPS = 200
 LOSSES = {"ours": fxt.CrossEntropyLoss, "in place": lambda: fxt.CrossEntropyLoss(inplace=True)}

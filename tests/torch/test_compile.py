@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch_cases import DTYPES, REDUCTIONS, Case, counted, make_case, one_torch_thread, torch_loss
 
 import fastxent.torch as fxt
 from fastxent.torch import CrossEntropyLoss, cross_entropy
-
-one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
+from tests.helpers.cases import REDUCTIONS, Case
+from tests.helpers.launches import counted
+from tests.helpers.opponent import torch_loss
+from tests.helpers.torch_cases import DTYPES, make_case
 
 # Of PyTorch 2.13's own compiler, about its own code.
 pytestmark = [
+    pytest.mark.usefixtures("one_torch_thread"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
@@ -45,7 +47,7 @@ def compiled(function, backend="aot_eager", **options):
 
 def step(function, case: Case, reduction: str, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Loss and gradient of a call whose logits are computed, as in a model."""
-    x = (case.x if x is None else x).detach().clone().requires_grad_()
+    x = (case.logits if x is None else x).detach().clone().requires_grad_()
     loss = function(x, case.target, case.options, reduction)
     loss.sum().backward()
     return loss.detach(), x.grad
@@ -60,8 +62,8 @@ def theirs(x: Tensor, target: Tensor, options: dict, reduction: str) -> Tensor:
 
 
 def check(function, case: Case, reduction: str) -> None:
-    dtype = case.x.dtype
-    want_loss, want_grad = step(theirs, case._replace(x=case.x.double(), **widened(case)), reduction)
+    dtype = case.logits.dtype
+    want_loss, want_grad = step(theirs, case._replace(logits=case.logits.double(), **widened(case)), reduction)
     loss, grad = step(function, case, reduction)
     assert loss.dtype == grad.dtype == dtype
     size = want_grad.abs().max().item()
@@ -103,9 +105,9 @@ def test_other_dtypes(dtype):
 def test_no_gradient_work(mode):
     case, function = make_case(torch.float64, (5, 60)), compiled(ours)
     with counted() as kernels, mode():
-        loss = function(case.x.clone().requires_grad_(), case.target, {}, "mean")
+        loss = function(case.logits.clone().requires_grad_(), case.target, {}, "mean")
     assert not loss.requires_grad and "value" in kernels and not [k for k in kernels if "grad" in k]
-    torch.testing.assert_close(loss, theirs(case.x, case.target, {}, "mean"), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss, theirs(case.logits, case.target, {}, "mean"), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -132,7 +134,7 @@ def test_integer_targets_and_strides():
         case = make_case(torch.float64, (5, 60))
         check(compiled(lambda x, t, o, r, i=integer: ours(x, t.to(i), o, r)), case, "mean")
     case = make_case(torch.float64, (2, 60, 3, 4))
-    check(compiled(ours), case._replace(x=case.x.contiguous(memory_format=torch.channels_last)), "mean")
+    check(compiled(ours), case._replace(logits=case.logits.contiguous(memory_format=torch.channels_last)), "mean")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -179,7 +181,7 @@ def test_trained_probabilities():
     case = make_case(torch.float64, (5, 60), "probabilities")
     results = []
     for function in (compiled(cross_entropy), F.cross_entropy):
-        x, t = case.x.clone().requires_grad_(), case.target.clone().requires_grad_()
+        x, t = case.logits.clone().requires_grad_(), case.target.clone().requires_grad_()
         results.append(torch.autograd.grad(function(x, t), [x, t]))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
@@ -197,7 +199,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_transforms_inside_compiled_code(transform, installed):
     case = make_case(torch.float64, (5, 7), "weight ignore")
-    x = case.x[0] if transform is TRANSFORMS["vmap"] else case.x
+    x = case.logits[0] if transform is TRANSFORMS["vmap"] else case.logits
 
     def loss(f):
         return lambda v: f(v, case.target, **case.options)
@@ -215,7 +217,7 @@ def test_dual_numbers_inside_compiled_code():
         with forward_ad.dual_level():
             return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.cos(x)), case.target)).tangent
 
-    got, want = compiled(tangent)(cross_entropy, case.x), tangent(F.cross_entropy, case.x)
+    got, want = compiled(tangent)(cross_entropy, case.logits), tangent(F.cross_entropy, case.logits)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -238,7 +240,7 @@ def test_inductor_in_other_dtypes(dtype):
     function = compiled(ours, backend="inductor")
     check(function, make_case(dtype, (5, 60), "weight"), "mean")
     case = make_case(dtype, (2, 60, 3, 4))
-    check(function, case._replace(x=case.x.contiguous(memory_format=torch.channels_last)), "mean")
+    check(function, case._replace(logits=case.logits.contiguous(memory_format=torch.channels_last)), "mean")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -281,7 +283,7 @@ def test_fx_and_fake_tensors():
         for option in COMPILED:
             case = make_case(dtype, (5, 60), option)
             for reduction in REDUCTIONS:
-                x = case.x.clone().requires_grad_()
+                x = case.logits.clone().requires_grad_()
                 want = torch_loss(x, case.target, reduction, **case.options)
                 with FakeTensorMode() as mode:
                     fake = mode.from_tensor(x)
@@ -318,7 +320,7 @@ def recorded() -> list[tuple]:
                     case = make_case(dtype, shape, option)
                     for reduction in REDUCTIONS:
                         step(ours, case, reduction)
-                        ours(case.x, case.target, case.options, reduction)
+                        ours(case.logits, case.target, case.options, reduction)
     return record.calls
 
 
@@ -338,7 +340,7 @@ def test_double_backward_under_a_dispatch_mode(reduction, option):
     """Part of the second derivative reaches the logits by other ways: a missing rest would go unnoticed."""
     case, results = make_case(torch.float64, (5, 7), option), []
     for function, mode in ((cross_entropy, Record()), (torch_loss, nullcontext())):
-        x = case.x.clone().requires_grad_()
+        x = case.logits.clone().requires_grad_()
         scale = x.square().sum()
         with mode:
             loss = (function(x, case.target, reduction=reduction, **case.options) * scale).sum()
@@ -351,12 +353,12 @@ def test_double_backward_under_a_dispatch_mode(reduction, option):
 def test_operators_are_differentiable_themselves(reduction):
     """An exported program holds them, and may be trained."""
     case = make_case(torch.float64, (5, 7), "weight ignore")
-    x = case.x.clone().requires_grad_()
+    x = case.logits.clone().requires_grad_()
     op = torch.ops.fastxent.cross_entropy
     weight = case.options["weight"]
     loss = op(x, case.target, weight, None, REDUCTIONS.index(reduction), -100, 0.0, 0.0, 0.0)
     (grad,) = torch.autograd.grad((2 * loss).sum(), x)
-    want = torch.func.grad(lambda v: 2 * F.cross_entropy(v, case.target, weight, reduction=reduction).sum())(case.x)
+    want = torch.func.grad(lambda v: 2 * F.cross_entropy(v, case.target, weight, reduction=reduction).sum())(case.logits)
     torch.testing.assert_close(grad, want, rtol=1e-12, atol=1e-12)
 
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SPECIAL_OPTIONS, SPECIAL_ROWS, SPECIAL_TARGETS, make_special_case
-from torch_cases import DTYPES, REDUCTIONS, Case, loss_and_grad, make_case, one_torch_thread
 
 from fastxent.torch import cross_entropy
+from tests.helpers.cases import REDUCTIONS, SPECIAL_OPTIONS, SPECIAL_ROWS, SPECIAL_TARGETS, Case, make_special_case
+from tests.helpers.opponent import loss_and_grad
+from tests.helpers.torch_cases import DTYPES, make_case
 
-one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 INF, NAN = float("inf"), float("nan")
 
@@ -60,7 +61,7 @@ def test_special_rows(row, target, options, dtype):
 def test_special_values_in_other_layouts(dtype, shape, special):
     """First, last and between, at the target and beside it; the rows next to them do not notice."""
     case, classes = make_case(dtype, shape), shape[1]
-    x, target = (t if t.dim() > n else t[..., None] for t, n in ((case.x, 2), (case.target, 1)))
+    x, target = (t if t.dim() > n else t[..., None] for t, n in ((case.logits, 2), (case.target, 1)))
     for row, at in enumerate([0, 1, classes // 2, classes - 2, classes - 1]):
         x[row, at, 0] = special
         target[row, 0] = at if row % 2 else 0
@@ -219,8 +220,8 @@ def test_ignored_rows_leak_nothing(dtype, shape, option):
     """nan and inf in an ignored row reach neither loss nor gradient: the bits are those of a clean row."""
     clean = make_case(dtype, shape, option)
     clean.target[::3] = -100
-    dirty = clean._replace(x=clean.x.clone())
-    dirty.x[::3, ::2], dirty.x[::3, 1::2] = NAN, INF
+    dirty = clean._replace(logits=clean.logits.clone())
+    dirty.logits[::3, ::2], dirty.logits[::3, 1::2] = NAN, INF
     for reduction in REDUCTIONS:
         (loss, grad), (want, want_grad) = (loss_and_grad(cross_entropy, case, reduction) for case in (dirty, clean))
         assert torch.equal(loss, want) and torch.equal(grad, want_grad)

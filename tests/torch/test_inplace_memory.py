@@ -7,30 +7,22 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from torch_cases import (
-    DTYPES,
-    EXTRAS,
-    LAYOUTS,
-    OPTIONS,
-    REDUCTIONS,
-    Case,
-    make_case,
-    one_torch_thread,
-    run_script,
-    torch_loss,
-)
 
 import fastxent
 from fastxent.torch import cross_entropy
+from tests.helpers.cases import REDUCTIONS, Case
+from tests.helpers.opponent import torch_loss
+from tests.helpers.processes import run_script
+from tests.helpers.torch_cases import DTYPES, EXTRAS, LAYOUTS, OPTIONS, make_case
 
-one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 MODIFIED = r"modified by an inplace operation"
 
 
 def step(case: Case, reduction: str, inplace: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, gradient in the leaf, and the logits afterwards; grad_output differs from row to row."""
-    x = case.x.clone(memory_format=torch.preserve_format).requires_grad_()
+    x = case.logits.clone(memory_format=torch.preserve_format).requires_grad_()
     logits = x * 1
     loss = cross_entropy(logits, case.target, reduction=reduction, inplace=inplace, **case.options)
     (loss * torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)).sum().backward()
@@ -52,7 +44,7 @@ def test_the_gradient_is_the_same(reduction, option):
         torch.testing.assert_close(loss, want_loss, rtol=0, atol=0)
         torch.testing.assert_close(grad, want_grad, rtol=1e-13, atol=1e-15)
         torch.testing.assert_close(logits, want_grad, rtol=1e-13, atol=1e-15)  # so they are overwritten
-        assert torch.equal(untouched, case.x)
+        assert torch.equal(untouched, case.logits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,9 +52,9 @@ def test_the_gradient_is_the_same(reduction, option):
 def test_dtypes_and_layouts(layout, dtype):
     for shape in [(5, 3), (5, 60), (2, 60, 3, 4)]:
         case = make_case(dtype, shape, "weight ignore")
-        case = case._replace(x=LAYOUTS[layout](case.x))
+        case = case._replace(logits=LAYOUTS[layout](case.logits))
         for reduction in REDUCTIONS:
-            leaf = case.x.detach().clone().requires_grad_()
+            leaf = case.logits.detach().clone().requires_grad_()
             if layout in ("framed", "every_second"):
                 frame = torch.zeros([2 * n for n in shape], dtype=dtype)
                 logits = Fill.apply(frame, leaf, 1 if layout == "framed" else 2)
@@ -74,7 +66,7 @@ def test_dtypes_and_layouts(layout, dtype):
                 assert layout == "expanded"  # rows that share memory have no room for their gradients
                 continue
             loss.sum().backward()
-            plain = case.x.detach().clone().requires_grad_()
+            plain = case.logits.detach().clone().requires_grad_()
             arranged = LAYOUTS["expanded"](plain * 1) if layout == "expanded" else plain
             torch_loss(arranged.double(), case.target, reduction, weight=case.options["weight"].double()).sum().backward()
             close = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-6}.get(dtype, 1e-13)
@@ -149,7 +141,7 @@ def test_autograd_raises_where_the_logits_are_needed_elsewhere(reduction, needed
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_second_backward_is_right_or_refused(reduction):
     case = make_case(torch.float64, (5, 60))
-    x = case.x.clone().requires_grad_()
+    x = case.logits.clone().requires_grad_()
     (want,) = torch.autograd.grad(F.cross_entropy(x, case.target, reduction=reduction).sum(), x)
     loss = cross_entropy(x * 1, case.target, reduction=reduction, inplace=True).sum()
     for factor in (1.0, 3.0, 0.5):
@@ -164,7 +156,7 @@ def test_a_second_backward_is_right_or_refused(reduction):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_double_backward_is_refused(reduction):
     """What it needs is overwritten. A gradient without a graph would make penalties vanish silently."""
-    x = make_case(torch.float64, (5, 60)).x.requires_grad_()
+    x = make_case(torch.float64, (5, 60)).logits.requires_grad_()
     loss = cross_entropy(x * 1, torch.arange(5), reduction=reduction, inplace=True).sum()
     with pytest.raises(RuntimeError):
         (grad,) = torch.autograd.grad(loss, x, create_graph=True)
@@ -174,7 +166,7 @@ def test_double_backward_is_refused(reduction):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_leaf_is_not_overwritten(reduction):
     """PyTorch allows no operation in place on a leaf that requires a gradient: its value is the user's parameter."""
-    x = make_case(torch.float64, (5, 60)).x.requires_grad_()
+    x = make_case(torch.float64, (5, 60)).logits.requires_grad_()
     before = x.detach().clone()
     with pytest.raises(RuntimeError, match="leaf"):
         cross_entropy(x, torch.arange(5), reduction=reduction, inplace=True)
@@ -185,7 +177,7 @@ def test_a_leaf_is_not_overwritten(reduction):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_nothing_is_overwritten_where_no_gradient_is_wanted(reduction, mode):
     """An evaluation step with the training step's settings keeps its logits: metrics are computed from them."""
-    x = make_case(torch.float64, (5, 60)).x
+    x = make_case(torch.float64, (5, 60)).logits
     before = x.clone()
     with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(mode, torch.enable_grad)():
         logits = (x.requires_grad_(mode != "no gradient wanted") * 1) if mode != "no gradient wanted" else x

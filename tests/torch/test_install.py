@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.functional import cross_entropy as imported_by_name
 from torch.utils.checkpoint import checkpoint
-from torch_cases import DTYPES, OPTIONS, REDUCTIONS, counted, loss_and_grad, make_case, one_torch_thread, run_script
 
 import fastxent.torch as fxt
-
-one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
+from tests.helpers.cases import REDUCTIONS
+from tests.helpers.launches import counted
+from tests.helpers.opponent import loss_and_grad
+from tests.helpers.processes import run_script
+from tests.helpers.torch_cases import DTYPES, OPTIONS, make_case
 
 # Of PyTorch's own forward mode and compiler, about their own code.
 pytestmark = [
+    pytest.mark.usefixtures("one_torch_thread"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),

@@ -10,11 +10,14 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch_cases import REDUCTIONS, counted, make_case, one_torch_thread, torch_loss
 
 from fastxent.torch import CrossEntropyLoss, cross_entropy
+from tests.helpers.cases import REDUCTIONS
+from tests.helpers.launches import counted
+from tests.helpers.opponent import torch_loss
+from tests.helpers.torch_cases import make_case
 
-one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 WEIGHT = torch.linspace(0.5, 2.0, 60, dtype=torch.float64)
 OPTIONS = [
@@ -111,11 +114,11 @@ def test_to_moves_the_weight():
     loss = CrossEntropyLoss(WEIGHT.clone())
     assert loss.to(torch.float32) is loss and loss.weight.dtype == torch.float32
     case = make_case(torch.float32, (9, 60))
-    torch.testing.assert_close(loss(case.x, case.target), nn.CrossEntropyLoss(WEIGHT.float())(case.x, case.target))
+    torch.testing.assert_close(loss(case.logits, case.target), nn.CrossEntropyLoss(WEIGHT.float())(case.logits, case.target))
     assert loss.half().weight.dtype == torch.float16 and loss.double().weight.dtype == torch.float64
     meta = loss.to("meta")
     assert meta.weight.device.type == "meta"
-    assert meta(case.x.double().to("meta"), case.target.to("meta")).device.type == "meta"
+    assert meta(case.logits.double().to("meta"), case.target.to("meta")).device.type == "meta"
 
 
 def test_in_a_model_with_hooks():

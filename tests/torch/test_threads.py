@@ -10,11 +10,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from torch_cases import REDUCTIONS, make_case, run_script
 
 import fastxent
 from fastxent._runtime import threads
 from fastxent.torch import cross_entropy, installed
+from tests.helpers.cases import REDUCTIONS
+from tests.helpers.processes import run_script
+from tests.helpers.torch_cases import make_case
 
 ROWS, CLASSES = 512, 1024  # enough work for a dozen threads
 
@@ -128,7 +130,7 @@ def test_the_number_is_the_same_before_and_after_any_call(threads):
     for function in (cross_entropy, F.cross_entropy):
         with installed():
             for reduction in REDUCTIONS:
-                x = case.x.clone().requires_grad_()
+                x = case.logits.clone().requires_grad_()
                 function(x, case.target, reduction=reduction, **case.options).sum().backward()
                 assert torch.get_num_threads() == threads
     assert torch.get_num_interop_threads() == between

@@ -10,11 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch_cases import one_torch_thread
 
 import fastxent.torch as fxt
 
-one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

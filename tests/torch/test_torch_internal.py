@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch_cases import DTYPES, counted, one_torch_thread
 
 import fastxent.torch as fxt
-
-one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
+from tests.helpers.launches import counted
+from tests.helpers.torch_cases import DTYPES
 
 # Of PyTorch's own forward mode and test inputs, about their own code.
 pytestmark = [
+    pytest.mark.usefixtures("one_torch_thread"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:linear_cross_entropy. ..options.. ignored:UserWarning"),
 ]

@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch_cases import one_torch_thread
 
 import fastxent.torch as ft
 
-one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 pytestmark = [
+    pytest.mark.usefixtures("one_torch_thread"),
     pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.*` is not supported in Python 3.14:DeprecationWarning"),
 ]

@@ -7,13 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
-from torch_cases import EXTRAS, OPTIONS, REDUCTIONS, make_case, one_torch_thread, torch_loss
 
 from fastxent.torch import CrossEntropyLoss, cross_entropy
+from tests.helpers.cases import REDUCTIONS
+from tests.helpers.opponent import torch_loss
+from tests.helpers.torch_cases import EXTRAS, OPTIONS, make_case
 
-one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 # PyTorch's forward mode scripts its own decompositions when it is first used.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_torch_thread"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+]
 
 SHAPES = [(4,), (3, 5), (3, 50), (2, 3, 2)]
 FULL = "weight ignore smoothing sample_weight z_loss softcap"
@@ -41,7 +45,7 @@ def pair(option: str, shape: tuple[int, ...], reduction: str):
 def test_gradcheck(reduction, option):
     for shape in [(4,), (3, 5), (2, 3, 2)]:
         case, ours, _ = pair(option, shape, reduction)
-        x = case.x.requires_grad_()
+        x = case.logits.requires_grad_()
         assert gradcheck(
             ours,
             x,
@@ -59,7 +63,7 @@ def test_gradcheck(reduction, option):
 def test_gradgradcheck(reduction, option):
     for shape in [(4,), (3, 5), (2, 3, 2)]:
         case, ours, _ = pair(option, shape, reduction)
-        x = case.x.requires_grad_()
+        x = case.logits.requires_grad_()
         assert gradgradcheck(ours, x, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
 
 
@@ -71,7 +75,7 @@ def test_gradcheck_with_respect_to_probabilities_and_weights(reduction):
     def loss(x, t, w, u):
         return cross_entropy(x, t, w, reduction=reduction, label_smoothing=0.2, sample_weight=u, z_loss=0.1, softcap=4.0)
 
-    inputs = [t.requires_grad_() for t in (case.x, case.target, w, u)]
+    inputs = [t.requires_grad_() for t in (case.logits, case.target, w, u)]
     assert gradcheck(loss, inputs, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(loss, inputs, check_fwd_over_rev=True)
 
@@ -86,11 +90,11 @@ def test_gradcheck_with_respect_to_probabilities_and_weights(reduction):
 def test_dual_numbers(reduction, option):
     for shape in SHAPES:
         case, ours, theirs = pair(option, shape, reduction)
-        tangent = torch.linspace(-1, 1, case.x.numel(), dtype=double).reshape(shape)
+        tangent = torch.linspace(-1, 1, case.logits.numel(), dtype=double).reshape(shape)
         results = []
         for function in (ours, theirs):
             with forward_ad.dual_level():
-                out = forward_ad.unpack_dual(function(forward_ad.make_dual(case.x, tangent)))
+                out = forward_ad.unpack_dual(function(forward_ad.make_dual(case.logits, tangent)))
                 results.append((out.primal.clone(), out.tangent.clone()))
         close(*results)
 
@@ -99,7 +103,7 @@ def test_tangent_of_the_probabilities():
     case = make_case(double, (3, 5), "probabilities")
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(case.target, torch.ones_like(case.target))
-        results = [forward_ad.unpack_dual(f(case.x, dual)).tangent for f in (cross_entropy, F.cross_entropy)]
+        results = [forward_ad.unpack_dual(f(case.logits, dual)).tangent for f in (cross_entropy, F.cross_entropy)]
         close(*results)
 
 
@@ -107,9 +111,9 @@ def test_no_tangent_no_formula():
     """A dual level that is open elsewhere changes nothing."""
     case = make_case(double, (3, 5))
     with forward_ad.dual_level():
-        x = case.x.clone().requires_grad_()
+        x = case.logits.clone().requires_grad_()
         cross_entropy(x, case.target).backward()
-    close(x.grad, torch.func.grad(F.cross_entropy)(case.x, case.target))
+    close(x.grad, torch.func.grad(F.cross_entropy)(case.logits, case.target))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -142,14 +146,14 @@ TRANSFORMS = {
 def test_transforms(reduction, transform, option):
     for shape in [(4,), (3, 5), (2, 3, 2)]:
         case, ours, theirs = pair(option, shape, reduction)
-        close(transform(ours)(case.x), transform(theirs)(case.x))
+        close(transform(ours)(case.logits), transform(theirs)(case.logits))
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0), (1, 0), (None, 0), (0, None), (2, 1)], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_vmap_over_logits_and_target(reduction, in_dims):
     """Any axis of either may be the batch."""
-    x, target = make_case(double, (3, 4, 6)).x, torch.arange(18).reshape(3, 6) % 4
+    x, target = make_case(double, (3, 4, 6)).logits, torch.arange(18).reshape(3, 6) % 4
     if in_dims == (0, None):
         target = target[0]
         x = x.movedim(2, 1)  # 3 times (6, 4)
@@ -189,17 +193,17 @@ def test_vmap_of_single_rows(reduction, option):
     """Inside, the logits are (C,) and the target is a number."""
     case = make_case(double, (6, 4), option)
     run = [vmap(lambda a, b, f=f: f(a, b, reduction=reduction, **case.options)) for f in (cross_entropy, F.cross_entropy)]
-    torch.testing.assert_close(*(f(case.x, case.target) for f in run), rtol=1e-10, atol=1e-11, equal_nan=True)
+    torch.testing.assert_close(*(f(case.logits, case.target) for f in run), rtol=1e-10, atol=1e-11, equal_nan=True)
 
     def slope(f):
-        return vmap(grad(lambda a, b: f(a, b, reduction=reduction, **case.options).sum()))(case.x, case.target)
+        return vmap(grad(lambda a, b: f(a, b, reduction=reduction, **case.options).sum()))(case.logits, case.target)
 
     close(slope(cross_entropy), slope(F.cross_entropy))
 
 
 def test_vmap_with_per_sample_weights_and_reductions():
     case, u = make_case(double, (3, 4, 5)), torch.rand(3, 5, dtype=double)
-    x = case.x.movedim(2, 1)
+    x = case.logits.movedim(2, 1)
     for reduction in REDUCTIONS:
         got = vmap(lambda a, b, c, r=reduction: cross_entropy(a, b, sample_weight=c, reduction=r))(x, case.target, u)
         want = [torch_loss(a, b, reduction, sample_weight=c) for a, b, c in zip(x, case.target, u, strict=True)]
@@ -209,7 +213,7 @@ def test_vmap_with_per_sample_weights_and_reductions():
 @pytest.mark.parametrize("randomness", ["same"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_vmap_of_ignored_rows(reduction, randomness):
-    x, target = make_case(double, (2, 3, 4)).x, torch.tensor([[0, -100, 2], [-100, -100, 3]])
+    x, target = make_case(double, (2, 3, 4)).logits, torch.tensor([[0, -100, 2], [-100, -100, 3]])
 
     def run(f):
         return vmap(lambda a, b: f(a, b, reduction=reduction), randomness=randomness)(x, target)
@@ -224,8 +228,8 @@ def test_inner_gradient_inside_an_outer_graph():
     results = []
     for f in (cross_entropy, F.cross_entropy):
         w = torch.eye(4, dtype=double, requires_grad=True)
-        (step,) = torch.autograd.grad(f(inner.x @ w, inner.target), w, create_graph=True)
-        f(outer.x @ (w - 0.5 * step), outer.target).backward()
+        (step,) = torch.autograd.grad(f(inner.logits @ w, inner.target), w, create_graph=True)
+        f(outer.logits @ (w - 0.5 * step), outer.target).backward()
         results.append(w.grad)
     close(*results)
 
@@ -234,12 +238,12 @@ def test_inner_gradient_inside_an_outer_graph():
 def test_autograd_functional_and_batched_gradients(reduction):
     case, ours, theirs = pair("weight", (3, 5), reduction)
     for vectorize in (False, True):
-        close(*(torch.autograd.functional.jacobian(f, case.x, vectorize=vectorize) for f in (ours, theirs)))
+        close(*(torch.autograd.functional.jacobian(f, case.logits, vectorize=vectorize) for f in (ours, theirs)))
         sums = [lambda x, f=f: f(x).sum() for f in (ours, theirs)]
-        close(*(torch.autograd.functional.hessian(f, case.x, vectorize=vectorize) for f in sums))
+        close(*(torch.autograd.functional.hessian(f, case.logits, vectorize=vectorize) for f in sums))
     results = []
     for f in (ours, theirs):
-        x = case.x.clone().requires_grad_()
+        x = case.logits.clone().requires_grad_()
         loss = f(x)
         many = torch.linspace(-1, 1, 4 * loss.numel(), dtype=double).reshape(4, *loss.shape)
         results.append(torch.autograd.grad(loss, x, many, is_grads_batched=True))

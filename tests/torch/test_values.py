@@ -8,29 +8,15 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Budget, make_rng
-from torch_cases import (
-    DENSE,
-    DTYPES,
-    EXTRAS,
-    LAYOUTS,
-    OPTIONS,
-    REDUCTIONS,
-    Case,
-    array,
-    at_least_float32,
-    is_dense,
-    loss_and_grad,
-    make_case,
-    make_truth,
-    one_torch_thread,
-    run_torch,
-    torch_loss,
-)
 
 from fastxent.torch import cross_entropy
+from tests.helpers.cases import REDUCTIONS, Case, make_rng
+from tests.helpers.opponent import at_least_float32, loss_and_grad, torch_loss
+from tests.helpers.opponent import run_torch_tensors as run_torch
+from tests.helpers.torch_cases import DENSE, DTYPES, EXTRAS, LAYOUTS, OPTIONS, array, is_dense, make_case, make_truth
+from tests.helpers.truth import Budget
 
-one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 SHAPES = {
     (7,): "one row, no batch axis",
@@ -48,21 +34,21 @@ def check(*cases: Case) -> None:
     """Losses and gradients of `cases` within one budget, in the right dtypes; no argument written, no stride lost."""
     losses, gradients = Budget(), Budget()
     for case in cases:
-        arguments = [t for t in (case.x, case.target, *case.options.values()) if isinstance(t, torch.Tensor)]
+        arguments = [t for t in (case.logits, case.target, *case.options.values()) if isinstance(t, torch.Tensor)]
         copies = [t.clone() for t in arguments]
         for reduction in REDUCTIONS:
-            label = (*case.x.shape, *case.x.stride(), reduction)
+            label = (*case.logits.shape, *case.logits.stride(), reduction)
             truth, (torchs_loss, torchs_grad) = make_truth(case, reduction), run_torch(case, reduction)
             with torch.no_grad():
-                alone = cross_entropy(case.x, case.target, reduction=reduction, **case.options)
+                alone = cross_entropy(case.logits, case.target, reduction=reduction, **case.options)
             loss, grad = loss_and_grad(cross_entropy, case, reduction)
             for value in (alone, loss):
-                assert value.dtype == case.x.dtype and not value.requires_grad, label
+                assert value.dtype == case.logits.dtype and not value.requires_grad, label
                 losses.add(array(value), truth.loss, torchs_loss, truth.loss_scale, label)
-            assert grad.dtype == case.x.dtype and grad.shape == case.x.shape, label
+            assert grad.dtype == case.logits.dtype and grad.shape == case.logits.shape, label
             gradients.add(array(grad), truth.grad, torchs_grad, truth.grad_scale, label)
-            if is_dense(case.x):
-                assert grad.stride() == case.x.stride(), label
+            if is_dense(case.logits):
+                assert grad.stride() == case.logits.stride(), label
         for argument, copy in zip(arguments, copies, strict=True):
             assert torch.equal(argument, copy)
     losses.check()
@@ -94,13 +80,13 @@ def test_extras_in_any_number_of_dimensions(option):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, option):
     cases = [make_case(torch.float32, shape, option) for shape in MANY_DIMS]
-    check(*(case._replace(x=LAYOUTS[layout](case.x)) for case in cases))
+    check(*(case._replace(logits=LAYOUTS[layout](case.logits)) for case in cases))
 
 
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_dense_layouts_of_other_dtypes(dtype, layout):
-    check(*(case._replace(x=DENSE[layout](case.x)) for case in (make_case(dtype, shape) for shape in MANY_DIMS)))
+    check(*(case._replace(logits=DENSE[layout](case.logits)) for case in (make_case(dtype, shape) for shape in MANY_DIMS)))
 
 
 @pytest.mark.parametrize("x_layout", LAYOUTS)
@@ -113,7 +99,7 @@ def test_probabilities_that_lie_otherwise_than_the_logits(t_layout, x_layout):
 def test_strided_target_weight_and_sample_weight():
     case = make_case(torch.float32, (4, 6, 5), "weight ignore sample_weight")
     options = {k: LAYOUTS["every_second"](v) for k, v in case.options.items()}
-    check(case, *(Case(case.x, LAYOUTS[layout](case.target), options) for layout in ("transposed", "every_second")))
+    check(case, *(Case(case.logits, LAYOUTS[layout](case.target), options) for layout in ("transposed", "every_second")))
 
 
 @pytest.mark.parametrize("option", ["index", "smoothing", "probabilities", "z_loss", "softcap"])
@@ -141,8 +127,8 @@ def test_confident_predictions(dtype, option):
     """p_y near 1, where p_y - 1 cancels, and near 0, where losses are large; random logits show neither."""
     cases = [make_case(dtype, shape, option) for shape in [(33, 17), (33, 100)]]
     lead = torch.linspace(-15, 15, 33, dtype=torch.float64)[:, None]
-    hot = [F.one_hot(case.target.clamp(0), case.x.shape[1]) * lead for case in cases]
-    check(*(case._replace(x=(case.x.double() / 3 + h).to(dtype)) for case, h in zip(cases, hot, strict=True)))
+    hot = [F.one_hot(case.target.clamp(0), case.logits.shape[1]) * lead for case in cases]
+    check(*(case._replace(logits=(case.logits.double() / 3 + h).to(dtype)) for case, h in zip(cases, hot, strict=True)))
 
 
 @pytest.mark.parametrize("shape", [(2, 128257), (1, 40000)], ids=str)
@@ -157,7 +143,7 @@ def test_long_rows(shape, option):
 def test_half_precision_mean_does_not_overflow():
     """PyTorch's float16 mean is inf and its gradient 0 here: the sum of the losses passes 65504, and so does their number."""
     case = make_case(torch.float16, (70000, 3))
-    assert not torch.isfinite(F.cross_entropy(case.x, case.target))
+    assert not torch.isfinite(F.cross_entropy(case.logits, case.target))
     check(case)
     assert loss_and_grad(cross_entropy, case, "mean")[1].abs().max() > 1e-5
 
@@ -213,7 +199,7 @@ def test_every_integer_dtype_of_target(integer, shape, ignored):
     options = case.options | dict(ignore_index=ignored)
     for reduction in REDUCTIONS:
         want = loss_and_grad(cross_entropy, case._replace(options=options), reduction)
-        got = loss_and_grad(cross_entropy, Case(case.x, case.target.to(integer), options), reduction)
+        got = loss_and_grad(cross_entropy, Case(case.logits, case.target.to(integer), options), reduction)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     check(case._replace(options=options))
 
@@ -228,7 +214,7 @@ def test_dtypes_of_logits_probabilities_and_weight_are_promoted(pair):
     for shape, weight in itertools.product([(5,), (17, 5)], [None, *DTYPES]):
         case = make_case(torch.float64, shape, "probabilities weight")
         w = {} if weight is None else dict(weight=case.options["weight"].to(weight))
-        case = Case(case.x.to(pair[0]), case.target.to(pair[1]), w)
+        case = Case(case.logits.to(pair[0]), case.target.to(pair[1]), w)
         for reduction in REDUCTIONS:
             want, _ = loss_and_grad(F.cross_entropy, case, reduction)
             loss, grad = loss_and_grad(cross_entropy, case, reduction)

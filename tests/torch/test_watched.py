@@ -18,14 +18,13 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from torch_cases import one_torch_thread
 
 import fastxent.torch as ft
 from fastxent._fastpath.cache import calls
 from fastxent._runtime import fastpath
 from fastxent.torch import _decomposition
 
-one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 X, Y = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 4, -100])
 REDUCTIONS = ["mean", "none"]
 DOORS = ["cross_entropy", "install"]

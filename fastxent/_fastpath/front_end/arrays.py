@@ -46,7 +46,7 @@ def may_write(family, logits, target, out):
 
 @njit(**INLINE)
 def is_like(process, call, logits, target, out, options):
-    """Is this a call like the known one, but for the extents?"""
+    """Is this a call like the stored one, but for the extents?"""
     family, flags = word(call, words.TASK_AT), objects.CONTIGUOUS_AND_ALIGNED
     n_axes, x_dtype = word(family, words.N_AXES), word(call, words.X_DTYPE)
     if not has_option_types(call, options):

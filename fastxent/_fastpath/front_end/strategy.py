@@ -55,6 +55,20 @@ def set_axes(family, n_rows, n_classes, inner, extent):
 
 
 @njit(**INLINE)
+def trait(family, nth):
+    return word(family, words.TRAITS + nth) != 0
+
+
+@njit(**INLINE)
+def traits_of(family):
+    """What the choice depends on besides extents, as ``tasks`` has written it."""
+    return plan.Traits(
+        trait(family, 0), trait(family, 1), trait(family, 2), trait(family, 3), trait(family, 4), trait(family, 5),
+        trait(family, 6),
+    )  # fmt: skip
+
+
+@njit(**INLINE)
 def made_ready(family, outer, n_classes, inner):
     """Make a family's block ready for arrays that are dense, of these extents before the classes, of them, and behind them: how
     many threads have something to do, or ``NOT_THERE``, ``NOT_MET``."""
@@ -64,11 +78,11 @@ def made_ready(family, outer, n_classes, inner):
         return words.NOT_THERE
     tight = inner == 1
     extent = n_rows if n_classes == 1 or outer == 1 or inner == 1 else inner
-    contiguous_lanes = n_rows > 1 and (inner > 1 or n_classes == 1)
+    contiguous_rows = n_rows > 1 and (inner > 1 or n_classes == 1)
     class_lanes = uses_class_lanes(n_rows, n_classes, size, tight)
     s = strategy(
-        class_lanes, n_rows, n_classes, extent, size, tight, class_lanes or contiguous_lanes, not class_lanes, True,
-        word(family, words.CAPPED) != 0, word(family, words.UNROUNDED) != 0, word(family, words.SINGLE) != 0,
+        class_lanes, n_rows, n_classes, extent, size, tight, contiguous_rows and not class_lanes, not class_lanes,
+        traits_of(family),
     )  # fmt: skip
     kernel = kernel_for(family, number_of(s))
     if kernel == 0 or max(s.n_chunks, n_checks(n_rows)) > words.ROOM:

@@ -34,10 +34,11 @@ PROCESS = 23
 # A task: the address of its argument block; work, as ``launch.is_long`` counts it, up to which the GIL is held; is it a family,
 # whose extents may change?; if not, how many threads have something to do. A family has besides: number of axes; the class
 # axis; do the classes lie innermost (else as in C order)?; bytes of a logit; are there class probabilities?; is their loss
-# averaged?; number of class weights, or 0; label smoothing; what the plan is told besides; number of kernels
+# averaged?; number of class weights, or 0; label smoothing; number of kernels; ``plan.Traits``
 BLOCK_AT, MOST_HELD, IS_FAMILY, USEFUL = range(4)
-N_AXES, CLASS_AXIS, INNERMOST, SIZE, SOFT, AVERAGED, N_WEIGHTS, SMOOTHING, CAPPED, UNROUNDED, SINGLE, N_KERNELS = range(4, 16)
-AXES = 16  # the row axes' table, of two axes at most
+N_AXES, CLASS_AXIS, INNERMOST, SIZE, SOFT, AVERAGED, N_WEIGHTS, SMOOTHING, N_KERNELS, TRAITS = range(4, 14)
+N_TRAITS = 7
+AXES = TRAITS + N_TRAITS  # the row axes' table, of two axes at most
 # Of each kernel its number, that of its segments, itself
 KERNELS, MOST_KERNELS, KERNEL = AXES + 2 * 5, 16, 3
 TASK = KERNELS + MOST_KERNELS * KERNEL  # behind it lies a family's argument block
