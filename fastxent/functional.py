@@ -122,14 +122,14 @@ def cross_entropy(
     >>> fx.cross_entropy(logits, [0, -100], reduction="none").round(4)
     array([0.417, 0.   ])
     """
-    plain, options = weight is sample_weight is None, (axis, ignore_index, label_smoothing, reduction)
-    if plain and (met := lookup("value", logits, target, None, options, n_threads)):
+    plain = weight is sample_weight is None
+    if plain and (met := lookup("value", logits, target, None, n_threads, axis, ignore_index, label_smoothing, reduction)):
         return met[0]
     checked("reduction", reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
     loss = _loss_of("value", p, reduction)
     if plain and reduction != "none":
-        store("value", p, logits, target, None, None, options)
+        store("value", p, logits, target, None, None, (axis, ignore_index, label_smoothing, reduction))
     return loss
 
 
@@ -189,8 +189,10 @@ def cross_entropy_value_and_grad(
     array([[ 0.125, -0.375,  0.125,  0.125],
            [ 0.125,  0.125,  0.125, -0.375]])
     """
-    plain, options = weight is sample_weight is None, (axis, ignore_index, label_smoothing, reduction)
-    if plain and (met := lookup("value_and_grad", logits, target, out, options, n_threads)):
+    plain = weight is sample_weight is None
+    if plain and (
+        met := lookup("value_and_grad", logits, target, out, n_threads, axis, ignore_index, label_smoothing, reduction)
+    ):
         return met
     checked("reduction", reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
@@ -199,7 +201,7 @@ def cross_entropy_value_and_grad(
     g = new_gradient(p.x, p.axis) if out is None else writable_place(out, p.x, p.axis, (p.y, p.t, p.w, p.u))
     loss = _loss_of("value_and_grad", p, reduction, g)
     if plain and reduction != "none":
-        store("value_and_grad", p, logits, target, out, g, options)
+        store("value_and_grad", p, logits, target, out, g, (axis, ignore_index, label_smoothing, reduction))
     if out is None:
         return loss, g
     if g is not out:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import fastxent as fx
+from fastxent._fastpath import array_calls
 from fastxent._fastpath.array_calls import DenseCall
 from fastxent._fastpath.cache import CallCache, calls
 from fastxent._runtime import fastpath, run
@@ -57,7 +58,7 @@ if sys.argv[1] == "torch":
         with ft.installed():
             digest.append(torch.nn.functional.cross_entropy(x, y).item())
 from fastxent._runtime import fastpath
-assert fastpath.ENABLED == any(name.startswith("fastxent._fastpath") for name in sys.modules)
+assert fastpath.ENABLED == ("fastxent._fastpath.cache" in sys.modules)
 print(fastpath.ENABLED, [float(number).hex() for number in digest])
 """
 
@@ -133,18 +134,31 @@ def test_threads_store_while_others_look_up():
 
 
 @with_fast_path
+def test_dtypes_and_numbers_of_axes_in_turn(monkeypatch):
+    calls.clear()
+    x, y = arrays((6, 4))
+    kinds = [(x, y), (x.astype(np.float64), y), (x.reshape(2, 3, 4), y.reshape(2, 3))]
+    want = [fx.cross_entropy_value_and_grad(*kind) for kind in kinds]
+    monkeypatch.setattr(array_calls, "_exact_key", None)
+    for _ in range(2):
+        for kind, (loss, g) in zip(kinds, want, strict=True):
+            again, g_again = fx.cross_entropy_value_and_grad(*kind)
+            assert again == loss and again.dtype == loss.dtype and np.array_equal(g_again, g)
+
+
+@with_fast_path
 def test_another_number_of_arguments_is_refused():
     calls.clear()
     x, y = arrays((6, 4))
     loss = fx.cross_entropy(x, y)
-    (call,) = (call for call in map(calls.lookup, calls.keys()) if isinstance(call, DenseCall))
-    good: tuple[Any, ...] = (1, x, y, x, (-1, -100, 0.0, "mean"))
+    (call,) = {call for call in map(calls.lookup, calls.keys()) if isinstance(call, DenseCall)}
+    good: tuple[Any, ...] = (1, x, y, x, -1, -100, 0.0, "mean")
     assert np.float32(call.run(*good)) == loss
-    for bad in ((), good[:1], good[:4], (*good, None), (0, *good[1:]), ("1", *good[1:]), (None, *good[1:])):
+    for bad in ((), good[:1], good[:7], (*good, None), (0, *good[1:]), ("1", *good[1:]), (None, *good[1:])):
         with pytest.raises(TypeError):
             call.run(*bad)
-    for options in ((), good[4][:3], (*good[4], 1), list(good[4]), None, 3):
-        assert call.run(*good[:4], options) is False
+    for nth in range(4, 8):
+        assert call.run(*good[:nth], None, *good[nth + 1 :]) is False
 
 
 @with_fast_path

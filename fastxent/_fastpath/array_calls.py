@@ -1,8 +1,9 @@
 """NumPy's calls: their keys, what is stored of them, and how they are run.
 
-Arrays that are not large, and C-contiguous, have a key without extents; a builtin (``front_end.arrays``) confirms the rest in
-a tenth of a microsecond. All others have a key with extents and strides, and Python runs them in some microseconds. Class
-indices are never taken on trust: the task checks them, before it writes anything.
+Arrays that are not large, and C-contiguous, have a key without extents, and a shorter one that names the last call with these
+options. A builtin (``front_end.arrays``) confirms the rest in a tenth of a microsecond. All others have a key with extents and
+strides, and Python runs them in some microseconds. Class indices are never taken on trust: the task checks them, before it
+writes anything.
 """
 
 from __future__ import annotations
@@ -62,18 +63,16 @@ def _exact_key(name: str, logits: Array, target: Array, out: Array | None, optio
 
 
 def lookup(
-    name: str, logits: object, target: object, out: object, options: tuple[Any, ...], n_threads: int | None
-) -> tuple[Any, Any] | None:
-    """Loss, and gradient if ``name`` is "value_and_grad"; None where all has to be checked.
-
-    ``options``: axis, ignore_index, label_smoothing, reduction.
-    """
-    if type(logits) is not ndarray or type(target) is not ndarray or (out is not None and type(out) is not ndarray):
+    name: str, logits: object, target: object, out: object, n_threads: int | None,
+    axis: int, ignore_index: int, label_smoothing: float, reduction: str,
+) -> tuple[Any, Any] | None:  # fmt: skip
+    """Loss, and gradient if ``name`` is "value_and_grad"; None where all has to be checked."""
+    if type(logits) is not ndarray:
         return None
     if n_threads is not None and (type(n_threads) is not int or n_threads < 1):
         return None
     try:
-        dense = _lookup((name, options, logits.dtype, logits.ndim))
+        dense = _lookup((name, axis, ignore_index, label_smoothing, reduction))
     except TypeError:  # an option of a type that has no hash
         return None
     if dense is not None:
@@ -83,13 +82,24 @@ def lookup(
             direct = logits.nbytes <= MOST_DIRECT and logits.flags.c_contiguous
             team = builtins.team(n_threads) if direct else 0
         if team > 0:
-            place = logits if name == "value" else out
-            if place is None:
-                place = np.empty_like(logits) if small else new_gradient(logits, 0)
-            loss = dense.run(team, logits, target, place, options)
+            if (place := out) is None:
+                if name == "value":
+                    place = logits  # it is not written to
+                else:
+                    place = np.empty_like(logits) if small else new_gradient(logits, 0)
+            loss = dense.run(team, logits, target, place, axis, ignore_index, label_smoothing, reduction)
+            if loss is False:
+                other = _lookup((name, axis, ignore_index, label_smoothing, reduction, logits.dtype, logits.ndim))
+                if other is not None and other is not dense:
+                    calls.store((name, axis, ignore_index, label_smoothing, reduction), other)
+                    loss = other.run(team, logits, target, place, axis, ignore_index, label_smoothing, reduction)
+                    dense = other
             if loss is not False:
                 return dense.loss(loss), place
             del place  # if it is new: it would be there beside the next one
+    if type(target) is not ndarray or (out is not None and type(out) is not ndarray):
+        return None
+    options = axis, ignore_index, label_smoothing, reduction
     exact = _lookup(_exact_key(name, logits, target, out, options))
     return None if exact is None else _run_exact(exact, name, logits, target, out, n_threads)
 
@@ -113,7 +123,10 @@ def _run_exact(
 def store(
     name: str, p: Problem, logits: object, target: object, out: Array | None, g: Array | None, options: tuple[Any, ...]
 ) -> None:
-    """Store a call that was found good, if its arrays were taken as they are and lie in one piece."""
+    """Store a call that was found good, if its arrays were taken as they are and lie in one piece.
+
+    ``options``: as `lookup` has them.
+    """
     x = p.x
     if (
         x is not logits
@@ -138,7 +151,7 @@ def store(
 
 
 def _store_dense(task: PackedTask, plan: Plan, p: Problem, target: Array, options: tuple[Any, ...]) -> None:
-    key = task.name, options, p.x.dtype, p.x.ndim
+    key = task.name, *options, p.x.dtype, p.x.ndim
     types, dtypes = tuple(map(type, options)), (p.x.dtype, target.dtype)
     dense = calls.lookup(key)
     if dense is not None and dense.option_types == types:
@@ -147,4 +160,6 @@ def _store_dense(task: PackedTask, plan: Plan, p: Problem, target: Array, option
     family = family_of(task, p.axis, p.x.ndim, smoothing=p.smoothing)
     run = builtins.arrays_builtin(family, dtypes, options)
     if run is not None:
-        calls.store(key, DenseCall(run, p.acc.type, family, types, dtypes))
+        dense = DenseCall(run, p.acc.type, family, types, dtypes)
+        calls.store(key, dense)
+        calls.store((task.name, *options), dense)

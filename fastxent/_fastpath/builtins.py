@@ -35,7 +35,7 @@ class _State:
 
 
 def arrays_builtin(family: Family, dtypes: tuple[object, object], options: tuple[Any, ...]) -> Callable[..., Any] | None:
-    """``run(team, logits, target, out, options)``, as `front_end.arrays.run_arrays`, of dtypes and options like these; None:
+    """``run(team, logits, target, out, *options)``, as `front_end.arrays.run_arrays`, of dtypes and options like these; None:
     this Python has to do without. The caller keeps family and dtypes."""
     if not objects.arrays_are_as_expected():
         return None
@@ -62,9 +62,9 @@ def tensors_builtin(task: Task, operands: Operands, is_double: bool, n_narrow: i
 
 def team(n_threads: int | None = None) -> int:
     """Threads for a call that a builtin runs; 0: it has to go the longer way."""
-    if _State.openmp is not threads._openmp():  # PyTorch has come
+    if _State.openmp is not (openmp := threads._openmp()):  # PyTorch has come
         _use_openmp()
-    return run.team_at_once(n_threads)
+    return run.team_at_once(n_threads, openmp)
 
 
 def _use_openmp() -> None:
@@ -79,12 +79,12 @@ def _filled() -> Words:
         _owners.extend((held, released))
         functions = (
             "PyEval_SaveThread", "PyEval_RestoreThread", "PyErr_BadArgument", "PyFloat_FromDouble", "PyBool_FromLong",
-            "PyLong_FromLongLong", "PyLong_AsLongLong", "PyTuple_Size", "PyTuple_GetItem",
+            "PyLong_FromLongLong", "PyLong_AsLongLong",
         )  # fmt: skip
         _use_openmp()
         _process[words.HELD_TILES : words.TENSOR_HANDLE] = (
             held[1], released[1], run.released_at(), *map(_address_of, functions),
-            *map(id, (tuple, np.ndarray, None)),
+            *map(id, (np.ndarray, None)),
         )  # fmt: skip
         _process[words.LAUNCH] = registry.kernel("launch").address
     return _process

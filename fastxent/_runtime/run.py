@@ -227,11 +227,11 @@ def _allowed(team: int) -> int:
     return team if team <= MOST_THREADS_A_CPU else min(team, MOST_THREADS_A_CPU * threads.available_cpus())
 
 
-def team_at_once(n_threads: int | None) -> int:
-    """Threads for a call that a builtin runs; 0: it has to go the longer way."""
+def team_at_once(n_threads: int | None, openmp: ctypes.CDLL | None) -> int:
+    """Threads for a call that a builtin runs, on this OpenMP runtime; 0: it has to go the longer way."""
     if _State.forked:
         return 1
-    return 0 if _in_flight() or threads._openmp() is None else _allowed(n_threads or threads.get_num_threads())
+    return 0 if _in_flight() or openmp is None else _allowed(n_threads or threads.get_num_threads())
 
 
 def _alone(task: Kernel, block: ctypes.Array[ctypes.c_char]) -> None:

@@ -20,9 +20,10 @@ from fastxent._runtime.run import PackedTask
 from fastxent.torch import _bridge
 from fastxent.torch._bridge import MEAN, NONE, Options, walkable
 from fastxent.torch._calls import NO_MEMORY, Call, PlainCall, Tasks, plan_of
-from fastxent.torch._keys import Form, form_of, key, of_none, short_key
+from fastxent.torch._keys import Form, form_of, key, of_none
 from fastxent.torch._watched import is_watched
 
+_lookup = calls.lookup
 _NONE: tuple[Any, Any] = of_none, None
 
 
@@ -34,29 +35,30 @@ def lookup(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[
     try:
         if input.is_nested or target.is_nested or (weight is not None and weight.is_nested):
             return None
-        is_like, call = calls.lookup(short_key(input, weight, options)) or _NONE
+        short_key = options, type(options[1]), weight is None, input.requires_grad  # True == 1 == 1.0
+        is_like, call = _lookup(short_key) or _NONE
         if not (
             (is_like(input, target) if weight is None else is_like(input, target, weight))
             and (call.in_order is None or input.is_contiguous() is call.in_order)
         ):
-            call = _by_full_key(input, target, weight, options)
+            call = _by_full_key(input, target, weight, options, short_key)
     except NO_MEMORY:
         return None
     loss = None if call is None else call.loss_of(input, target, weight, inplace)
     if loss is None and call is not None and call.form is not None:
-        call = _by_full_key(input, target, weight, options, exact=True)
+        call = _by_full_key(input, target, weight, options, short_key, exact=True)
         loss = None if call is None else call.loss_of(input, target, weight, inplace)
     return loss
 
 
 def _by_full_key(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...], exact: bool = False
+    input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...], short_key: object, exact: bool = False
 ) -> Call | None:
     if _is_out_of_the_ordinary():
         return None
     call: Call | None = calls.lookup(key(input, target, weight, options, None if exact else form_of(input, target)))
     if call:
-        calls.store(short_key(input, weight, options), (call.guard(input, target, weight), call))
+        calls.store(short_key, (call.guard(input, target, weight), call))
     return call or None
 
 

@@ -1,4 +1,4 @@
-"""What calls with tensors are looked up by: keys, and guards that confirm what a key does not say."""
+"""What calls with tensors are looked up by: keys, and guards that confirm what a shorter key does not say."""
 
 from __future__ import annotations
 
@@ -15,11 +15,6 @@ from fastxent._runtime.plan import MOST_DIRECT
 Form = tuple[int, bool, bool]
 # Are these tensors like those of a call?
 Guard = Callable[..., bool]
-
-
-def short_key(input: Tensor, weight: Tensor | None, options: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Of the call of this kind that was looked up last; its guard says whether it is meant. (True == 1 == 1.0.)"""
-    return options, type(options[1]), weight is None, input.requires_grad
 
 
 def key(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...], form: Form | None) -> tuple[Any, ...]:

@@ -12,8 +12,6 @@ from fastxent import functional
 from fastxent._fastpath.cache import calls
 from fastxent._runtime import fastpath
 
-pytestmark = pytest.mark.skipif(not fastpath.ENABLED, reason="every call is checked")
-
 SHAPES = [
     pytest.param((5, 3), marks=pytest.mark.core),
     (16, 300),
@@ -33,6 +31,8 @@ def arrays(shape: tuple[int, int], axis: int = -1, seed: int = 0) -> tuple[np.nd
 @pytest.fixture
 def unchecked(monkeypatch):
     """From when it is called, a call that is checked fails."""
+    if not fastpath.ENABLED:
+        pytest.skip("every call is checked")
 
     def no_checks(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("checked again")

@@ -139,6 +139,7 @@ def test_options_that_may_change_are_looked_at_every_time(name):
         ft.cross_entropy(x, y, ignore_index=1.0)
 
 
+@pytest.mark.skipif(not fastpath.ENABLED, reason="every call is made ready")
 def test_a_call_makes_ready_only_what_it_runs(monkeypatch):
     from fastxent.torch import _calls
 
@@ -192,6 +193,7 @@ def test_what_only_looks_like_the_last_call():
         ft.cross_entropy(x, y)
 
 
+@pytest.mark.skipif(not fastpath.ENABLED, reason="every call is checked")
 def test_known_calls_are_known_where_it_is_installed(monkeypatch):
     from fastxent.torch import _dispatch
 

@@ -21,15 +21,10 @@ def is_array(process, array, dtype, n_axes, flags):
 
 
 @njit(**INLINE)
-def has_option_types(process, call, options):
+def has_option_types(call, options):
     """Are the options, which equal those of the call, of the same types? True == 1 == 1.0."""
-    if word(options, objects.TYPE) != word(process, words.TUPLE_TYPE):
-        return False
-    if call_with(word(process, words.TUPLE_SIZE), options) != words.N_OPTIONS:
-        return False
     for nth in range(words.N_OPTIONS):
-        option = call_with(word(process, words.TUPLE_ITEM), options, nth)
-        if word(option, objects.TYPE) != word(call, words.OPTION_TYPES + nth):
+        if word(word(options, nth), objects.TYPE) != word(call, words.OPTION_TYPES + nth):
             return False
     return True
 
@@ -51,10 +46,10 @@ def may_write(family, logits, target, out):
 
 @njit(**INLINE)
 def is_like(process, call, logits, target, out, options):
-    """Is this a call like the known one, but for the extents?"""
+    """Is this a call like the stored one, but for the extents?"""
     family, flags = word(call, words.TASK_AT), objects.CONTIGUOUS_AND_ALIGNED
     n_axes, x_dtype = word(family, words.N_AXES), word(call, words.X_DTYPE)
-    if not has_option_types(process, call, options):
+    if not has_option_types(call, options):
         return False
     if not is_array(process, logits, x_dtype, n_axes, flags):
         return False
@@ -71,7 +66,7 @@ def is_like(process, call, logits, target, out, options):
 def ran(call, team, args):
     process, family = word(call, words.PROCESS_AT), word(call, words.TASK_AT)
     logits, target, out = word(args, 1), word(args, 2), word(args, 3)
-    if released(process) == family or not is_like(process, call, logits, target, out, word(args, 4)):
+    if released(process) == family or not is_like(process, call, logits, target, out, args + 8 * 4):
         return False
     useful, block = ready_for(family, word(logits, objects.DIMS)), word(family, words.BLOCK_AT)
     if useful < 0:
@@ -83,7 +78,7 @@ def ran(call, team, args):
 
 
 def run_arrays(self, args, n_args):
-    """Python's ``run(team, logits, target, out, options)``: the loss, or False.
+    """Python's ``run(team, logits, target, out, axis, ignore_index, label_smoothing, reduction)``: the loss, or False.
 
     ``self`` is the array of a call with arrays: see ``words``. False: the arrays are not like those of the call, the options
     not of the same types (that they are equal is known), or a class index is out of range; or the task is in use. Where no
@@ -91,7 +86,7 @@ def run_arrays(self, args, n_args):
     """
     call = word(self, objects.DATA)
     process, team = word(call, words.PROCESS_AT), 0
-    if n_args == 5:
+    if n_args == 4 + words.N_OPTIONS:
         team = argument(word(process, words.FROM_INT), args, 0)
     if team < 1:
         call_with(word(process, words.BAD_ARGUMENT))

@@ -1,8 +1,8 @@
 """All that is assumed of the objects of CPython, NumPy and PyTorch. Nothing else in the package knows how they lie in memory.
 
-Tried with CPython 3.11 (with a GIL, 64 bits), NumPy 2.4 and PyTorch 2.13. Elsewhere it is looked up: before anything relies on
-it, `arrays_are_as_expected` and `c_interface` look at a real array and a real tensor. Where these are not as expected there are
-no builtins: calls that come again are then run by Python, with the same results.
+Tried with CPython 3.10 to 3.13 (with a GIL, 64 bits), NumPy 2.2 to 2.5 and PyTorch 2.13. Elsewhere it is looked up: before
+anything relies on it, `arrays_are_as_expected` and `c_interface` look at a real array and a real tensor. Where these are not as
+expected there are no builtins: calls that come again are then run by Python, with the same results.
 
 A tensor's memory is asked for by PyTorch's C interface (``torch/csrc/inductor/aoti_torch/c/shim.h``, "LibTorch Stable ABI"),
 which is kept stable and takes a thirtieth of what Python takes. Its handle of a tensor is the address of the word that

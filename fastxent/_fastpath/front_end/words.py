@@ -18,10 +18,7 @@ All are integers, but for SMOOTHING, a float64. "_AT" is an address.
     TO_BOOL,
     TO_INT,
     FROM_INT,
-    TUPLE_SIZE,
-    TUPLE_ITEM,
-    TUPLE_TYPE,  # objects
-    NDARRAY_TYPE,
+    NDARRAY_TYPE,  # objects
     NOTHING,
     TENSOR_HANDLE,  # bytes from a tensor's object to its handle, and PyTorch's functions that take it
     DATA_PTR,
@@ -31,8 +28,8 @@ All are integers, but for SMOOTHING, a float64. "_AT" is an address.
     SIZES,
     STRIDES,
     FOUND,  # what they write
-) = range(26)
-PROCESS = 26
+) = range(23)
+PROCESS = 23
 
 # A task: the address of its argument block; work, as ``launch.is_long`` counts it, up to which the GIL is held; is it a family,
 # whose extents may change?; if not, how many threads have something to do. A family has besides: number of axes; the class
