@@ -1,4 +1,4 @@
-"""Calls that were met before, under all that watches operators: it sees ours, forward and backward, and results are right.
+"""Calls that were met before, under dispatch modes: they see ours, forward and backward, and results are right.
 
 A known call runs machine code on the tensors' memory, which nobody can see.
 """
@@ -6,75 +6,18 @@ A known call runs machine code on the tensors' memory, which nobody can see.
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager, nullcontext
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo  # first, or PyTorch's modes are imported in a circle
-import torch.nn.functional as F
-from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import fastxent.torch as ft
 from fastxent._fastpath.cache import calls
-from fastxent._runtime import fastpath
-from fastxent.torch import _decomposition
+from tests.helpers.watched import REDUCTIONS, X, Y, agree, by_name, step, warm
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
-X, Y = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 4, -100])
-REDUCTIONS = ["mean", "none"]
-DOORS = ["cross_entropy", "install"]
-
-
-@pytest.fixture(params=DOORS)
-def loss(request):
-    """Ours, by either door."""
-    with ft.installed() if request.param == "install" else nullcontext():
-        calls.clear()
-        yield F.cross_entropy if request.param == "install" else ft.cross_entropy
-    calls.clear()
-
-
-def step(loss, x, reduction="mean"):
-    """Loss and gradient."""
-    x = x.detach().requires_grad_()
-    made = loss(x, Y, reduction=reduction)
-    return made, torch.autograd.grad(made.sum() * 2, x)[0]
-
-
-def warm(loss, reduction="mean"):
-    """Until a guard recognises the call, with gradient and without; what is right, from PyTorch."""
-    for _ in range(4):
-        step(loss, X, reduction)
-        loss(X, Y, reduction=reduction)
-    assert not fastpath.ENABLED or any(isinstance(call, tuple) for call in map(calls.lookup, calls.keys()))
-    with uninstalled():
-        return step(F.cross_entropy, X, reduction)
-
-
-@contextmanager
-def uninstalled():
-    was = _decomposition.library is not None
-    ft.uninstall()
-    try:
-        yield
-    finally:
-        if was:
-            ft.install()
-
-
-# ----------------------------------------------------------------------------------------------------
-# Dispatch modes
-# ----------------------------------------------------------------------------------------------------
-
-
-def by_name(name):
-    module, cls = name.split(":")
-    return getattr(import_module(f"torch.{module}"), cls)
 
 
 def flop_counter():
@@ -127,13 +70,6 @@ def mode(request, monkeypatch):
 
     monkeypatch.setattr(cls, "__torch_dispatch__", spy)
     return lambda: MODES[request.param](cls), seen
-
-
-def agree(got, want):
-    for g, w in zip(got, want, strict=True):
-        assert (g.shape, g.dtype) == (w.shape, w.dtype)
-        if type(g) is torch.Tensor:
-            torch.testing.assert_close(g.detach(), w.detach())
 
 
 @pytest.mark.filterwarnings(
@@ -247,202 +183,3 @@ def test_selective_checkpoint(loss):
     (grad,) = torch.autograd.grad(made, x, torch.tensor(2.0))
     agree([made, grad], want)
     assert any(op.startswith("fastxent") for _, op in seen)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Tracers
-# ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("pre_dispatch", [False, True])
-@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
-def test_make_fx(loss, tracing_mode, pre_dispatch, reduction):
-    warm(loss, reduction)
-    how = {"tracing_mode": tracing_mode, "pre_dispatch": pre_dispatch}
-    traced = make_fx(lambda x, y: loss(x, y, reduction=reduction), **how)(X, Y)
-    assert "cross_entropy" in traced.code
-    torch.testing.assert_close(traced(X.flip(0), Y), loss(X.flip(0), Y, reduction=reduction))
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("pre_dispatch", [False, True])
-def test_make_fx_of_a_step(reduction, pre_dispatch):
-    want = warm(ft.cross_entropy, reduction)
-    traced = make_fx(lambda x: step(ft.cross_entropy, x, reduction), pre_dispatch=pre_dispatch)(torch.zeros(6, 5))
-    agree(traced(X), want)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("pre_dispatch", [False, True])
-def test_make_fx_of_a_backward_alone(loss, reduction, pre_dispatch):
-    want = warm(loss, reduction)
-    x = X.clone().requires_grad_()
-    made = loss(x, Y, reduction=reduction)
-    traced = make_fx(lambda g: torch.autograd.grad(made, x, g, retain_graph=True), pre_dispatch=pre_dispatch)(
-        torch.ones(made.shape)
-    )
-    agree(traced(torch.full(made.shape, 2.0)), want[1:])
-
-
-def test_aot_function(loss):
-    from torch._functorch.aot_autograd import aot_function, make_boxed_func
-
-    want = warm(loss)
-    graphs = []
-
-    def compiler(graph, _):
-        graphs.append(graph.code)
-        return make_boxed_func(graph)
-
-    compiled = aot_function(lambda x, y: loss(x, y), compiler, compiler)
-    x = X.clone().requires_grad_()
-    made = compiled(x, Y)
-    agree([made, torch.autograd.grad(made, x, torch.tensor(2.0))[0]], want)
-    assert "fastxent.cross_entropy" in graphs[0]
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_export(strict):
-    warm(ft.cross_entropy)
-    program = torch.export.export(ft.CrossEntropyLoss(), (X, Y), strict=strict)
-    assert "fastxent.cross_entropy" in program.graph_module.code
-    torch.testing.assert_close(program.module()(X.flip(0), Y), ft.cross_entropy(X.flip(0), Y))
-
-
-def test_symbolic_trace():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.loss = ft.CrossEntropyLoss()
-
-        def forward(self, x, y):
-            return self.loss(x * 2, y)
-
-    warm(ft.cross_entropy)
-    traced = torch.fx.symbolic_trace(Model())
-    assert "cross_entropy" in traced.code
-    torch.testing.assert_close(traced(X, Y), F.cross_entropy(2 * X, Y))
-
-
-# ----------------------------------------------------------------------------------------------------
-# Function modes, transforms, and the rest of PyTorch's state
-# ----------------------------------------------------------------------------------------------------
-
-FUNCTION_MODES = [
-    "_dynamo._trace_wrapped_higher_order_op:TransformGetItemToIndex",
-    "_prims.context:TorchRefsMode",
-    "_subclasses.fake_tensor:FakeCopyMode",
-    "export._safeguard:AutogradStateOpsFailSafeguard",
-    "overrides:BaseTorchFunctionMode",
-    "utils._device:DeviceContext",
-]
-
-
-@pytest.mark.parametrize("name", FUNCTION_MODES, ids=lambda name: name.split(":")[1])
-def test_function_mode_sees_a_known_call(loss, name, monkeypatch):
-    cls = by_name(name)
-    seen, its_own = [], cls.__torch_function__
-
-    def spy(self, func, types, args=(), kwargs=None):
-        seen.append(func)
-        return its_own(self, func, types, args, kwargs or {})
-
-    monkeypatch.setattr(cls, "__torch_function__", spy)
-    argument = {"DeviceContext": "cpu", "FakeCopyMode": None}
-    want = warm(loss)
-    with cls(*[argument[cls.__name__]] if cls.__name__ in argument else []):
-        got = loss(X, Y)
-    assert loss in seen
-    torch.testing.assert_close(got, want[0])
-
-
-SURROUNDINGS = {
-    "anomaly": lambda: torch.autograd.detect_anomaly(check_nan=True),
-    "saved_tensors_hooks": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t),
-    "save_on_cpu": torch.autograd.graph.save_on_cpu,
-    "profile": torch.profiler.profile,
-    "emit none": lambda: torch.autograd.profiler.record_function("ours"),
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "forward_ad": torch.autograd.forward_ad.dual_level,
-    "enable_python_dispatcher": lambda: import_module("torch._dispatch.python").enable_python_dispatcher(),
-    "multithreading": lambda: torch.autograd.set_multithreading_enabled(False),
-    "deterministic": lambda: deterministic(),
-}
-
-
-@contextmanager
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("name", SURROUNDINGS)
-def test_known_call_in_surroundings(loss, name, reduction):
-    want = warm(loss, reduction)
-    for _ in range(3):
-        with SURROUNDINGS[name]():
-            agree(step(loss, X, reduction), want)
-    agree(step(loss, X, reduction), want)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_inference_and_autocast_change_no_known_call(loss, dtype):
-    x = X.to(dtype)
-    contexts = [nullcontext, torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", dtype=torch.bfloat16)]
-    with uninstalled():
-        wants = []
-        for context in contexts:
-            with context():
-                wants.append(F.cross_entropy(x, Y))
-    for _ in range(4):
-        for context, want in zip(contexts, wants, strict=True):
-            with context():
-                got = loss(x, Y)
-            assert (got.dtype, got.is_inference()) == (want.dtype, want.is_inference())
-            torch.testing.assert_close(got, want)
-
-
-TRANSFORMS = {
-    "vmap": lambda loss: torch.vmap(lambda x: loss(x, Y))(torch.stack([X, X])),
-    "vmap, nothing batched": lambda loss: torch.vmap(lambda s: s * loss(X, Y))(torch.ones(2)),
-    "grad": lambda loss: torch.func.grad(lambda x: loss(x, Y))(X),
-    "grad, of something else": lambda loss: torch.func.grad(lambda s: s * loss(X, Y))(torch.tensor(1.0)),
-    "jvp": lambda loss: torch.func.jvp(lambda x: loss(x, Y), (X,), (X,)),
-    "functionalize": lambda loss: torch.func.functionalize(lambda x: loss(x, Y))(X),
-    "make_fx of functionalize": lambda loss: make_fx(torch.func.functionalize(lambda x: loss(x, Y)))(X)(X),
-    "forward AD": lambda loss: dual(loss),
-    "batched gradients": lambda loss: batched(loss),
-    "gradient of a gradient": lambda loss: twice(loss),
-}
-
-
-def dual(loss):
-    with torch.autograd.forward_ad.dual_level():
-        made = loss(torch.autograd.forward_ad.make_dual(X, X), Y)
-        return torch.autograd.forward_ad.unpack_dual(made).tangent
-
-
-def batched(loss):
-    x = X.clone().requires_grad_()
-    return torch.autograd.grad(loss(x, Y, reduction="none"), x, torch.eye(6), is_grads_batched=True)[0]
-
-
-def twice(loss):
-    x = X.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(loss(x, Y), x, create_graph=True)
-    return torch.autograd.grad(grad.square().sum(), x)[0]
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_known_call_in_a_transform(loss, name):
-    warm(loss), warm(loss, "none")
-    with uninstalled():
-        want = TRANSFORMS[name](F.cross_entropy)
-    torch.testing.assert_close(TRANSFORMS[name](loss), want)
