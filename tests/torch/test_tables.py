@@ -16,7 +16,7 @@ from fastxent._abi.argument_block import SLOT
 from fastxent._abi.dtypes import ACC, DTYPES, ITEMSIZE, DType, precision
 from fastxent._abi.variant import Variant
 from fastxent._runtime.arguments import accumulator, storage
-from fastxent._runtime.options import OPTIONS, checked, fields_of, flags_of
+from fastxent._runtime.options import OPTIONS, checked, fields_of, flags_of, schema
 from fastxent._simd import half
 from fastxent.torch import _bridge
 
@@ -70,21 +70,23 @@ def test_numpys_functions_check_each_option_of_theirs():
             with pytest.raises((TypeError, ValueError), match=option.name):
                 checked(option.name, 2.5j)
             with pytest.raises((TypeError, ValueError), match=option.name):
-                fx.cross_entropy(np.zeros((2, 3)), [0, 1], **{option.name: 2.5j})
+                function = fx.log_prob_and_entropy if option.name == "temperature" else fx.cross_entropy
+                function(np.zeros((2, 3)), [0, 1], **{option.name: 2.5j})
 
 
 def test_options_enter_the_argument_block_and_the_variant_where_the_table_says():
+    numbers = [option for option in OPTIONS if option.name in _bridge.Options._fields]  # of cross-entropy
+    assert _bridge.Options._fields == tuple(option.name for option in numbers)
     operators = torch.ops.fastxent.cross_entropy, torch.ops.fastxent.cross_entropy_value_and_grad
     for operator in operators:
-        arguments = [a.name for a in operator.default._schema.arguments]
-        assert arguments == ["input", "target", *(option.name for option in OPTIONS if option.schema)]
-    numbers = [option for option in OPTIONS if option.schema not in ("", "Tensor?")]
-    assert _bridge.Options._fields == tuple(option.name for option in numbers)
+        arguments = schema("weight", "sample_weight", *_bridge.Options._fields)
+        assert f"(Tensor input, Tensor target, {arguments}) ->" in str(operator.default._schema)
     assert {field for option in OPTIONS for field in option.fields} <= set(SLOT)
+    assert {option.flag for option in OPTIONS if option.flag} <= set(Variant._fields)
     assert list(inspect.signature(fields_of).parameters) == ["n_classes", *_bridge.Options._fields[1:]]
     assert list(inspect.signature(flags_of).parameters) == ["labelled", *_bridge.Options._fields[1:]]
     assert set(fields_of(4, *(0.25,) * (len(numbers) - 1))) == {field for option in numbers[1:] for field in option.fields}
     flags = flags_of(True, *(0.25,) * (len(numbers) - 1))
-    assert set(flags) == {"labelled", *(option.flag for option in OPTIONS if option.flag)} <= set(Variant._fields)
+    assert set(flags) == {"labelled", *(option.flag for option in numbers if option.flag)} <= set(Variant._fields)
     assert all(flags.values()) and not flags_of(False, -100, 0.25)["smooth"]
     assert not any(flags_of(False, *(option.default or 0.0 for option in numbers[1:])).values())
