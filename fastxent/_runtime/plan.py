@@ -113,12 +113,13 @@ class Plan:
     Made for each shape that was not met before, so it is made in few steps. It never changes.
     """
 
-    __slots__ = ("axes", "elements", "most_chunks", "n_chunks", "n_units", "planned", "table", "variant")
+    __slots__ = ("axes", "elements", "fields", "most_chunks", "n_chunks", "n_units", "planned", "table", "variant")
 
     def __init__(
         self, variant: Variant, planned: Planned, axes: tuple[Axis, ...], n_units: int, n_chunks: int, elements: int
     ) -> None:
         self.variant, self.planned, self.axes = variant, planned, axes
+        self.fields = planned._asdict()  # of the argument block
         self.n_units, self.n_chunks, self.elements = n_units, n_chunks, elements
         # Of the phase that has most of them: the check of the class indices, or all else.
         self.most_chunks = max(n_chunks, n_checks(planned.n_rows)) if variant.labelled else n_chunks

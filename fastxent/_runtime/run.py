@@ -102,23 +102,17 @@ def argument_block(name: str, plan: Plan, *, divisor: float = 1.0, **given: floa
     block = ctypes.create_string_buffer(HEAD_OF_BLOCK + abi.LINE * (1 + plan.most_chunks + segments))
     block.plan = plan  # type: ignore[attr-defined]  # owns the axes' table, whose address is in the block
     at_total, at_taken = ctypes.addressof(block) + _AT_TOTAL, ctypes.addressof(block) + _first_chunk(block)
-    save_segment, kernel = kernels_of(name, variant)
-    fields = abi.DEFAULTS | plan.planned._asdict() | given
-    fields |= {
-        "check": registry.kernel("check").address if variant.labelled else 0,
-        "save_segment": save_segment,
-        "kernel": kernel,
-        "axes": ctypes.addressof(plan.table),
-        "partial": at_taken + 8,
-        "taken": at_taken,
-        "segments": at_taken + abi.LINE * plan.most_chunks,
-        "total": at_total,
-        "weighted": fields["w"] != 0,
-        "sampled": fields["u"] != 0,
-        "store_loss": fields["loss"] != 0,
-        "non_temporal": plan.is_non_temporal(int(fields["x"]), int(fields["g"])),
-        "sched_yield": _sched_yield(),
-    }
+    fields = abi.DEFAULTS.copy()  # in the order of the block
+    fields.update(plan.fields)
+    fields.update(given)
+    fields["save_segment"], fields["kernel"] = kernels_of(name, variant)
+    fields["check"] = registry.kernel("check").address if variant.labelled else 0
+    fields["axes"] = ctypes.addressof(plan.table)
+    fields["partial"], fields["taken"], fields["segments"] = at_taken + 8, at_taken, at_taken + abi.LINE * plan.most_chunks
+    fields["total"] = at_total
+    fields["weighted"], fields["sampled"], fields["store_loss"] = fields["w"] != 0, fields["u"] != 0, fields["loss"] != 0
+    fields["non_temporal"] = plan.variant.large and plan.is_non_temporal(int(fields["x"]), int(fields["g"]))
+    fields["sched_yield"] = _sched_yield()
     abi.BLOCK.pack_into(block, 0, *fields.values())
     _set_totals(block, _AT_TOTAL, 0.0, 0.0, divisor or math.nan)
     return block
