@@ -1,8 +1,8 @@
-"""Rows: where they lie, and how vectors of them are read and written.
+"""Addressing: where the rows of a unit lie in memory, and how its vectors are read and written.
 
-16 lanes hold either 16 classes of one row (class lanes: many classes, contiguous in memory) or one class of 16 rows (row
-lanes: few classes, or rows that are contiguous in memory, as in (N, C, H, W)). "Vector j of a unit" is classes 16 j ...
-16 j + 15 of its row, or class j of its 16 rows.
+The 16 lanes of a vector hold either 16 classes of one row (class lanes: many classes, contiguous in memory) or one class of
+16 rows (row lanes: few classes, or rows that are contiguous in memory, as in (N, C, H, W)). "Vector j of a unit" holds classes
+16 j ... 16 j + 15 of its row, or class j of its 16 rows.
 """
 
 from collections import namedtuple
@@ -41,32 +41,33 @@ from fastxent._simd.vector import LANES, all_lanes, any_lane, every_lane, first_
 INF = float("inf")
 
 # ----------------------------------------------------------------------------------------------------
-# A unit: the rows that are worked on together, where they lie, and which lanes hold something
+# A unit: the rows that one kernel step works on, where they lie, and which lanes of their vectors are live
 # ----------------------------------------------------------------------------------------------------
 
 Unit = namedtuple(
     "Unit",
-    "x g t "  # byte offsets of its first row
-    "first "  # across: the class in lane 0 of vector 0
-    "x_lanes g_lanes t_lanes "  # byte offsets of its rows from the first, lane by lane
-    "row row_lanes "  # number of its first row; distance of its rows from it
+    "x g t "  # byte offsets of its first row in x, g and t
+    "first "  # class lanes: the class in lane 0 of vector 0
+    "x_lanes g_lanes t_lanes "  # byte offsets of its rows from its first row, lane by lane
+    "row row_lanes "  # number of its first row; what to add to it for the number of each row, lane by lane
     "y "  # class indices
-    # Its logits, class by class, where they are put together; then, where they are kept, its exponentials. Past the cache those
-    # of a long row, if the gradient is not streamed, are kept where that will be: a trip through the caches less.
+    # Address of its packed logits, class by class, if they are packed, and of its stored exponentials, which overwrite them.
+    # `exp_storage` says where the exponentials of a long row are stored.
     "tile "
-    "m "  # maxima of the rows that are read, where the tile was filled with them alone
-    "ending "  # rows of the panel that ends with this unit; 0: with another one
-    "rows "  # mask: lanes that are rows (across: all)
-    "kept "  # mask: rows that are not ignored
-    "start stop "  # its vectors: all, or one segment of a long row
+    "m "  # row maxima of the logits as they were packed, before any softcap or temperature; -inf if they are not packed
+    "ending "  # number of rows in the panel whose last unit this is; 0 if another unit is the last
+    "rows "  # mask: lanes that hold a row (class lanes: all)
+    "kept "  # mask: lanes whose row is kept (not ignored)
+    "start stop "  # range of its vectors: all, or one segment of a split row
     "full "  # vectors j < full have 16 live lanes
-    "reads writes",  # masks of the vectors from full on
+    "reads writes",  # masks of the vectors j >= full: lanes to read, and lanes of g to write
 )
 
 
 @as_needed
 def exp_storage(constants):
-    """Where a unit keeps what ``tile`` is for."""
+    """Return the address for ``Unit.tile``: in g if the exponentials of a pipelined row are stored there, which saves a trip
+    through the caches, and g is not written by non-temporal stores; else in the thread's tile."""
     if constants["exp_in_gradient"]:
         return lambda task, tile, g: task.g + g if task.non_temporal == 0 else tile
     return lambda task, tile, g: tile
@@ -74,7 +75,8 @@ def exp_storage(constants):
 
 @njit(**INLINE)
 def offsets(task, number):
-    """Where unit ``number`` is, if units are not segments: its first row's place in its line, its byte offsets, its number."""
+    """Return where unit ``number``, not a segment, begins: the position of its first row along the innermost row axis, the byte
+    offsets of that row in x, g and t, and its row number."""
     axes = task.axes  # (n_axes, 5) in: extent, strides in x, g, t, rows
     line, first = 0, number
     if task.n_axes > 1:
@@ -97,7 +99,10 @@ def offsets(task, number):
 
 @njit(**INLINE)
 def locate(task, tile, number):
-    """Unit ``number``: its digits in the row axes, innermost first, give its offsets."""
+    """Return unit ``number``; its digits in the row axes, innermost first, give its offsets.
+
+    Packed logits are loaded into the tile here, unless a pipeline has loaded them already.
+    """
     start, stop = 0, task.n_vectors
     if task.split:
         segment = number % task.n_segments
@@ -147,7 +152,7 @@ def locate(task, tile, number):
 
 @njit(**INLINE)
 def clear_ignored(task, tile, m, kept):
-    """Zeros for logits that nobody asks for: so vectors with such lanes are like all others. Returns the maxima then."""
+    """Set the logits of ignored rows in the tile to 0, so that all lanes are live; return the maxima, 0 for these rows."""
     for j in range(task.n_vectors):
         p = tile + j * class_step(task, tile)
         store(p, where(kept, load(p), 0.0))
@@ -156,13 +161,16 @@ def clear_ignored(task, tile, m, kept):
 
 @njit(**INLINE)
 def panel_of(task, tile, number, follows):
-    """The panel whose first unit is this one; its last units may be of no row. ``follows``: was the one before worked on?"""
+    """Return the panel whose first unit is ``number``; its last units may have no rows.
+
+    ``follows`` says whether the panel before it is worked on in the same chunk: then it may adjoin that panel in memory.
+    """
     first, x, g, _, _ = offsets(task, number)
     n = min(task.panel * LANES, fixed(task.axes, 0) - first)
     return new_panel(task, tile, task.x + x, task.g + g, n, follows and first > 0)
 
 
-# Bytes from vector j of a unit to vector j + 1; where lanes are classes the compiler knows them.
+# Bytes from vector j of a unit to vector j + 1 in x, g and t. With class lanes they are compile-time constants.
 
 
 @njit(**INLINE)
@@ -184,8 +192,10 @@ def t_step(task):
 
 @njit(**INLINE)
 def unit_from_class(task, unit, c, stop):
-    """The unit's vectors from class c on, counted from its own first class: ``stop`` of them. The masks are right if c is a
-    multiple of 16; else the last vector of a row is for the caller to mask."""
+    """Return a unit of ``stop`` vectors that begins at class c of this one (class lanes).
+
+    Its masks are right if c is a multiple of 16; otherwise the caller has to mask the last vector of the row.
+    """
     first = unit.first + c
     return Unit(
         unit.x + c * itemsize(task.x), unit.g + c * itemsize(task.g), unit.t + c * itemsize(task.t), first,
@@ -197,7 +207,7 @@ def unit_from_class(task, unit, c, stop):
 
 @njit(**INLINE)
 def empty_unit(unit):
-    """A unit like this one, but of no row and no class: nothing is read for it but what is in the tile, and nothing written."""
+    """Return a unit like this one without rows and classes: nothing but its tile is read for it, and nothing is written."""
     none = first_lanes(0)
     return Unit(
         unit.x, unit.g, unit.t, unit.first, unit.x_lanes, unit.g_lanes, unit.t_lanes, unit.row, unit.row_lanes, unit.y,
@@ -207,7 +217,7 @@ def empty_unit(unit):
 
 @njit(**INLINE)
 def tile_step(task, unit):
-    """Bytes from vector j to vector j + 1 in the tile."""
+    """Return the number of bytes from vector j to vector j + 1 in the tile."""
     if task.packed and task.contiguous_lanes:
         return class_step(task, unit.tile)
     return LANES * itemsize(unit.tile)
@@ -215,7 +225,11 @@ def tile_step(task, unit):
 
 @njit(**INLINE)
 def write_tile(task, unit, factor, g_y):
-    """What is in the tile goes to g, times ``factor``; and g_y."""
+    """Write the tile times ``factor`` to g, and ``g_y`` at the class indices, if the unit is packed.
+
+    For a unit of a panel, the factor, class indices and g_y are saved instead; the whole panel is written with its last unit,
+    or later if it is overlapped with other panels.
+    """
     if task.packed:
         tile, p = unit.tile, task.g + unit.g
         vector = LANES * itemsize(tile)
@@ -240,13 +254,13 @@ def write_tile(task, unit, factor, g_y):
 
 @njit(**INLINE)
 def unscaled(task):
-    """For `write_tile`: a factor of 1, and the g_y of rows that are ignored or have no target."""
+    """Return a factor of 1 and a g_y of 0 for `write_tile`: those of rows that are ignored or have no target."""
     return splat(task.x, 1.0), splat(task.x, 0.0)
 
 
 @njit(**INLINE)
 def row_values(task, p, row, row_lanes, mask):
-    """The values of some rows of an array (rows,), lane by lane."""
+    """Return the values of rows ``row + row_lanes`` of an array (rows,), lane by lane."""
     if task.class_lanes:
         return splat(p, get(p, row * itemsize(p)))
     if task.consecutive_rows:
@@ -267,19 +281,19 @@ def put_rows(task, p, unit, values):
 
 @njit(**INLINE)
 def sum_rows(task, values):
-    """The sum over the unit's rows, as a number."""
+    """Return the sum over the unit's rows as a scalar."""
     return lane(values, 0) if task.class_lanes else lane(sum_across(values), 0)
 
 
 @njit(**INLINE)
 def multiply_rows(task, values):
-    """The product over the unit's rows, as a number."""
+    """Return the product over the unit's rows as a scalar."""
     return lane(values, 0) if task.class_lanes else lane(product_across(values), 0)
 
 
 @njit(**INLINE)
 def read(task, p, lanes, mask):
-    """The vector at ``p``: neighbours, or ``lanes`` bytes apart; 0 where not ``mask``."""
+    """Return the vector at ``p``, contiguous or gathered from byte offsets ``lanes``; lanes outside ``mask`` are 0."""
     if task.contiguous_lanes:
         return load_masked(p, mask)
     return gather(p, lanes, mask)
@@ -287,7 +301,7 @@ def read(task, p, lanes, mask):
 
 @njit(**INLINE)
 def write(task, p, lanes, values, mask):
-    """The other way round."""
+    """Write a vector at ``p``, contiguous or scattered to byte offsets ``lanes``, where ``mask`` is true."""
     if task.contiguous_lanes:
         store_masked(p, values, mask)
     else:
@@ -296,7 +310,7 @@ def write(task, p, lanes, values, mask):
 
 @njit(**INLINE)
 def raw_logits(task, unit, j, mask):
-    """x, vector j, as it is stored."""
+    """Return vector j of the logits as they are stored, before any softcap or temperature; 0 where not ``mask``."""
     if task.packed:
         return where(mask, raw_full(task, unit, j), 0.0)
     return read(task, task.x + (unit.x + j * x_step(task)), unit.x_lanes, mask)
@@ -304,7 +318,7 @@ def raw_logits(task, unit, j, mask):
 
 @njit(**INLINE)
 def raw_full(task, unit, j):
-    """The same, if all lanes are live."""
+    """Return vector j of the logits as they are stored, if all its lanes are live."""
     if task.packed:
         return load(unit.tile + j * tile_step(task, unit))
     p = task.x + (unit.x + j * x_step(task))
@@ -313,7 +327,7 @@ def raw_full(task, unit, j):
 
 @njit(**INLINE)
 def write_out(task, unit, j, values, mask):
-    """g, vector j; what goes into a tile is for ``write_tile`` to write."""
+    """Write vector j of g, or, if the unit is packed, of its tile, which ``write_tile`` writes to g later."""
     if task.packed:
         store(unit.tile + j * tile_step(task, unit), values)
     else:

@@ -1,4 +1,4 @@
-"""How the threads of a team walk over the units of a task, and add up what each of them gives."""
+"""The parallel loop: the threads of a team take chunks of units, and the results of the units are summed in a fixed order."""
 
 from collections import namedtuple
 
@@ -12,23 +12,25 @@ from fastxent._simd.memory import call, fetch_add, fetch_max, get, put, read_slo
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import lane, splat
 
-MOST = 1e300  # of a product whose log is still to be taken
-SPINS = 100  # looks at whether the others are ready, before they are let run
+MOST = 1e300  # largest product of factors for which the log may still be postponed
+SPINS = 100  # polls of a barrier before a waiting thread yields its core
 
 
 @njit(**INLINE)
 def log_of(task, x):
+    """Return log(x) of a float64 scalar."""
     return lane(log(splat(task.w, x)), 0)
 
 
-# A unit gives a number and a factor. The numbers, and the logs of the factors, are added up, and lose nothing to rounding on
-# the way; of the factors there is one log for as many as have a product below the largest float64.
+# A unit returns a number and a factor. The numbers and the logs of the factors are summed with compensation, so that rounding
+# loses nothing. The factors are multiplied until their product nears the largest float64, so that many of them share one log.
 Sum = namedtuple("Sum", "total error product")
 EMPTY_SUM = Sum(0.0, 0.0, 1.0)
 
 
 @njit(**INLINE)
 def accumulate(task, sums, x, factor):
+    """Return the sum with the number and the factor of one more unit."""
     product = sums.product
     if product * factor > MOST:
         x, product = x + log_of(task, product), 1.0
@@ -38,6 +40,7 @@ def accumulate(task, sums, x, factor):
 
 @njit(**INLINE)
 def total_of(task, sums):
+    """Return the sum of the numbers and of the logs of the factors as a scalar."""
     total, error = sums.total, sums.error
     if sums.product != 1.0:
         total, error = two_sum(total, error, log_of(task, sums.product))
@@ -45,7 +48,7 @@ def total_of(task, sums):
 
 
 def one_by_one(visit):
-    """The work on units ``first`` ... ``stop - 1``: their sum."""
+    """Return the ``work`` that visits units ``first`` ... ``stop - 1`` one after the other, and returns their sum."""
 
     @njit(**INLINE)
     def work(task, tile, first, stop):
@@ -60,10 +63,10 @@ def one_by_one(visit):
 
 @njit(**INLINE)
 def parallel_for(task, phase, me, work, n_units, chunk):
-    """Take chunks of units until none is left; sum each chunk in order; the last to finish sums the chunks in order.
+    """Take chunks of units until none is left, and sum each in order; the thread that finishes last sums the chunks in order.
 
-    A thread begins with its own share of the chunks, the same in every run, for it may find them in its core's cache; then it
-    takes what is left of the next one's.
+    Each thread begins with chunks that are its own in every run, as they may still be in the cache of its core, and then takes
+    what the next threads have left of theirs (work stealing).
     """
     n_chunks = (n_units + chunk - 1) // chunk
     partial = task.partial  # (n_chunks,) out
@@ -88,7 +91,7 @@ def parallel_for(task, phase, me, work, n_units, chunk):
 
 @njit(**INLINE)
 def barrier(task, phase):
-    """Until all chunks of a phase are done."""
+    """Wait until all chunks of a phase are done."""
     turns = 0
     while read_slot(task, OVER + phase) == 0:
         turns += 1
@@ -98,5 +101,5 @@ def barrier(task, phase):
 
 @njit(**INLINE)
 def thread_number(task):
-    """The thread's number in its team."""
+    """Return the thread's number in its team: from the OpenMP runtime if there is one, else in the order of arrival."""
     return fetch_add(task, ENTERED, 1) if task.thread_number == 0 else call(task.thread_number)

@@ -1,11 +1,14 @@
-"""Panels: rows that are neighbours in memory, with few classes, such as an image's pixels, whose classes lie planes apart.
+"""Panels: up to 256 rows of few classes that are contiguous in memory, such as the pixels of an image, where each class is a
+plane.
 
-The planes are often a power of two apart, so that a cache holds few of them at once. So ``task.panel`` units are copied to a
-tile before they are worked on, plane by plane, and their gradient is copied back in the same way: a longer piece of a plane at
-a time, and no line waits for the next unit.
+The planes are often a power of two apart, so that their cache lines fall into the same sets and a cache holds few of them at
+once. So the ``task.panel`` units of a panel are packed into a tile together, plane by plane, before they are worked on, and
+their gradient is copied back in the same way: a longer stretch of a plane is accessed at a time, and no cache line has to stay
+in the cache for the next unit.
 
-Past the cache three panels are in hand: while the exponentials of one are made, vectors of the one before are written, and
-vectors of the next one read. What is read was asked for some planes before: as many as have room at one place of a cache.
+If the logits are larger than the caches, three panels are in flight: while the exponentials of one are computed, the gradient
+of the panel before is written and the next panel is read. Its logits are prefetched some planes ahead: as many as one set of a
+cache has room for.
 """
 
 from collections import namedtuple
@@ -27,42 +30,46 @@ from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import LANES, WIDE, as_floats, first_lanes, maximum, splat, where
 
 INF = float("inf")
-VECTORS_A_STEP = 8 if WIDE else 2  # vectors that are read, or written, in one step: neighbours in a plane
-PLANES = 4  # between what is read and what is asked for
+VECTORS_A_STEP = 8 if WIDE else 2  # contiguous vectors of a plane that one pipeline step reads, or writes
+PLANES = 4  # prefetch distance in planes
 PANELS_IN_FLIGHT = 3
 
-# Addresses of its first row's class 0, in x and in g; its rows; the tile; how many of them come before g is aligned, if it has
-# to be; does it follow the panel that was worked on before, in memory too?
+# x, g: addresses of class 0 of its first row; n: number of its rows; tile: address of its tile; head: number of rows before the
+# first vector of g that is aligned, if non-temporal stores need that, else 0; adjoins: whether it begins in memory where the
+# panel ends that was worked on before.
 Panel = namedtuple("Panel", "x g n tile head adjoins")
-# What is done while a unit is worked on, from step ``first`` on: a panel ahead is read, and of the two behind, the second is
-# written, and what it has in common with the first.
+# Four successive panels: ``ahead`` is read, the exponentials of ``here`` are computed, the gradient of ``pending`` is written,
+# and with it that of the last rows of ``before``, in the vectors that both panels share. ``first`` is the number of the first
+# pipeline step that is done while the current unit is worked on.
 PanelPipeline = namedtuple("PanelPipeline", "ahead here pending before first")
 
-# Behind its logits, class by class, a tile has numbers of the panel's rows: the maxima; then what makes a gradient of
-# exponentials, a factor, the target class, and the gradient there; and these again, with the row where g is aligned first.
+# After the logits, class by class, a tile holds numbers of the panel's rows: their maxima; then what turns exponentials into a
+# gradient, which is a factor, the target class, and the gradient there; then copies of these three that are shifted so that
+# lane 0 holds the first row at which g is aligned.
 MAXIMA, FACTORS, TARGETS, AT_TARGETS, SHIFTED = 0, 1, 2, 3, 3
 
 
 @njit(**INLINE)
 def class_step(task, tile):
-    """Bytes from class to class in a tile: an odd number of vectors, which spreads the classes over all sets of a cache."""
+    """Return the bytes from class to class in a tile: an odd number of vectors, so that classes use all cache sets."""
     return (task.panel | 1) * LANES * itemsize(tile)
 
 
 @njit(**INLINE)
 def row_numbers(task, tile, which):
+    """Return the address of one kind of number, such as ``MAXIMA``, of the panel's rows."""
     return tile + (task.n_vectors + which) * class_step(task, tile)
 
 
 @njit(**INLINE)
 def panel_tile(task, tile, nth):
-    """Tiles follow each other, with room for some numbers before each."""
+    """Return the address of the tile of panel ``nth``; before each tile there is room for a vector that `store_head` reads."""
     return tile + (nth % PANELS_IN_FLIGHT * ((task.n_vectors + 8) * class_step(task, tile)) + LANES * itemsize(tile))
 
 
 @njit(**INLINE)
 def new_panel(task, tile, x, g, n, joins):
-    """A panel that is still to be read."""
+    """Return a panel whose logits are still to be loaded; its maxima are set to -inf."""
     for k in range(task.panel):
         store(row_numbers(task, tile, MAXIMA) + k * LANES * itemsize(tile), splat(tile, -INF))
     return Panel(x, g, n, tile, head_length(task, g, n), joins)
@@ -70,24 +77,25 @@ def new_panel(task, tile, x, g, n, joins):
 
 @njit(**INLINE)
 def empty_panel(panel):
+    """Return a panel without rows: nothing is read or written for it."""
     return Panel(panel.x, panel.g, 0, panel.tile, 0, False)
 
 
 @njit(**INLINE)
 def head_length(task, g, n):
-    """Elements of n before the first vector that can be written past the caches, if that is what is done."""
+    """Return how many of n elements at ``g`` precede the first vector for a non-temporal store; 0 if g has no such stores."""
     return before_aligned(g, n) if task.large and task.non_temporal != 0 else 0
 
 
 @njit(**INLINE)
 def steps_per_plane(task):
-    """For a plane."""
+    """Return the number of pipeline steps that one plane of a panel takes."""
     return (task.panel + VECTORS_A_STEP - 1) // VECTORS_A_STEP
 
 
 @njit(**INLINE)
 def load_part(task, panel, j, k, end):
-    """The logits of class j, units k ... end - 1, and the maxima so far."""
+    """Load the logits of class j, units k ... end - 1, into the tile, and update the rows' maxima."""
     vector, step = LANES * itemsize(panel.tile), LANES * itemsize(panel.x)
     line, place = panel.x + j * task.x_step, panel.tile + j * class_step(task, panel.tile)
     maxima = row_numbers(task, panel.tile, MAXIMA)
@@ -109,7 +117,7 @@ def load_part(task, panel, j, k, end):
 
 @njit(**INLINE)
 def put_row_numbers(task, tile, factor, y, g_y):
-    """What makes a gradient of what is in the tile of a unit."""
+    """Save what turns the exponentials in a unit's tile into a gradient: factor, class indices, and the gradient there."""
     store(row_numbers(task, tile, FACTORS), factor)
     if task.labelled:
         store(row_numbers(task, tile, TARGETS), as_floats(tile, y))
@@ -118,6 +126,7 @@ def put_row_numbers(task, tile, factor, y, g_y):
 
 @njit(**INLINE)
 def align_numbers(task, panel, which):
+    """Write a copy of one kind of number, shifted by ``panel.head`` rows."""
     vector, off = LANES * itemsize(panel.tile), panel.head * itemsize(panel.tile)
     for k in range(task.panel):
         x = load(row_numbers(task, panel.tile, which) + (k * vector + off))
@@ -126,7 +135,7 @@ def align_numbers(task, panel, which):
 
 @njit(**INLINE)
 def align_row_numbers(task, panel):
-    """All units are done: their numbers once more, for vectors of g that are aligned."""
+    """Write the shifted copies of a panel's numbers, for aligned vectors of g, once all of its units are done."""
     if panel.head > 0:
         align_numbers(task, panel, FACTORS)
         if task.labelled:
@@ -136,7 +145,11 @@ def align_row_numbers(task, panel):
 
 @njit(**INLINE)
 def panel_gradient(task, panel, j, off, shifted, at):
-    """The gradient of class j: exponentials and numbers lie ``off`` and ``at`` bytes after those of the first row."""
+    """Return a vector of the gradient of class j.
+
+    Its exponentials are ``off`` bytes after those of the panel's first row; its numbers, or for ``shifted`` = SHIFTED their
+    shifted copies, are ``at`` bytes after the first ones.
+    """
     g = load(panel.tile + (j * class_step(task, panel.tile) + off)) * load(
         row_numbers(task, panel.tile, FACTORS + shifted) + at
     )
@@ -148,14 +161,14 @@ def panel_gradient(task, panel, j, off, shifted, at):
 
 @njit(**INLINE)
 def store_part(task, before, panel, after, j, k, end):
-    """The gradient of class j, vectors k ... end - 1; past the caches if it is: then of vectors that are aligned."""
+    """Write the gradient of class j, vectors k ... end - 1, which are aligned vectors of g if its stores are non-temporal."""
     vector, step, size = LANES * itemsize(panel.tile), LANES * itemsize(panel.g), itemsize(panel.tile)
     p = panel.g + j * task.g_step
     head = head_length(task, p, panel.n)
     if k == 0 and head > 0:
         store_head(task, before, panel, j, p, head)
     p, off, shifted, at = p + head * itemsize(p), head * size, 0, head * size
-    if head == panel.head and head > 0:  # as for most arrays: numbers that span lines take longer
+    if head == panel.head and head > 0:  # as in most arrays; loads of unshifted numbers span cache lines and take longer
         shifted, at = SHIFTED, 0
     n_whole = (panel.n - head) // LANES
     for i in range(k, min(end, n_whole)):
@@ -172,7 +185,8 @@ def store_part(task, before, panel, after, j, k, end):
 
 @njit(**INLINE)
 def store_head(task, before, panel, j, p, head):
-    """What comes before the first vector that is aligned; with what the panel before has in the same one, if it was left."""
+    """Write the gradient before the first aligned vector of g, together with the elements of the panel before that share a
+    vector with it, if the panels adjoin: `store_part` has left those out."""
     vector, size = LANES * itemsize(p), itemsize(panel.tile)
     if not panel.adjoins:
         store_masked(p, panel_gradient(task, panel, j, 0, 0, 0), first_lanes(head))
@@ -189,19 +203,21 @@ def store_head(task, before, panel, j, p, head):
 
 @njit(**INLINE)
 def load_panel(task, panel):
+    """Load the whole panel into its tile."""
     for j in range(task.n_vectors):
         load_part(task, panel, j, 0, task.panel)
 
 
 @njit(**INLINE)
 def store_panel(task, before, panel, after):
+    """Write the gradient of the whole panel."""
     for j in range(task.n_vectors):
         store_part(task, before, panel, after, j, 0, task.panel)
 
 
 @njit(**INLINE)
 def pipeline_step(task, pipeline, number):
-    """Step ``number``, counted plane by plane, of both."""
+    """Do step ``number``, counted plane by plane: write vectors of the pending panel, and load as many of the one ahead."""
     j, k = number // steps_per_plane(task), number % steps_per_plane(task) * VECTORS_A_STEP
     if j < task.n_vectors:
         if task.stores_exp:
@@ -211,19 +227,19 @@ def pipeline_step(task, pipeline, number):
 
 @njit(**INLINE)
 def steps_per_unit(task):
-    """Steps that are done while one unit is worked on."""
+    """Return the number of pipeline steps that are done while one unit is worked on."""
     return task.n_vectors // VECTORS_A_STEP
 
 
 @njit(**INLINE)
 def finish_unit(task, pipeline, done):
-    """What is left of a unit's share."""
+    """Do the remaining pipeline steps of a unit, the first ``done`` of which have been done."""
     for number in range(done, steps_per_unit(task)):
         pipeline_step(task, pipeline, pipeline.first + number)
 
 
 @njit(**INLINE)
 def finish_panel(task, pipeline):
-    """What is left if all units have done their share."""
+    """Do the pipeline steps that remain when all units of a panel have done theirs."""
     for number in range(pipeline.first, task.n_vectors * steps_per_plane(task)):
         pipeline_step(task, pipeline, number)

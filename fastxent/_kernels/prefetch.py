@@ -1,4 +1,4 @@
-"""What does not fit the cache, or not the nearest one: asked for before it is needed, and written around the caches."""
+"""Memory traffic of arrays that do not fit the caches, or not the first-level one: prefetches and non-temporal stores."""
 
 from numba import njit
 
@@ -17,29 +17,29 @@ from fastxent._simd.memory import (
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import LANES, all_lanes, every_lane, first_lanes, splat
 
-AHEAD = 4096  # vectors of the next row that are asked for during the gradient: what half a second-level cache holds
+AHEAD = 4096  # vectors of the next row that are prefetched during the gradient: what half a second-level cache holds
 
 
 @njit(**INLINE)
 def block_length(task):
-    """Vectors between two looks at the running maximum: 16 KB of what is computed with."""
+    """Return the number of vectors between two updates of the running maximum: 16 KB in the precision of the arithmetic."""
     return 128 if task.double else 256
 
 
 @njit(**INLINE)
 def pipeline_distance(task):
-    """Bytes between what a pipeline reads and what it asks for: memory takes longer than a cache."""
+    """Return the prefetch distance of a row pipeline in bytes: longer for memory, which has a higher latency than a cache."""
     return 8192 if task.large else 4096
 
 
 @njit(**INLINE)
 def prefetch_operands(task, unit, j):
-    """While the exponentials of vector j are computed, ask for what is read a block, a row, or 16 rows later."""
-    if task.pipelined and task.class_lanes:  # the logits are asked for where they are read first: see ``prefetch_pipelined``
+    """Prefetch what is read a block, a row, or 16 rows after vector j, while the exponentials of that are computed."""
+    if task.pipelined and task.class_lanes:  # the logits are prefetched where they are first read: see ``prefetch_pipelined``
         if task.soft:
             prefetch_near(task.t + unit.t, j * t_step(task) + pipeline_distance(task))
         return
-    if task.class_lanes and not task.large:  # it is in some cache, and most of the time not in the nearest
+    if task.class_lanes and not task.large:  # x is in some cache, but seldom in the first-level one
         prefetch_near(task.x + unit.x, (j + min(block_length(task), task.n_vectors)) * x_step(task))
     if task.large and not task.packed:
         ahead, t_ahead = LANES * itemsize(task.x), LANES * itemsize(task.t)
@@ -48,7 +48,7 @@ def prefetch_operands(task, unit, j):
         if task.class_lanes and task.stores_exp:
             ahead, t_ahead = fixed(task.axes, 8), fixed(task.axes, 24)
         prefetch(task.x + unit.x, j * x_step(task) + ahead)
-        if task.double:  # two cache lines a vector
+        if task.double:  # a vector takes two cache lines
             prefetch(task.x + unit.x, j * x_step(task) + ahead + LINE)
         if task.soft:
             prefetch(task.t + unit.t, j * t_step(task) + t_ahead)
@@ -56,33 +56,34 @@ def prefetch_operands(task, unit, j):
 
 @njit(**INLINE)
 def prefetch_pipelined(task, unit, j):
-    """In a pipeline: while vector j is read for the first time, ask for what follows."""
+    """Prefetch what follows vector j in a row pipeline, which reads that vector for the first time."""
     prefetch_near(task.x + unit.x, j * x_step(task) + pipeline_distance(task))
 
 
 @njit(**INLINE)
 def prefetch_border(task, unit):
-    """Past the cache: a line that two rows share is written in parts, and has to be read before; ask for it."""
+    """Prefetch, for writing, the cache line of g that a row shares with the row before: each row's store fills only a part of
+    the line, which therefore has to be read first. The other lines are written by non-temporal stores."""
     if task.non_temporal != 0 and address(task.g + unit.g) % LINE != 0:
         prefetch_to_write(task.g + unit.g, 0)
 
 
 @njit(**INLINE)
 def prefetch_next_row(task, unit, j):
-    """Past the cache: ask for the next row while this one's gradient is computed."""
+    """Prefetch the next row while this row's gradient is computed, if the logits are larger than the caches."""
     if task.large and task.class_lanes and not task.stores_exp:
         if j < AHEAD:
             prefetch(task.x + unit.x, j * x_step(task) + fixed(task.axes, 8))
 
 
-# A gradient larger than the caches is written by non-temporal stores: else each line would be read before it is overwritten.
-# Such stores take whole aligned vectors. So a row of many classes is written in three parts, and rows in lanes are written
-# that way where all of their vectors are whole and aligned.
+# A gradient larger than the caches is written by non-temporal stores, as otherwise each cache line would be read before it is
+# overwritten. Such stores take whole aligned vectors. So with class lanes a row is written as a head, an aligned body and a
+# tail, and with row lanes non-temporal stores are used only if all vectors of a unit are whole and aligned.
 
 
 @njit(**INLINE)
 def is_non_temporal(task, unit):
-    """May this unit's g be streamed?"""
+    """Return whether this unit's g can be written by non-temporal stores."""
     if task.class_lanes:
         return task.non_temporal != 0
     if task.packed:
@@ -93,7 +94,8 @@ def is_non_temporal(task, unit):
 
 @njit(**INLINE)
 def aligned(task, unit):
-    """First lanes (mask) of a unit; the part that begins where g is aligned, and its whole vectors; last lanes (mask)."""
+    """Return how to write a unit in aligned vectors: the mask of its head; its body, a unit that begins where g is aligned; the
+    number of whole vectors of the body; the mask of its tail, the vector after those."""
     if not task.class_lanes:
         return first_lanes(0), unit, task.n_vectors, first_lanes(0)
     before = before_aligned(task.g + unit.g, task.n_classes)
@@ -104,7 +106,7 @@ def aligned(task, unit):
 
 @njit(**INLINE)
 def write_zeros(task, unit):
-    """g of rows that are all ignored."""
+    """Write zeros to g of a unit whose rows are all ignored."""
     zero = splat(task.x, 0.0)
     if task.large:
         if is_non_temporal(task, unit):

@@ -1,12 +1,14 @@
-"""Long rows in a pipeline: while a row's exponentials are made, the gradient of the one before is written, and the maximum of
-what comes next is found.
+"""The software pipeline of long rows: while the exponentials of one row are computed, the gradient of the row before is written
+and the maximum of the next row is found.
 
-One after the other, reading and writing wait for the memory, and exponentials for the arithmetic; side by side, both are busy
-all the time. A row's exponentials take the place of those of the row before, which are read just before that: so one tile does.
+One after the other, the maximum and the gradient would wait for memory and the exponentials for the arithmetic units;
+overlapped, they keep both busy all the time. The exponentials of a row overwrite those of the row before just after these have
+been read, so that one tile suffices.
 
-Past the cache, rows of very many classes are worked on in parts, of which part k is seen from m_k, the largest logit up to its
-end: then its logits, read for m_k, are in the second-level cache still when its exponentials are made. When m, that of the row,
-is known, a exp(m_k - m) is the factor of part k where a was: see ``Coefficients``.
+If the logits are larger than the caches, rows of very many classes are worked on in parts. The exponentials of part k are
+exp(x - m_k), where m_k is the largest logit up to the end of that part: so its logits, read to find m_k, are still in the
+second-level cache when its exponentials are computed. When m, the maximum of the whole row, is known, the factor a of the
+gradient (see ``Coefficients``) is rescaled to a exp(m_k - m) for part k.
 """
 
 from collections import namedtuple
@@ -27,46 +29,49 @@ from fastxent._simd.memory import get, itemsize, put, scratch, store, store_non_
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import LANES, WIDE, absolute, all_lanes, first_lanes, iota, lane, maximum, splat, where, widen
 
-# Vectors between the gradient that is written and the logits that are read at the same time. Rows are often 4 KB apart, or a
-# multiple of that; and a load waits for a store that is 4 KB away, for all that a processor looks at is the address in a page.
+# Number of vectors by which the gradient that is written is ahead of the logits that are read at the same time. Rows are often
+# a multiple of 4 KB apart, and a load waits for an earlier store at the same offset in another 4 KB page, as a processor
+# compares no more of their addresses (4K aliasing).
 LEAD = 2 * GROUP if WIDE else GROUP
-SMALLEST = 2.0**-126  # normal float32
+SMALLEST = 2.0**-126  # smallest normal float32
 
 PART = 1024  # vectors of a part, or somewhat more: 64 KB of logits
-VECTORS_OF_NUMBERS = -(-MOST_STORED // (PART * LANES))  # that hold a number for each part
+VECTORS_OF_NUMBERS = -(-MOST_STORED // (PART * LANES))  # vectors of scratch memory that hold one number for each part
 
-Pipeline = namedtuple("Pipeline", "ahead pending")  # a unit, that is read next; and:
-# A row, or a part of it, whose gradient is still to be written, some vectors together: the row from where g is aligned on; up
-# to which vector; the target class, counted from there, and the first of the vectors that are written together with its own.
+Pipeline = namedtuple("Pipeline", "ahead pending")  # the unit that is read next; the `Pending` row, or part of it
+# A row, or a part of it, whose gradient is still to be written, INTERLEAVED vectors at a time. unit: the row from where g is
+# aligned on; f: its `Coefficients`; stop: the vectors from here on are written already; y: the target class, counted from
+# the unit's first class, or -1 without class indices; y_at: the first of the vectors that are written together with that of
+# y, or -1 if g_y is written already or there is none.
 Pending = namedtuple("Pending", "unit f stop y y_at")
 
 
-# What is overlapped with the first trip of a row, see ``reduce.Overlap``: for a loss ``running_max`` and ``max_ahead``; for a
-# gradient these and the row behind.
+# A row's first trip is overlapped (see ``reduce.Overlap``) with ``running_max`` and ``max_ahead`` for a loss; for a gradient,
+# with the following two functions, which also write the pending row.
 
 
 @njit(**INLINE)
 def write_and_read(task, pipeline, top, j):
-    """With vectors j, ...: the gradient of the row behind is written; the maximum ahead, so far."""
+    """Write the pending gradient that goes with vectors j, ..., and return the running maximum of the unit ahead."""
     write_pending(task, pipeline.pending, j)
     return running_max(task, pipeline.ahead, top, j)
 
 
 @njit(**INLINE)
 def finish_both(task, pipeline, top, stop):
-    """What is left to do if ``write_and_read`` was called for all vectors below ``stop``; the maximum ahead."""
+    """Do what remains after ``write_and_read`` of all vectors below ``stop``, and return the maximum of the unit ahead."""
     finish_pending(task, pipeline.pending, stop)
     return max_ahead(task, pipeline.ahead, top, stop)
 
 
 # ----------------------------------------------------------------------------------------------------
-# Ahead: the maximum
+# The unit ahead: its maximum
 # ----------------------------------------------------------------------------------------------------
 
 
 @njit(**INLINE)
 def running_max(task, ahead, top, j):
-    """The maximum so far, and that of vectors j, ... ahead, if they are whole."""
+    """Return the running maximum ``top``, updated with vectors j, ... of the unit ahead if these are whole."""
     if j + group_length(task) <= ahead.full:
         top = max_of_vectors(task, ahead, j, top)
         if group_length(task) > INTERLEAVED:
@@ -76,7 +81,7 @@ def running_max(task, ahead, top, j):
 
 @njit(**INLINE)
 def max_of_vectors(task, unit, at, top):
-    """The larger of ``s_max`` and what is in vectors at, ...: all whole."""
+    """Return the running maximum ``top``, updated with the INTERLEAVED whole vectors of the unit from ``at`` on."""
     for j in range(at, at + INTERLEAVED):
         prefetch_pipelined(task, unit, j)
         top = maximum(top, in_register(full_logits(task, unit, j)))
@@ -85,7 +90,7 @@ def max_of_vectors(task, unit, at, top):
 
 @njit(**INLINE)
 def max_ahead(task, ahead, top, j):
-    """The maximum over all that is ahead, a number; ``s_max`` is that of what ``running_max`` could look at below vector j."""
+    """Return the maximum over the unit ahead as a scalar; ``top`` is that of what ``running_max`` has seen below vector j."""
     seen = min(j, ahead.full // group_length(task) * group_length(task))
     m = maximum(from_register(top), vector_max(task, ahead, seen, ahead.stop))
     return lane(max_across(m), 0)
@@ -93,7 +98,7 @@ def max_ahead(task, ahead, top, j):
 
 @njit(**INLINE)
 def max_of(task, ahead):
-    """The maximum over all that is ahead, nothing of which was looked at."""
+    """Return the maximum over the unit ahead as a scalar, if ``running_max`` has seen nothing of it."""
     return max_ahead(task, ahead, no_maximum(task), 0)
 
 
@@ -104,30 +109,34 @@ def max_of(task, ahead):
 
 @njit(**INLINE)
 def row_parts(task):
-    """How many parts a row has; vectors of each but the last, which has at most 8 less for each part. Parts are of a thousand:
-    so it is never empty, and all that is left over at the end of a row is in it."""
+    """Return the number n of parts of a row and the number of vectors of each but the last.
+
+    The last part has at most 8 n vectors less than the others. They have a thousand or more each, so it is never empty, and it
+    holds all of the vectors at the end of the row that need a mask or are left over from groups.
+    """
     n = max(1, task.n_vectors // PART) if task.large else 1
     return n, ((task.n_vectors + n - 1) // n + GROUP - 1) // GROUP * GROUP
 
 
 @njit(**INLINE)
 def row_part(task, unit, k, length):
-    """Part k of a row, as a unit: so vectors that are ahead, here, and behind at a time have the same number."""
+    """Return part k of a row as a unit of its own, so that one vector number serves the part that is read, the part whose
+    exponentials are computed, and the part that is written."""
     return unit_from_class(task, unit, k * length * LANES, min(length, unit.stop - k * length))
 
 
 @njit(**INLINE)
 def part_numbers(task):
-    """Memory for a number for each part: m_k, until the row is behind; then its factor."""
+    """Return memory for one number for each part: m_k, and once the row is pending, the part's factor a exp(m_k - m)."""
     return scratch(splat(task.w, 0.0), VECTORS_OF_NUMBERS)
 
 
 @njit(**INLINE)
 def rescale_parts(task, unit, f, m, parts):
-    """The parts' factors, in place of their maxima. If one were so small that float32 would lose digits of it, the part's
-    exponentials are made smaller instead."""
+    """Replace the maximum of each part by its factor. If a factor is so small that float32 would lose digits of it, the stored
+    exponentials of the part are rescaled instead."""
     n_parts, length = row_parts(task)
-    if n_parts == 1:  # seen from m
+    if n_parts == 1:  # its maximum is m
         put(parts, 0, lane(f.wide_a, 0))
         return
     for k in range(n_parts):
@@ -144,19 +153,19 @@ def rescale_parts(task, unit, f, m, parts):
 
 @njit(**INLINE)
 def part_factors(f, parts, k):
-    """Each is a number, and takes one register then."""
+    """Return the coefficients of part k, with a, b and g_y splatted from scalars, so that each takes one register."""
     a, b, g_y = splat(f.a, get(parts, k * itemsize(parts))), splat(f.b, lane(f.b, 0)), splat(f.g_y, lane(f.g_y, 0))
     return Coefficients(f.shift, f.power, a, f.wide_a, f.a1, f.m, b, f.k, f.q_hot, f.e_hot, f.inverse_s, g_y)
 
 
 # ----------------------------------------------------------------------------------------------------
-# Behind: the gradient
+# The pending row: its gradient
 # ----------------------------------------------------------------------------------------------------
 
 
 @njit(**INLINE)
 def no_pending(task, unit):
-    """Before the first row."""
+    """Return the pending row before the first row: nothing is written for it."""
     zero = splat(task.x, 0.0)
     none = Coefficients(shift_by(zero), zero, zero, splat(task.w, 0.0), zero, zero, zero, zero, zero, zero, zero, zero)
     return Pending(unit, none, 0, -1, -1)
@@ -164,7 +173,8 @@ def no_pending(task, unit):
 
 @njit(**INLINE)
 def pending_row(task, unit, f, m, parts):
-    """The row is behind now. Its ends, which may share lines with other rows, are written."""
+    """Return the row as pending, once all of its exponentials are stored, and write its gradient at both ends, as these may
+    share cache lines with other rows."""
     rescale_parts(task, unit, f, m, parts)
     head, body, n_whole, tail = first_lanes(0), unit, unit.full, unit.writes
     if is_non_temporal(task, unit):
@@ -190,7 +200,7 @@ def pending_row(task, unit, f, m, parts):
 
 @njit(**INLINE)
 def pending_part(task, row, parts, k, length):
-    """Part k of the row behind. Its first vectors are written, and its last ones, in which the next part may begin."""
+    """Return part k of the pending row, and write its first LEAD vectors and its last ones, where the next part may begin."""
     at, stop = k * length, min(length, row.stop - k * length)
     unit, f, y = unit_from_class(task, row.unit, at * LANES, stop), part_factors(row.f, parts, k), row.y - at * LANES
     if at + length < row.stop:
@@ -208,10 +218,10 @@ def pending_part(task, row, parts, k, length):
 
 @njit(**INLINE)
 def write_pending(task, pending, j):
-    """Of the row behind, what is LEAD vectors further than vectors j, ..., whose exponentials take the place of its own."""
+    """Write vectors j + LEAD, ... of the pending gradient, while new exponentials overwrite its old ones in vectors j, ..."""
     at = j + LEAD
     if at < pending.stop:
-        if at == pending.y_at:  # a line that bypassed the caches is slow to change
+        if at == pending.y_at:  # g_y is inserted in a register: to change a line after a non-temporal store is slow
             put_pending(task, pending, at, True)
         else:
             put_pending(task, pending, at, False)
@@ -219,6 +229,7 @@ def write_pending(task, pending, j):
 
 @njit(**INLINE)
 def put_pending(task, pending, at, holds_y):
+    """Write INTERLEAVED vectors of the pending gradient from ``at`` on, with g_y if ``holds_y``."""
     for j in range(at, at + INTERLEAVED):
         g = gradient_vector(task, pending.unit, j, all_lanes(), pending.f)
         if holds_y:
@@ -228,6 +239,7 @@ def put_pending(task, pending, at, holds_y):
 
 @njit(**INLINE)
 def store_full(task, unit, j, g):
+    """Write vector j of g, all lanes of which are live."""
     p = task.g + (unit.g + j * g_step(task))
     if is_non_temporal(task, unit):
         store_non_temporal(p, g)
@@ -237,6 +249,6 @@ def store_full(task, unit, j, g):
 
 @njit(**INLINE)
 def finish_pending(task, pending, start):
-    """What is left of the row behind, if ``call_kernel`` is the first vector with which ``write_pending`` was not called."""
+    """Write the rest of the pending gradient, if ``start`` is the first vector with which ``write_pending`` was not called."""
     for j in range(start, pending.stop - LEAD, INTERLEAVED):
         write_pending(task, pending, j)

@@ -1,6 +1,6 @@
-"""Rows of few classes, which lie side by side: 16 rows are transposed on the way to a tile, and their gradient on the way back.
+"""Tiles of short rows with contiguous classes: 16 rows are transposed into a tile, and their gradient is transposed back.
 
-A tile holds a vector for each class. What is not such rows, but has to be put together, is gathered.
+A tile holds one vector for each class. Rows whose classes are strided are gathered into it instead of transposed.
 """
 
 from numba import njit
@@ -26,25 +26,25 @@ from fastxent._simd.vector import LANES, all_lanes, count_lanes, first_lanes, io
 
 INF = float("inf")
 PAGE = 4096
-SHORT_ROWS_AHEAD = 2048  # bytes between short rows that are worked on, one unit at a time, and those that are asked for
+SHORT_ROWS_AHEAD = 2048  # prefetch distance in bytes for short rows, if units are not paired
 
 
 @njit(**INLINE)
 def first_class(task, c):
-    """Rows are taken 16 classes at a time, from c = 0, 16, ...; the last of them begins earlier, that it be whole too."""
+    """Return the first of 16 classes to take for c = 0, 16, ...: the last 16 begin earlier than c, so that none is missing."""
     return max(0, min(c, task.n_classes - LANES))
 
 
 @njit(**INLINE)
 def load_tile(task, tile, p, n, lanes, mask):
-    """The logits of 16 rows, class by class: rows read whole and transposed, or, as the last few are, gathered.
+    """Load the logits of n rows into the tile, class by class, and return the rows' maxima, -inf where not ``mask``.
 
-    Returns the rows' maxima; -inf where not ``mask``.
+    16 rows, or a single one, are transposed; any other number, as at the end of the row axis, is gathered.
     """
     vector = LANES * itemsize(tile)
     m = splat(tile, -INF)
     if task.transposed and (n == LANES or n == 1):
-        row, ahead = fixed(task.axes, 8) if n > 1 else 0, 0  # one row is read as if it were 16
+        row, ahead = fixed(task.axes, 8) if n > 1 else 0, 0  # a single row is read 16 times, at stride 0
         if task.large or task.n_classes < LANES:
             prefetch_rows(task, p, row)
         elif row == task.n_classes * itemsize(p):
@@ -63,7 +63,7 @@ def load_tile(task, tile, p, n, lanes, mask):
 
 @njit(**INLINE)
 def load_target_tile(task, tile, p, n, lanes, mask):
-    """The class probabilities of 16 rows, in the same way."""
+    """Load the class probabilities of n rows into a tile, class by class; 16 rows are transposed, fewer are gathered."""
     vector = LANES * itemsize(tile)
     if n == LANES:
         row = fixed(task.axes, 24)
@@ -78,7 +78,7 @@ def load_target_tile(task, tile, p, n, lanes, mask):
 
 @njit(**INLINE)
 def copy_out(task, p, place, n):
-    """Copy n elements to the gradient, past the caches if it is."""
+    """Copy n elements to the gradient, with non-temporal stores if the gradient is written by those."""
     step, from_step = LANES * itemsize(p), LANES * itemsize(place)
     if task.large and task.non_temporal != 0:
         head = before_aligned(p, n)
@@ -98,33 +98,34 @@ def copy_out(task, p, place, n):
 
 @njit(**INLINE)
 def tile_bytes(task, tile):
-    """Of the tile of a unit of whole rows, and of what it is written out by way of, which is behind it."""
+    """Return the size of a transposed unit's tile, which is also the size of the staging buffer after it."""
     return (task.n_classes + LANES) * LANES * itemsize(tile)
 
 
 @njit(**INLINE)
 def target_tile(task, tile):
-    """Where the class probabilities of a unit of whole rows are, class by class."""
+    """Return the address of a transposed unit's class probabilities, class by class, after its tile and staging buffer."""
     return tile + 2 * tile_bytes(task, tile)
 
 
 @njit(**INLINE)
 def next_tile(task, tile):
-    """The tile of a second unit of whole rows: behind all that the first one has, and elsewhere in its page."""
+    """Return the address of the tile of the second unit of a pair: after all buffers of the first unit, and half a page off,
+    so that the two tiles begin at different offsets in their pages."""
     own = 3 if task.soft else 2
     return tile + ((own * tile_bytes(task, tile) + PAGE - 1) // PAGE * PAGE + PAGE // 2)
 
 
 @njit(**INLINE)
 def prefetch_distance(task, row):
-    """Bytes between the short rows that are worked on, each of ``row`` bytes, and those that are asked for."""
+    """Return the prefetch distance in bytes for short rows of ``row`` bytes each."""
     return SHORT_ROWS_AHEAD + LANES * row if task.paired else SHORT_ROWS_AHEAD
 
 
 @njit(**INLINE)
 def prefetch_rows(task, p, row):
-    """Ask for as much as 16 rows of ``row`` bytes are, later on. Short rows are read and written in pieces, so no processor
-    does it by itself."""
+    """Prefetch 16 rows of ``row`` bytes at the prefetch distance, if rows are contiguous. Short rows are read and written in
+    pieces, which no hardware prefetcher follows."""
     if row == task.n_classes * itemsize(p):
         for at in range(prefetch_distance(task, row), prefetch_distance(task, row) + LANES * row, LINE):
             prefetch_near(p, at)
@@ -132,8 +133,11 @@ def prefetch_rows(task, p, row):
 
 @njit(**INLINE)
 def write_transposed(task, unit, tile, p, factor, g_y):
-    """The gradient of whole rows, with that of the target; by way of a stage, where they are then one piece, what cannot be
-    written as it comes: without masks rows of less than a square; fewer than 16 of them, and what goes past the caches."""
+    """Write the gradient of a transposed unit, with ``g_y`` at the class indices.
+
+    The rows are first written to a staging buffer, where they are contiguous, and copied from there, if they have less than
+    SQUARE classes and masked stores are slow, if they are fewer than 16, or if contiguous rows need non-temporal stores.
+    """
     row, own = fixed(task.axes, 16), task.n_classes * itemsize(p)
     if task.large:
         prefetch_rows(task, p, row)
@@ -142,13 +146,13 @@ def write_transposed(task, unit, tile, p, factor, g_y):
     staged = in_pieces or n < LANES or (task.large and task.non_temporal != 0 and row == own)
     stage = as_stored(p, tile + tile_bytes(task, tile))
     to, step, lanes, columns = p, row, unit.g_lanes, min(LANES, task.n_classes)
-    if staged:  # whole vectors: what a mask has written is slow to be read back
+    if staged:  # whole vectors, as a load from what a masked store has just written is slow
         to, step, lanes, columns = stage, own, iota() * own, max(columns, SQUARE)
     for c in range(0, task.n_classes, LANES):
         first = first_class(task, c)
         place = tile + first * LANES * itemsize(tile)
         store_transposed(to + first * itemsize(p), step, columns, place, factor)
-    if task.labelled:  # an ignored row's gradient is 0 everywhere, as is its g_y; a stage has room for 16 rows
+    if task.labelled:  # no mask: an ignored row's gradient is 0, as is its g_y; the staging buffer has room for 16 rows
         y = where(unit.kept, unit.y, 0)
         scatter(to, lanes + y * itemsize(p), g_y, all_lanes())
     if staged:

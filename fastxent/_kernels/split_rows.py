@@ -1,8 +1,9 @@
-"""Split rows: a row of many classes, where there are few rows, is shared out over the threads in segments.
+"""Split rows: if there are few rows of many classes, threads share each row, and a unit is one segment of a row.
 
-First phase: ``save_segment`` for each segment; second phase: ``row_state`` puts them together, in order, wherever the row's
-statistics are needed. Where there is a gradient, the first phase leaves the exponentials in its place, as far as they can be
-stored there unrounded. Of a row that is not split, all that is here is what ``reduce`` has.
+In the first phase, ``save_segment`` saves the statistics of each segment. In the second phase, ``row_state`` merges the
+segments of a row, in order, wherever the row's statistics are needed. If there is a gradient, the first phase stores the
+exponentials where the gradient will be, provided that they can be stored there unrounded. For a row that is not split, the
+functions of this file return what ``reduce`` and ``inputs`` return.
 """
 
 from numba import njit
@@ -18,16 +19,19 @@ from fastxent._simd.memory import gather, get, put
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import LANES, any_lane, first_lanes, iota, lane, maximum, narrow, splat, where, widen
 
-X_Y = 48  # bytes of what a segment saves before x_y
+X_Y = 48  # byte offset of x_y in what a segment saves
 
 
 @njit(**INLINE)
 def save_segment(task, tile, number):
-    """First phase of a split row; returns what every unit returns: see ``parallel_for``."""
+    """Save the statistics of a segment: the first phase of a split row.
+
+    Return the number 0 and the factor 1, as every unit returns a number and a factor: see ``parallel_for``.
+    """
     unit = locate(task, tile, number)
     if any_lane(unit.kept):
-        at = task.segments + LINE * number  # (segments, 7) out: m, top, beside, Q, D, E, x_y
-        if task.labelled:  # by the one segment that holds it, before the exponentials take its place
+        at = task.segments + LINE * number  # (segments, 7) out: m, s_max, s_rest, Q, D, E, x_y
+        if task.labelled:  # x_y is saved by the segment that holds it, before the exponentials overwrite it: g may be x
             if holds_label(task, unit):
                 put(at, X_Y, lane(widen(label(task, unit).raw_x_y), 0))
         state = span_state(task, unit)
@@ -42,7 +46,7 @@ def save_segment(task, tile, number):
 
 @njit(**INLINE)
 def load_segments(task, first, k):
-    """The statistics of a row's segments k ... k + 15, lane by lane; of those that are not there, those of no class."""
+    """Return the statistics of segments k ... k + 15 of a row, lane by lane, and empty ones for segments that do not exist."""
     at, apart, there = first + LINE * k, iota() * LINE, first_lanes(task.n_segments - k)
     m = where(there, narrow(task.x, gather(at, apart, there)), -INF)
     return State(
@@ -53,7 +57,7 @@ def load_segments(task, first, k):
 
 @njit(**INLINE)
 def row_state(task, unit, number):
-    """The statistics of whole rows."""
+    """Return the statistics of the unit's whole rows; those of a split row are merged from its segments."""
     if not task.split:
         return span_state(task, unit)
     first = task.segments + LINE * (number - number % task.n_segments)
@@ -70,7 +74,7 @@ def row_state(task, unit, number):
 
 @njit(**INLINE)
 def to_row(task, number, state):
-    """What turns the exponentials that a segment has kept into those for the row's maximum: see ``rescale_stored``."""
+    """Return what rescales the stored exponentials of a segment to the row's maximum: see ``rescale_stored``."""
     if task.split and task.stores_exp:
         return rescale_stored(task, get(task.segments, LINE * number), state.m)
     return splat(task.x, 1.0), splat(task.w, 1.0)
@@ -78,7 +82,10 @@ def to_row(task, number, state):
 
 @njit(**INLINE)
 def row_label(task, unit, number):
-    """The label of whole rows: of a split row another thread may already have overwritten x_y, so it was saved."""
+    """Return the label of the unit's whole rows.
+
+    Another thread may already have overwritten x_y of a split row, so it is read from what its segment has saved.
+    """
     if task.split and task.labelled:
         at = task.segments + LINE * (number - number % task.n_segments + lane(unit.y, 0) // (task.segment * LANES))
         return Label(narrow(task.x, splat(task.w, get(at, X_Y))), label(task, unit).w_y)
