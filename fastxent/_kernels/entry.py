@@ -15,7 +15,7 @@ NAN = float("nan")
 
 @njit(**INLINE)
 def check_targets(task, tile, number):
-    """Return the sum of the weights of a unit's CHECKED rows, for the divisor of the mean; set BAD if a class index is bad."""
+    """Return the sum of the weights of a unit of CHECKED rows (for the mean); set BAD if a class index is out of range."""
     n_kept, n_good = 0, 0
     weights = splat(task.w, 0.0)
     whole = (number + 1) * CHECKED <= task.n_rows
