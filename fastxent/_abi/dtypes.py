@@ -1,4 +1,4 @@
-"""The dtypes: a row each. Another one needs a row here, and how its bits are read and written in ``_simd.half``."""
+"""The table of dtypes. A new one needs a row here, and the conversion of its bits in ``_simd.half``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 
 class DType(NamedTuple):
-    name: str  # of NumPy's, or ml_dtypes', and PyTorch's
-    storage: str  # how the kernels call it
+    name: str  # in NumPy or ml_dtypes, and in PyTorch
+    storage: str  # its name in the kernels
     itemsize: int  # bytes
-    acc: str  # storage of what the kernels compute with, and of the losses; float64 for one operand is float64 for all
-    numpy: str  # a dtype of its size that NumPy has without ml_dtypes
+    acc: str  # storage that the kernels compute in, and of the losses; float64 for one operand is float64 for all
+    numpy: str  # a dtype of the same size that NumPy has without ml_dtypes
 
 
 DTYPES = (
@@ -26,5 +26,5 @@ ACC = {d.storage: d.acc for d in DTYPES}
 
 
 def precision(logits: str, target: str | None = None) -> str:
-    """Of the arithmetic on logits, and class probabilities, of these storages."""
+    """Return the precision of arithmetic on logits, and class probabilities, of these storages."""
     return max(ACC[logits], ACC[target or logits])  # "f32" < "f64"

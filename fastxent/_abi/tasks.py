@@ -1,4 +1,4 @@
-"""The tasks: what a plan has to know of each. What they compute is in ``_kernels.tasks``."""
+"""The tasks, with what a plan has to know of each. What they compute is in ``_kernels.tasks``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 
 class Task(NamedTuple):
-    stores: bool = False  # a second trip uses the exponentials of the first, which are stored if there is room
+    stores: bool = False  # a second trip uses the first one's exponentials, which are stored if there is room
     interleaves: bool = False  # it can work on several short rows, or panels of them, at a time
     pipelines: bool = False  # it can be software-pipelined
-    splits: bool = False  # it takes rows in segments
+    splits: bool = False  # it can split rows into segments
     entropic: bool = False  # see `Variant`
     tempered: bool = False
 

@@ -1,4 +1,4 @@
-"""What a kernel is compiled for, and the numbers that plans and kernels agree on."""
+"""What a kernel is compiled for, and the sizes that plans and kernels agree on."""
 
 from __future__ import annotations
 
@@ -9,44 +9,45 @@ from fastxent._abi.dtypes import precision
 
 LANES = 16
 
-SYMBOL = "kernel"  # of the function in an object file
+SYMBOL = "kernel"  # name of the function in an object file
 
-# A row of this many classes or fewer is worked on with its 15 neighbours, a class a vector; a longer one by itself. Up to
-# MOST_TILED classes if the rows need not be gathered: those are transposed, or lie side by side; less where they are large.
+# Rows whose classes are contiguous use class lanes if they have more than MOST_TILED classes, or more than FEW_CLASSES where
+# there are fewer than 16 rows; all others use row lanes. With row lanes, up to MOST_TILED classes are packed into a tile. For
+# arrays that do not fit the caches, MOST_TILED_LARGE takes the place of MOST_TILED.
 FEW_CLASSES, MOST_TILED, MOST_TILED_LARGE = 48, 320, 256  # multiples of 16
-# Vectors of a row whose exponentials are stored in a thread's tile until the row's sum is known (1 MB of float32, in the second
-# or third cache); those of a longer row are computed twice.
+# The most vectors of a row whose exponentials are stored in a thread's tile until the row's sum is known (1 MB of float32, in
+# the second- or third-level cache); those of a longer row are computed twice.
 MOST_STORED = 16384
 TILE = MOST_STORED * LANES * 8  # bytes
-# Short rows of so many classes are worked on two units at a time: all that they read and write in float32 has room in the
-# nearest cache. Past the caches more than a few classes are held up by the memory.
+# Short rows of at most so many classes are worked on two units at a time: all that two units read and write in float32 fits the
+# nearest cache. Past the caches, rows of more than a few classes wait for the memory anyway.
 MOST_PAIRED, MOST_PAIRED_LARGE = 112, 16
-# Functions that are compiled like kernels, and the modules in which they are: of a room that may be missing.
+# Functions that are compiled like kernels, and their modules, in a room that may be missing.
 BUILTINS = {"run_arrays": "fastxent._fastpath.front_end.arrays", "run_tensors": "fastxent._fastpath.front_end.tensors"}
-# Units of neighbouring rows that are copied to the tile together; of so many classes, and more than these units side by side,
-# they are read and written while others are worked on: see ``plane_tiles``.
+# At most PANEL units of contiguous rows are copied to a tile together. Past the caches, with at least FEWEST_OVERLAPPED classes
+# and more than one panel in a line, a panel is worked on while others are read and written: see ``plane_tiles``.
 PANEL, FEWEST_OVERLAPPED = 16, 8
-# Elements handed to a thread at a time: long enough to hide the counter, short enough to share out evenly.
+# Elements of a chunk: enough to hide the cost of the counter, few enough to balance the threads' load.
 CHUNK = 16384
-# Where class indices are checked, a unit is of this many, and so many units are handed out at a time.
+# In the check of the class indices: rows of a unit, and units of a chunk.
 CHECKED, CHECKS = 8 * LANES, 128
-# Elements that are a unit of a pointwise task, and units that are handed out at a time.
+# In pointwise tasks: elements of a unit, and units of a chunk.
 POINTS, POINTS_CHUNK = 1024, 4
 
 
 class Layout(IntEnum):
-    """What the 16 lanes hold, and where a unit's logits are when it is worked on."""
+    """What the 16 lanes hold, and where a unit's logits are while it is worked on."""
 
     CLASS_LANES = 0  # 16 classes of one row, contiguous in memory
-    ROW_LANES = 1  # one class of 16 rows that are contiguous in memory, read where they lie
-    STRIDED_ROWS = 2  # one class of 16 rows that are apart, gathered for each vector
-    TRANSPOSED_TILE = 3  # the same, from rows whose classes are contiguous: 16 rows are transposed into a tile
-    GATHERED_TILE = 4  # the same, gathered once into a tile
-    PANEL = 5  # rows as in ROW_LANES, of few classes: 256 of them are copied to a tile together
+    ROW_LANES = 1  # one class of 16 rows that are contiguous in memory, read in place
+    STRIDED_ROWS = 2  # one class of 16 rows that are not contiguous, gathered for each vector
+    TRANSPOSED_TILE = 3  # one class of 16 rows whose classes are contiguous: they are transposed into a tile
+    GATHERED_TILE = 4  # one class of 16 rows that are gathered once into a tile
+    PANEL = 5  # rows as in ROW_LANES, of few classes: up to 256 rows are copied to a tile together
 
 
 class Schedule(IntEnum):
-    """In which order units are worked on."""
+    """The order in which units are worked on."""
 
     ONE_BY_ONE = 0
     PAIRED = 1  # two units interleaved
@@ -58,29 +59,29 @@ class Schedule(IntEnum):
 class Storage(IntEnum):
     """Where exp(x - m) is between the first trip and the second."""
 
-    NONE = 0  # it is computed anew, or there is no second trip
+    NONE = 0  # nowhere: it is computed anew, or there is no second trip
     TILE = 1  # in the thread's tile
     GRADIENT = 2  # where the gradient will be
 
 
 class Variant(NamedTuple):
-    """What a kernel is compiled for. The storages of numbers are as in ``dtypes``."""
+    """What a kernel is compiled for. Storages are those of ``dtypes``."""
 
     logits: str
     target: str | None = None  # storage of class probabilities; None: class indices, or no target
-    labelled: bool = False  # class indices
+    labelled: bool = False  # there are class indices
     smooth: bool = False  # label smoothing, with class indices
     capped: bool = False  # softcap
-    entropic: bool = False  # the first trip takes E, the sum of exp(x - m) (x - m), too
+    entropic: bool = False  # the first trip also sums E = sum of exp(x - m) (x - m)
     tempered: bool = False  # the logits are divided by a temperature
     layout: Layout = Layout.STRIDED_ROWS
     schedule: Schedule = Schedule.ONE_BY_ONE
     storage: Storage = Storage.NONE
-    consecutive_rows: bool = False  # rows in lanes, numbered one by one
-    large: bool = False  # the logits are past the caches: they are prefetched, the gradient is written by non-temporal stores
-    differentiate: bool = False  # a pointwise task: with gradient
+    consecutive_rows: bool = False  # row lanes: the 16 rows have consecutive numbers
+    large: bool = False  # the logits do not fit the caches: they are prefetched, and g may be written by non-temporal stores
+    differentiate: bool = False  # a pointwise task: with its gradient
 
     @property
     def acc(self) -> str:
-        """Precision of the arithmetic and of the losses."""
+        """The precision of the arithmetic and of the losses."""
         return precision(self.logits, self.target)

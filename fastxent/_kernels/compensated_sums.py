@@ -1,4 +1,4 @@
-"""Sums over a unit's classes: float32 terms are added up in float64; float64 terms compensated (Knuth's two-sum)."""
+"""Sums over a unit's classes: float32 terms are added in float64, float64 terms by compensated sums (Knuth's two-sum)."""
 
 from numba import njit
 
@@ -10,7 +10,7 @@ from fastxent._simd.vector import splat, where, widen
 
 @njit(**INLINE)
 def two_sum(total, error, x):
-    """total + x, and what its rounding has lost added to ``error`` (Knuth's two-sum)."""
+    """Return the rounded total + x, and ``error`` plus the rounding error of that addition (Knuth's two-sum)."""
     rounded = total + x
     there = rounded - total
     return rounded, error + ((total - (rounded - there)) + (x - there))
@@ -18,13 +18,13 @@ def two_sum(total, error, x):
 
 @njit(**INLINE)
 def compensated(total, error):
-    """The sum; of an inf or nan nothing was lost, and inf - inf is nan."""
+    """Return total + error, or total alone if error is nan: an inf or nan among the terms makes it so, for inf - inf is nan."""
     return total + error if error == error else total
 
 
 @njit(**INLINE)
 def two_sum_across(total, error):
-    """The sum over the lanes, in each of them, and what all its roundings have lost."""
+    """Return the sum over the lanes, in each of them, and the rounding errors of all additions."""
     total, error = two_sum(total, error + swap(error, 8), swap(total, 8))
     total, error = two_sum(total, error + swap(error, 4), swap(total, 4))
     total, error = two_sum(total, error + swap(error, 2), swap(total, 2))
@@ -33,7 +33,7 @@ def two_sum_across(total, error):
 
 @as_needed
 def halve_lanes(constants):
-    """A vector's terms: of float32 classes two and two added, for that makes half as many float64 sums."""
+    """Add float32 class lanes in pairs, which halves the number of float64 additions; leave other vectors as they are."""
     if constants["class_lanes"] and not constants["double"]:
         return lambda task, x: add_halves(x)
     return lambda task, x: x
@@ -41,7 +41,7 @@ def halve_lanes(constants):
 
 @as_needed
 def sum_lanes(constants):
-    """The sum over the lanes if they are classes."""
+    """Return the sum over class lanes, in each lane; leave row lanes as they are."""
     if constants["class_lanes"]:
         return lambda task, x: sum_across(x)
     return lambda task, x: x
@@ -49,7 +49,7 @@ def sum_lanes(constants):
 
 @njit(**INLINE)
 def widen_add(task, total, x):
-    """A sum and what it has lost, with a vector's terms added; float32 terms lose nothing that counts."""
+    """Add a vector's terms to a sum and its rounding error; that of float32 terms in a float64 sum is too small to count."""
     value, error = total
     x = widen(halve_lanes(task, x))
     if task.double:
@@ -59,15 +59,15 @@ def widen_add(task, total, x):
 
 @njit(**INLINE)
 def total_over_classes(task, total):
-    """The sum over the vectors' classes."""
+    """Return the sum over all classes of a unit, from the lane-wise sum of its vectors."""
     value, error = total
-    if task.double:  # of an inf or nan nothing was lost, and inf - inf is nan
+    if task.double:  # as in ``compensated``: with an inf or nan among the terms the error is nan
         value = where(error == error, value + error, value)
     return sum_lanes(task, value)
 
 
 def _split_by_compensation(task, top, s):
-    """float64: what is beside 1 is what rounding lost when it was added to 1."""
+    """float64: s_max is 1 if the rounded sum is in [1, 2), else 0; s_rest is the exact remainder plus the rounding errors."""
     value, error = s
     if task.class_lanes:
         value, error = two_sum_across(value, error)
@@ -77,10 +77,11 @@ def _split_by_compensation(task, top, s):
 
 
 def _split_by_terms(task, top, s):
+    """float32: the terms of 1 were summed apart, in ``top``."""
     return sum_lanes(task, top[0]), sum_lanes(task, s[0])
 
 
 @as_needed
 def split_sum(constants):
-    """The sum over the classes as the two numbers of ``State``. ``s_max``, ``s``: lane by lane, and what each has lost."""
+    """Return ``s_max`` and ``s_rest`` of ``State``. ``top`` and ``s`` are lane-wise sums, each with its rounding error."""
     return _split_by_compensation if constants["double"] else _split_by_terms

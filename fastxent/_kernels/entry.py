@@ -1,4 +1,4 @@
-"""What a thread runs: it checks the class indices, reduces the segments of split rows, and does the work."""
+"""What a thread runs: it checks the class indices, reduces the segments of split rows, and does the task's work."""
 
 from numba import njit
 
@@ -15,7 +15,7 @@ NAN = float("nan")
 
 @njit(**INLINE)
 def check_targets(task, tile, number):
-    """Class indices -> sum of their weights (the divisor of the mean); notes if one is out of range."""
+    """Return the sum of the weights of a unit of CHECKED rows (for the mean); set BAD if a class index is out of range."""
     n_kept, n_good = 0, 0
     weights = splat(task.w, 0.0)
     whole = (number + 1) * CHECKED <= task.n_rows
@@ -47,12 +47,12 @@ check_all = one_by_one(check_targets)
 
 
 def check(task, phase, me):
-    """A kernel: are all class indices in range, and what do the rows weigh?"""
+    """Check, as a kernel, that all class indices are in range, and sum the rows' weights."""
     parallel_for(task, phase, me, check_all, (task.n_rows + CHECKED - 1) // CHECKED, CHECKS)
 
 
 def kernel(work):
-    """A kernel that does ``work`` on all units."""
+    """Return a kernel that does ``work`` on all units."""
 
     def on_all_units(task, phase, me):
         parallel_for(task, phase, me, work, task.n_units, task.chunk)
@@ -61,9 +61,9 @@ def kernel(work):
 
 
 def launch(task):
-    """What every thread of a team runs, with the same argument block: a task's kernels, one after the other.
+    """Run a task's kernels one after the other. Each thread of a team does so, with the same argument block.
 
-    Before all class indices are checked, nothing is written, and nothing is read by one of them.
+    Until all class indices are checked, nothing is written, and no class index is used to read anything.
     """
     me = thread_number(task)
     if task.check != 0:
@@ -71,7 +71,7 @@ def launch(task):
         barrier(task, CHECK)
         if get(task.total, BAD) != 0.0:
             return
-        if task.average != 0:  # every thread writes the same
+        if task.average != 0:  # all threads write the same value
             weight = get(task.total, 8 * CHECK)
             put(task.total, DIVISOR, weight if weight != 0.0 else NAN)
     if task.save_segment != 0:

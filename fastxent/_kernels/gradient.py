@@ -1,8 +1,8 @@
-"""Second trip through a unit's vectors: the gradient, from the exponentials that were stored, or computed anew.
+"""Second trip through a unit's vectors: the gradient, from exponentials that were stored, or are computed anew.
 
-Every loss has a gradient of one form. With e_c = exp(x_c - m), d_c = x_c - m and target weights q_c,
+The gradient has one form for every loss. With e_c = exp(x_c - m), d_c = x_c - m and target weights q_c,
     g_c = e_c (a + a1 d_c) - b q_c
-where a, a1, b are numbers of the row (``Coefficients``), which the loss makes of the row's sums: see ``losses``.
+where a, a1, b are scalars per row (``Coefficients``), which the loss computes from the row's sums: see ``losses``.
 """
 
 from collections import namedtuple
@@ -18,23 +18,28 @@ from fastxent._simd.memory import get, itemsize, put, store_non_temporal
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import LANES, all_lanes, fma, lane, splat, where
 
-# Of a unit's rows: what exponentials are made with (``shift``), or what the stored ones are multiplied by (``power``); a, also
-# in float64 for parts of a row that have each another one; a1 and m, if the task takes the sum E; b, of q_c as
-# ``target_weights`` gives them; k, q_hot, e_hot: see ``losses.cross_entropy``; 1 / s; and the gradient at the class index y,
-# computed from registers in float64.
+# The coefficients of a unit's rows:
+#   shift             what exponentials are computed with: see ``shift_by``
+#   power             what stored exponentials are multiplied by
+#   a, wide_a         a, and a in float64 for rows whose parts have an a each: see ``row_pipeline``
+#   a1, m             used if the task sums E
+#   b                 of q_c as ``target_weights`` gives it
+#   k, q_hot, e_hot   see ``losses.cross_entropy``
+#   inverse_s         1 / s
+#   g_y               the gradient at class index y, computed from registers in float64
 Coefficients = namedtuple("Coefficients", "shift power a wide_a a1 m b k q_hot e_hot inverse_s g_y")
 
 
 @njit(**INLINE)
 def scaled(task, x):
-    """x factor / divisor; float64 logits notice that 1 / divisor would be rounded."""
+    """Return x factor / divisor; float64 results would show the rounding of factor / divisor, so there x is divided."""
     divisor = get(task.total, DIVISOR)
     return x * task.factor / divisor if task.double else x * (task.factor / divisor)
 
 
 @njit(**INLINE)
 def with_label(task, unit, j, g, f):
-    """Rows in lanes, no tile: g_y takes its place in the register."""
+    """Return vector j of g, where g_y has replaced the entry at y if the lanes are rows that are not packed."""
     if task.labelled and not task.class_lanes and not task.packed:
         return where(unit.y == j, f.g_y, g)
     return g
@@ -42,14 +47,14 @@ def with_label(task, unit, j, g, f):
 
 @njit(**INLINE)
 def holds_label(task, unit):
-    """Across: is class y among the unit's classes?"""
+    """Class lanes: return whether class y is in the unit, which may be a segment."""
     y = lane(unit.y, 0)
     return not task.split or unit.start * LANES <= y < unit.stop * LANES
 
 
 @njit(**INLINE)
 def put_label(task, unit, f):
-    """Across: g_y, over what the sweep wrote there. (Into what was put into a tile, `write_tile` does it.)"""
+    """Class lanes: write g_y over what the second trip wrote at y. (For packed rows `write_tile` does so.)"""
     if task.labelled and task.class_lanes:
         if holds_label(task, unit):
             put(task.g + unit.g, lane(unit.y, 0) * itemsize(task.g), lane(f.g_y, 0))
@@ -57,8 +62,9 @@ def put_label(task, unit, f):
 
 @njit(**INLINE)
 def gradient_vector(task, unit, j, mask, f):
+    """Return vector j of the gradient, but for g_y."""
     e = exponentials(task, unit, j, mask, f.shift, f.power)
-    if task.entropic:  # e d is 0 where e is, also where d is -inf
+    if task.entropic:  # e d is 0 where e is 0, also where d is -inf
         return where(e == 0.0, e, e * fma(logits(task, unit, j, mask) - f.m, f.a1, f.a))
     g = e * f.a
     if task.dense:
@@ -71,13 +77,13 @@ def gradient_vector(task, unit, j, mask, f):
 
 @njit(**INLINE)
 def write_gradient(task, unit, f):
-    """Second trip: g. What `write_tile` has to do with it then: a factor, and g_y."""
+    """Write g, in the second trip. Return what `write_tile` has to apply to a tile afterwards: a factor, and g_y."""
     one = splat(task.x, 1.0)
     if task.large:
         if is_non_temporal(task, unit):
             write_non_temporal(task, unit, f)
             return one, f.g_y
-    if task.packed and task.stores_exp and not task.dense:  # g = a e, and e is in the tile
+    if task.packed and task.stores_exp and not task.dense:  # g = a e, and the tile holds e
         return f.a, f.g_y
     for j in range(unit.start, min(unit.stop, unit.full)):
         prefetch_next_row(task, unit, j)
@@ -92,6 +98,7 @@ def write_gradient(task, unit, f):
 
 @njit(**INLINE)
 def write_non_temporal(task, unit, f):
+    """Write g by non-temporal stores, but for the unaligned lanes at the row's ends."""
     head, body, n_whole, tail = aligned(task, unit)
     mask = all_lanes() if task.class_lanes else unit.reads
     write(task, task.g + unit.g, unit.g_lanes, gradient_vector(task, unit, unit.start, head, f), head)

@@ -1,6 +1,6 @@
-"""What a kernel reads of a row, a vector at a time: logits, target weights, the class index, the sample weight.
+"""What a kernel reads: logits and target weights, a vector at a time; the class index and the sample weight of a row.
 
-A kernel trusts its Task: the caller has checked every shape, stride and target. An ignored row reaches no result.
+A kernel trusts its Task: the caller has checked every shape, stride and target. An ignored row affects no result.
 """
 
 from collections import namedtuple
@@ -15,13 +15,13 @@ from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import LANES, WIDE, as_floats, fma, iota, lane, maximum, narrow, splat, where
 
 # ----------------------------------------------------------------------------------------------------
-# Logits and target weights, vector j
+# Vector j of the logits and of the target weights
 # ----------------------------------------------------------------------------------------------------
 
 
 @njit(**INLINE)
 def transformed(task, x):
-    """The logits that softmax sees: x, or x / temperature, or cap tanh(x / cap)."""
+    """Return the logits that softmax is taken of: x, or x / temperature, or cap tanh(x / cap)."""
     if task.tempered:
         x = x / task.temperature
     return tanh(x / task.cap, task.cap) if task.capped else x
@@ -29,25 +29,25 @@ def transformed(task, x):
 
 @njit(**INLINE)
 def through_cap(task, x, g):
-    """The gradient with respect to the stored x, from that with respect to the capped x: times 1 - tanh^2(x / cap)."""
+    """Return the gradient with respect to the stored x: ``g``, with respect to the capped x, times 1 - tanh^2(x / cap)."""
     return g * sech_squared(x / task.cap) if task.capped else g
 
 
 @njit(**INLINE)
 def logits(task, unit, j, mask):
-    """x, vector j, as softmax sees it."""
+    """Return vector j of the logits that softmax is taken of."""
     return transformed(task, raw_logits(task, unit, j, mask))
 
 
 @njit(**INLINE)
 def full_logits(task, unit, j):
-    """The same, if all lanes are live: what is read without a mask is read by the instruction that uses it."""
+    """Return the same if all lanes are live: without a mask, the load is folded into the instruction that uses it."""
     return transformed(task, raw_full(task, unit, j))
 
 
 @njit(**INLINE)
 def target_weights(task, unit, j, mask):
-    """q / ``share``, vector j: w ((1 - eps) t + eps / C), or w. What a class index adds at y is not in it: see ``Label``."""
+    """Return vector j of q / ``common_weight``: w ((1 - eps) t + eps / C), or w. A class index's term at y is not included."""
     if task.soft:
         if task.transposed:
             t = load(target_tile(task, unit.tile) + j * tile_step(task, unit))
@@ -66,13 +66,13 @@ def target_weights(task, unit, j, mask):
 
 @njit(**INLINE)
 def common_weight(task):
-    """What is common to all q of a smoothed class index, eps / C: multiplied, and rounded, once."""
+    """Return the common factor of all q of a smoothed class index, eps / C, which is thus multiplied, and rounded, once."""
     return 1.0 if task.soft else task.uniform
 
 
 @njit(**INLINE)
 def vector_max(task, unit, start, stop):
-    """The maximum over vectors start ... stop - 1, lane by lane; four at a time, or each would wait for the one before."""
+    """Return the lane-wise maximum over vectors start ... stop - 1. Four accumulators keep the dependency chain short."""
     a = b = c = d = splat(task.x, -INF)
     n_whole = max(start, min(stop, unit.full))
     grouped = start + (n_whole - start) // 4 * 4
@@ -90,15 +90,15 @@ def vector_max(task, unit, start, stop):
 
 
 # ----------------------------------------------------------------------------------------------------
-# The class index, and what it points at; the sample weight
+# The class index and the values that it selects; the sample weight
 # ----------------------------------------------------------------------------------------------------
 
-Label = namedtuple("Label", "raw_x_y w_y")  # stored logit (in the logits' precision) and class weight (float64) of class y
+Label = namedtuple("Label", "raw_x_y w_y")  # logit as stored (in the precision of the arithmetic), class weight (float64)
 
 
 @njit(**INLINE)
 def gather_labels(task, unit):
-    """x_y of 16 rows. Of few classes each is looked at, for some processors with AVX-512 take long to gather."""
+    """Return x_y of 16 rows. With few classes each one is compared with y, for gathers are slow on some AVX-512 processors."""
     if WIDE and task.packed:
         if task.n_classes <= LANES:
             y, c = where(unit.kept, as_floats(task.x, unit.y), -1.0), splat(task.x, 0.0)
@@ -107,14 +107,14 @@ def gather_labels(task, unit):
                 x_y = where(y == c, raw_full(task, unit, j), x_y)
                 c = c + 1.0
             return x_y
-    if task.packed and task.contiguous_lanes:  # their lines have left the nearest caches
+    if task.packed and task.contiguous_lanes:  # x has left the nearest caches by now, the tile has not
         return gather(unit.tile, iota() * itemsize(unit.tile) + unit.y * tile_step(task, unit), unit.kept)
     return gather(task.x + unit.x, unit.x_lanes + unit.y * x_step(task), unit.kept)
 
 
 @njit(**INLINE)
 def label(task, unit):
-    """What the class indices point at; taken before anything is written, for g may be x."""
+    """Return what the class indices select. It has to be read before anything is written, for g may be x."""
     w_y = splat(task.w, 1.0)
     if not task.labelled:
         return Label(splat(task.x, 0.0), w_y)
@@ -132,6 +132,7 @@ def label(task, unit):
 
 @njit(**INLINE)
 def sample_weights(task, unit):
+    """Return the sample weights of the unit's rows, in float64; 1 if there are none."""
     if task.sampled != 0:
         return row_values(task, task.u, unit.row, unit.row_lanes, unit.kept)
     return splat(task.w, 1.0)

@@ -1,19 +1,20 @@
-"""Online softmax (Milakov, Gimelshein 2018): the sums that the first trip takes of a row, and how parts of a row are merged.
+"""Online softmax (Milakov, Gimelshein 2018): the sums that the first trip makes of a row, and how parts of a row are merged.
 
     m = max_c x_c        s = sum_c exp(x_c - m)        E = sum_c exp(x_c - m) (x_c - m)
     Q = sum_c q_c        D = sum_c q_c (x_c - m)       with target weights q_c
 
-A row is read once, in blocks. When one raises the maximum from m to m', what was summed before is rescaled:
+A row is read once, in blocks. When a block raises the maximum from m to m', the sums so far are rescaled:
     s' = f s        D' = D + Q (m - m')        E' = f (E + s (m - m'))        f = exp(m - m')
 
-The term of the maximum is exactly 1. Added to it, a confident row's other terms, r in all, would lose their digits, and with
-them log s = log(1 + r) and p_y - 1 = -r / s. So s is stored as two numbers, ``s_max`` = 1 and ``s_rest`` = r.
+The term of the maximum is exactly 1. If a confident row's other terms, r in all, were added to it, they would lose their
+digits, and so would log s = log(1 + r) and p_y - 1 = -r / s. So s is stored as two numbers, ``s_max`` = 1 and ``s_rest`` = r.
 
-The terms of at most eight vectors (class lanes: sixteen, and two lanes of each) are added in float32; all further sums are
-float64 (of float64 logits, compensated), and their order follows from the shape alone: same bits at any number of threads.
+The terms of at most eight vectors (with class lanes: of sixteen vectors, and of two lanes of each) are added in float32. All
+further sums are in float64 (for float64 logits: compensated), and their order follows from the shape alone, so the bits are the
+same at any number of threads.
 
-With class lanes, each sum ends with one over the lanes, after which every lane holds the row's value. So all that comes later
-is the same code for class lanes and for row lanes.
+With class lanes, each sum ends with a sum over the lanes, after which every lane holds the row's value. So all later code is
+the same for class lanes and for row lanes.
 """
 
 from collections import namedtuple
@@ -27,22 +28,24 @@ from fastxent._simd.vector import any_lane, maximum, narrow, splat, where, widen
 
 INF = float("inf")
 
-# m in the logits' precision; the sums s = s_max + s_rest, Q, D, E in float64, of which s and E carry exp_scaled's factor
-# 2**UP. s_max holds the terms of 1, if they are summed apart: see ``sums_of`` and ``reduce.split_sum``.
+# The maximum m is in the precision of the arithmetic. The sums s = s_max + s_rest, Q, D, E are in float64; s and E carry
+# exp_scaled's factor 2**UP. s_max holds the terms of 1 where they are summed apart: see ``sums_of`` and ``split_sum``.
 State = namedtuple("State", "m s_max s_rest q_sum q_dot e_dot")
 
 
 @njit(**INLINE)
 def s_of(state):
+    """Return s, rounded."""
     return state.s_max + state.s_rest
 
 
 @njit(**INLINE)
 def sums_of(task, x, e, q, m):
-    """The sums top, beside, Q, D, E over vector j, or over the group that begins there.
+    """Return s_max, s_rest, Q, D, E over one vector, or over a group of vectors that are concatenated.
 
-    In float32, terms of 1 are added up apart. If classes are in the lanes, few vectors of a row have one; if rows are, nearly
-    all have, and that would take an eighth of the time: there, all is beside."""
+    With class lanes in float32, the terms of 1 are summed apart: few vectors of a row have one. With row lanes nearly all
+    vectors have one, and summing them apart would take an eighth of the time: there, s_max is 0 and s_rest takes all terms.
+    """
     d = x - m
     s = q_sum = q_dot = e_dot = fold(e)
     s_max = splat(task.x, 0.0)
@@ -59,7 +62,7 @@ def sums_of(task, x, e, q, m):
 
 @njit(**INLINE)
 def rescale(state, m):
-    """The statistics with a maximum m that is not their own, but of more classes."""
+    """Return the state rescaled to ``m``, the maximum over more classes than the state's own."""
     shift = shift_by(widen(m))
     f = exp_scaled(widen(state.m), shift) / exp_scale(shift.base)
     down = where(state.m == -INF, splat(f, 0.0), widen(state.m) - widen(m))
@@ -70,8 +73,10 @@ def rescale(state, m):
 
 @njit(**INLINE)
 def rescale_stored(task, part_m, m):
-    """What turns exponentials seen from ``part_m``, a number, into those seen from m: a power of two, with which they can be
-    multiplied without rounding, and a factor (float64) near 1."""
+    """Return two factors that turn stored exponentials exp(x - part_m), where ``part_m`` is a scalar, into exp(x - m).
+
+    The first is a power of two, which multiplies them without rounding; the second, in float64, is near 1.
+    """
     shift = shift_by(widen(m))
     f = exp_scaled(splat(task.w, part_m), shift) / exp_scale(shift.base)
     _, rest = split_exponent(f)
@@ -80,14 +85,14 @@ def rescale_stored(task, part_m, m):
 
 @njit(**INLINE)
 def empty(task, m):
-    """The statistics of no class, with a maximum m that is of some."""
+    """Return the state of no classes, with the maximum ``m`` of the classes that will be merged into it."""
     nothing = splat(task.w, 0.0)
     return State(m, nothing, nothing, nothing, nothing, nothing)
 
 
 @njit(**INLINE)
 def rescale_to(state, m):
-    """The statistics with a maximum of at least m: most of the time they have one."""
+    """Return the state, rescaled if its maximum is less than ``m``, which is rare."""
     if any_lane(m > state.m):
         return rescale(state, maximum(state.m, m))
     return state
@@ -95,7 +100,7 @@ def rescale_to(state, m):
 
 @njit(**INLINE)
 def merge(a, b):
-    """The statistics of two parts of a row that are seen from the same maximum."""
+    """Return the state of two parts of a row, whose states are scaled to the same maximum."""
     return State(
         a.m, a.s_max + b.s_max, a.s_rest + b.s_rest, a.q_sum + b.q_sum, a.q_dot + b.q_dot, a.e_dot + b.e_dot
     )  # fmt: skip
@@ -103,7 +108,7 @@ def merge(a, b):
 
 @njit(**INLINE)
 def log_s(state):
-    """log(top + beside): what rounding the sum lost is put back, as in ``log1p``."""
+    """Return log(s_max + s_rest), corrected for the rounding error of that sum as in ``log1p``."""
     s = s_of(state)
     log_sum = log(s / exp_scale(state.m))
     return where(state.s_max > state.s_rest, log_sum + (state.s_rest - (s - state.s_max)) / s, log_sum)

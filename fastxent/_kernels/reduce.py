@@ -1,4 +1,4 @@
-"""First trip through a unit's vectors: the sums of ``online_softmax``, of which the loss makes what it is."""
+"""First trip through a unit's vectors: the sums of ``online_softmax``, from which a loss is computed."""
 
 from collections import namedtuple
 
@@ -16,14 +16,15 @@ from fastxent._simd.memory import itemsize, load, scratch, store, store_each
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import LANES, WIDE, all_lanes, any_lane, splat, where, widen
 
-HALVES = 128  # vectors of scratch for what is halfway to its exponential, where the registers are few
+HALVES = 128  # vectors of scratch for half-computed exponentials, on hosts with few registers
 
 
-GROUP = 8  # vectors whose float32 terms are added up before they go to the float64 totals
+GROUP = 8  # vectors whose float32 terms are summed before they are added to the float64 totals
 INTERLEAVED = GROUP if WIDE else 2  # vectors whose exponentials are computed interleaved
 
-# What is overlapped with the first trip: ``step(task, data, top, j)`` is called with each group of vectors j, ..., and
-# ``finish(task, data, top, stop)`` when that was done for all vectors below ``stop``. Both return a running maximum.
+# Work that is overlapped with the first trip, in a software pipeline. ``step(task, data, top, j)`` is called with each group of
+# vectors j, ..., and ``finish(task, data, top, stop)`` once that was done for all vectors below ``stop``. Both return ``top``,
+# a running maximum of what is read ahead.
 Overlap = namedtuple("Overlap", "step finish data")
 NOTHING = Overlap(njit(**INLINE)(lambda task, data, top, j: top), njit(**INLINE)(lambda task, data, top, stop: top), None)
 
@@ -38,24 +39,25 @@ def _twice(x):
     return repeat(x, 2)
 
 
-# A running maximum takes one register, and becomes a vector in the end.
+# A running maximum occupies one register: on hosts with narrow ones half a vector, from which a whole one is made in the end.
 in_register, from_register = (_itself, _itself) if WIDE else (max_of_halves, _twice)
 
 
 @njit(**INLINE)
 def no_maximum(task):
-    """The running maximum over nothing."""
+    """Return the running maximum over nothing, -inf."""
     return in_register(splat(task.x, -INF))
 
 
 @njit(**INLINE)
 def group_length(task):
-    """Vectors that are worked on between two steps of what is overlapped: fewer for a gradient, which does more."""
+    """Return the number of vectors between two steps of the overlapped work: fewer for a gradient, where a step does more."""
     return INTERLEAVED if WIDE or task.stores_exp or not task.class_lanes else 2 * INTERLEAVED
 
 
 @njit(**INLINE)
 def vector_sums(task, unit, j, mask, m, shift):
+    """Return the sums over vector j, and store its exponentials if the task does."""
     x = logits(task, unit, j, mask)
     e = where(mask, exp_scaled(x, shift), 0.0)
     store_exponentials(task, unit, j, e, mask)
@@ -63,7 +65,7 @@ def vector_sums(task, unit, j, mask, m, shift):
 
 
 def concatenated(size):
-    """Vectors j, ..., so many, of what ``vector`` gives, as one."""
+    """Return a function that concatenates the results of ``vector`` for ``size`` vectors from j on."""
     if size == 1:
         return njit(**INLINE)(lambda vector, task, unit, j: vector(task, unit, j))
     half = concatenated(size // 2)
@@ -78,7 +80,7 @@ def full_weights(task, unit, j):
 
 
 def wide_group(size):
-    """The sums over vectors j, ..., so many, step by step beside each other: no processor looks far enough ahead by itself."""
+    """Return a function that sums over ``size`` vectors from j on, interleaved, for processors do not look far enough ahead."""
     several = concatenated(size)
 
     @njit(**INLINE)
@@ -112,7 +114,7 @@ def add_terms(a, b):
 
 @njit(**INLINE)
 def add_sums(task, totals, sums):
-    """The float64 totals with the sums of some vectors added."""
+    """Return the float64 totals plus the sums over some vectors."""
     top, s, q_sum, q_dot, e_dot = totals
     dtop, ds, dq_sum, dq_dot, de_dot = sums
     s = widen_add(task, s, ds)
@@ -127,7 +129,7 @@ def add_sums(task, totals, sums):
 
 @njit(**INLINE)
 def wide_groups(task, unit, start, stop, m, shift, totals, overlap):
-    """The totals, with those of vectors start ... stop - 1, a multiple of eight; and the maximum ahead."""
+    """Add the sums of vectors start ... stop - 1, a multiple of eight, to the totals; return these and the maximum ahead."""
     top = no_maximum(task)
     for j in range(start, stop, GROUP):
         top = overlap.step(task, overlap.data, top, j)
@@ -137,7 +139,7 @@ def wide_groups(task, unit, start, stop, m, shift, totals, overlap):
 
 @njit(**INLINE)
 def wide_pairs(task, unit, start, stop, m, shift, totals):
-    """The totals, with those of vectors start ... stop - 1, an even number."""
+    """Add the sums of vectors start ... stop - 1, an even number, to the totals."""
     for j in range(start, stop, 2):
         totals = add_sums(task, totals, two(task, unit, j, m, shift))
     return totals
@@ -145,7 +147,7 @@ def wide_pairs(task, unit, start, stop, m, shift, totals):
 
 @njit(**INLINE)
 def first_half(task, unit, j, shift, r, power):
-    """Halfway to the exponentials of vector j, to two addresses."""
+    """Reduce the arguments of vector j's exponentials; store both results, to ``r`` and to ``power``."""
     prefetch_operands(task, unit, j)
     half = reduce_argument(full_logits(task, unit, j), shift)
     store(r, half[0])
@@ -154,8 +156,8 @@ def first_half(task, unit, j, shift, r, power):
 
 @njit(**INLINE)
 def other_half(task, unit, j, m, r, power):
-    """The sums over vector j, from what the first half has left there."""
-    x = full_logits(task, unit, j)  # before an exponential takes its place
+    """Return the sums over vector j, whose exponentials are finished from what ``first_half`` stored."""
+    x = full_logits(task, unit, j)  # read first: the exponential may overwrite it
     e = exp_reduced(load(r), load(power))
     store_exponentials(task, unit, j, e, all_lanes())
     return sums_of(task, x, e, target_weights(task, unit, j, all_lanes()), m)
@@ -163,17 +165,17 @@ def other_half(task, unit, j, m, r, power):
 
 @njit(**INLINE)
 def pair(task, unit, j, m, r, power):
-    """The sums over vectors j and j + 1."""
+    """Return the sums over vectors j and j + 1."""
     vector = LANES * itemsize(r)
     return add_terms(other_half(task, unit, j, m, r, power), other_half(task, unit, j + 1, m, r + vector, power + vector))
 
 
 @njit(**INLINE)
 def narrow_group(task, unit, first, end, m, r, power, totals, top, overlap):
-    """The totals, with those of vectors first ... end - 1, of which the first halves are done; and the maximum ahead."""
+    """Add the sums of vectors first ... end - 1 to the totals, after ``first_half``; return these and the maximum ahead."""
     zero = splat(m, 0.0)
     sums = zero, zero, zero, zero, zero
-    for j in range(first, end, group_length(task)):  # sums of pairs lose fewer digits than a sum of all in a row
+    for j in range(first, end, group_length(task)):  # sums of pairs lose fewer digits than one sequential sum
         top = overlap.step(task, overlap.data, top, j)
         at = (j - first) * LANES * itemsize(r)
         sums = add_terms(sums, pair(task, unit, j, m, r + at, power + at))
@@ -185,10 +187,10 @@ def narrow_group(task, unit, first, end, m, r, power, totals, top, overlap):
 
 @njit(**INLINE)
 def narrow_groups(task, unit, start, stop, m, shift, totals, overlap):
-    """The totals, with those of vectors start ... stop - 1, an even number; and the maximum ahead.
+    """Add the sums of vectors start ... stop - 1, an even number, to the totals; return these and the maximum ahead.
 
-    An exponential is some 16 results, each waiting for the one before, and a processor looks ahead over some 130. So a lot of
-    them is made in two loops of half the length, with constants for which the registers suffice.
+    An exponential is a dependency chain of some 16 instructions, and a processor's out-of-order window holds some 130. So the
+    exponentials of up to ``lot`` vectors are computed in two loops of half the chain, whose constants fit the registers.
     """
     top = no_maximum(task)
     halves = scratch(m, HALVES)
@@ -200,7 +202,7 @@ def narrow_groups(task, unit, start, stop, m, shift, totals, overlap):
         for j in range(begin, end):
             at = (j - begin) * vector
             first_half(task, unit, j, shift, r + at, power + at)
-        if task.class_lanes:  # the lanes' rounding errors make up for each other
+        if task.class_lanes:  # rounding errors average out over the lanes, so more terms may be summed in float32
             totals, top = narrow_group(task, unit, begin, end, m, r, power, totals, top, overlap)
         else:
             for first in range(begin, end, GROUP):
@@ -214,8 +216,8 @@ groups = wide_groups if WIDE else narrow_groups
 
 @njit(**INLINE)
 def block_max(task, unit, start, stop):
-    """The maximum over vectors start ... stop - 1."""
-    if task.packed and not (task.capped or task.tempered):  # the whole row, as it is stored: known already
+    """Return the maximum over vectors start ... stop - 1."""
+    if task.packed and not (task.capped or task.tempered):  # found when the tile was filled, for the logits as stored
         return unit.m
     m = vector_max(task, unit, start, stop)
     return max_across(m) if task.class_lanes else m
@@ -223,9 +225,10 @@ def block_max(task, unit, start, stop):
 
 @njit(**INLINE)
 def state_of(task, unit, start, stop, m, overlap):
-    """The statistics of vectors start ... stop - 1, seen from m, their maximum or a larger one; and the maximum ahead.
+    """Return the state of vectors start ... stop - 1 with m, their maximum or a larger one; and the maximum ahead.
 
-    If something is overlapped, start is 0."""
+    If work is overlapped, start is 0.
+    """
     shift = shift_by(m)
     finite = where(m == -INF, splat(m, 0.0), m)
     none = splat(task.w, 0.0)
@@ -264,11 +267,11 @@ def state_of(task, unit, start, stop, m, overlap):
 
 @njit(**INLINE)
 def span_state(task, unit):
-    """The statistics of the unit's vectors, in one trip through memory: twice through blocks that the nearest caches hold."""
+    """Return the state of the unit's vectors, in one trip through memory: a block is read again from the nearest caches."""
     if task.packed or task.stores_exp:
         state, _ = state_of(task, unit, unit.start, unit.stop, block_max(task, unit, unit.start, unit.stop), NOTHING)
         return state
-    state = empty(task, splat(task.x, -INF))  # Numba wants one before the loop
+    state = empty(task, splat(task.x, -INF))  # Numba needs a definition before the loop
     for at in range(unit.start, unit.stop, block_length(task)):
         end = min(unit.stop, at + block_length(task))
         m = block_max(task, unit, at, end)

@@ -1,7 +1,7 @@
-"""What is done with units ``first`` ... ``stop - 1`` interleaved or overlapped, where one by one they would wait; for any loss.
+"""Schedules that interleave or overlap units ``first`` ... ``stop - 1``, for any loss.
 
-What a kernel does with one unit is a chain: its maximum, its sums, its coefficients, its gradient. While a processor waits for
-a link of one unit's chain, it can work on another unit's, if that is near enough in the code.
+A kernel's steps for one unit are a dependency chain: maximum, sums, coefficients, gradient. While a processor waits for a step
+of one unit, it can execute steps of another unit, if their instructions are near enough.
 """
 
 from numba import njit
@@ -53,7 +53,7 @@ from fastxent._simd.vector import LANES, any_lane, lane, splat, widen
 
 @njit(**INLINE)
 def two_units(task, tile, number, stop):
-    """Units ``number`` and ``number + 1``; if that is past the last one, no row."""
+    """Return units ``number`` and ``number + 1``; the second is empty if it is past the last one."""
     unit = locate(task, tile, number)
     if number + 1 < stop:
         return unit, locate(task, next_tile(task, tile), number + 1)
@@ -61,6 +61,7 @@ def two_units(task, tile, number, stop):
 
 
 def value_paired(loss):
+    """Return the work that computes the loss of two units at a time."""
     put_loss, put_zero_loss = loss.put_loss, loss.put_zero_loss
 
     @njit(**INLINE)
@@ -83,6 +84,7 @@ def value_paired(loss):
 
 
 def value_and_grad_paired(loss):
+    """Return the work that computes loss and gradient of two units at a time."""
     put_loss, put_zero_loss, coefficients = loss.put_loss, loss.put_zero_loss, loss.coefficients
 
     @njit(**INLINE)
@@ -113,13 +115,13 @@ def value_and_grad_paired(loss):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Panels overlapped: short rows that are contiguous class by class, see ``plane_tiles``
+# Panels overlapped: short rows whose classes lie planes apart, see ``plane_tiles``
 # ----------------------------------------------------------------------------------------------------
 
 
 @njit(**INLINE)
 def panel_in_flight(task, tile, first, number, stop):
-    """The panel that begins with unit ``number``; past the last unit one of no row."""
+    """Return the panel that begins with unit ``number``; past the last unit an empty one."""
     at = min(number, stop - task.panel)
     panel = panel_of(task, panel_tile(task, tile, number // task.panel), at, number > first)
     return panel if number < stop else empty_panel(panel)
@@ -138,7 +140,10 @@ def finish_panel_steps(task, pipeline, top, stop):
 
 
 def by_panels(loss):
-    """The loss; and the gradient, if exponentials are stored."""
+    """Return the work that computes the loss, and the gradient if exponentials are stored.
+
+    While panel ``here`` is computed, ``ahead`` is read; ``behind`` is written, with what it shares with ``before``.
+    """
     put_loss, put_zero_loss, coefficients = loss.put_loss, loss.put_zero_loss, loss.coefficients
 
     @njit(**INLINE)
@@ -189,8 +194,10 @@ def next_kept_of(loss):
 
     @njit(**INLINE)
     def next_kept(task, tile, number, stop):
-        """The first row from ``number`` on that is not ignored, as number and unit; the rows before it are done. If there is
-        none, the unit is of no class."""
+        """Return number and unit of the first row from ``number`` on that is not ignored; write zeros for those before it.
+
+        If there is none, the unit is empty.
+        """
         unit = locate(task, tile, min(number, stop - 1))
         while number < stop and not any_lane(unit.kept):
             put_zero_loss(task, unit)
@@ -205,12 +212,12 @@ def next_kept_of(loss):
 
 @njit(**INLINE)
 def next_part(task, unit, k, n_parts, length, next_unit):
-    """What is read after part k - 1 of a row: its part k, or the first one of the next row."""
+    """Return the part that is read after part k - 1 of a row: its part k, or the first part of the next row."""
     return row_part(task, unit, k, length) if k < n_parts else row_part(task, next_unit, 0, length)
 
 
 def value_pipelined(loss):
-    """Block by block."""
+    """Return the work that computes the loss block by block, while the next block's maximum is found."""
     put_loss, next_kept = loss.put_loss, next_kept_of(loss)
 
     @njit(**INLINE)
@@ -236,7 +243,10 @@ def value_pipelined(loss):
 
 
 def value_and_grad_pipelined(loss):
-    """Part by part; behind is the same part of the row before."""
+    """Return the work that computes loss and gradient part by part.
+
+    With each part, the maximum of the next part is found, and the same part of the row before is written.
+    """
     put_loss, coefficients, next_kept = loss.put_loss, loss.coefficients, next_kept_of(loss)
 
     @njit(**INLINE)

@@ -1,8 +1,8 @@
-"""What is done with one unit of rows, for any loss.
+"""Loss and gradient of one unit of rows, for any loss.
 
-``loss`` is a module of ``losses``, with a row formula in two halves: ``put_loss`` (for ignored rows ``put_zero_loss``) makes
-the losses of the row's sums, ``coefficients`` makes what ``gradient`` needs. What is done with several units at a time is in
-``schedules``.
+``loss`` is a module of ``losses``, with a row formula in two halves: ``put_loss`` (``put_zero_loss`` for ignored rows) computes
+losses from the rows' sums, and ``coefficients`` computes what ``gradient`` needs. ``schedules`` works on several units at a
+time.
 """
 
 from numba import njit
@@ -14,11 +14,11 @@ from fastxent._kernels.split_rows import row_label, row_state, to_row
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import any_lane
 
-# Each function takes the number of a unit, and gives a number and a factor: see ``parallel_for``.
+# Each ``visit`` takes the number of a unit, and returns an addend and a factor of the loss: see ``parallel_for``.
 
 
 def value(loss):
-    """The loss."""
+    """Return a ``visit`` that computes the loss."""
     put_loss, put_zero_loss = loss.put_loss, loss.put_zero_loss
 
     @njit(**INLINE)
@@ -35,7 +35,7 @@ def value(loss):
 
 
 def value_and_grad(loss):
-    """The loss and its gradient."""
+    """Return a ``visit`` that computes the loss and its gradient."""
     put_loss, put_zero_loss, coefficients = loss.put_loss, loss.put_zero_loss, loss.coefficients
 
     @njit(**INLINE)

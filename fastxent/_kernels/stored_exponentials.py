@@ -1,4 +1,4 @@
-"""The exponentials that the first trip stores for the second one: in the unit's tile, or where its gradient will be."""
+"""Exponentials that the first trip stores for the second: in the unit's tile, or where its gradient will be."""
 
 from numba import njit
 
@@ -12,11 +12,11 @@ from fastxent._simd.vector import every_lane
 
 @njit(**INLINE)
 def store_exponentials(task, unit, j, e, mask):
-    """exp(x - m), vector j, to where the second trip looks for them: see ``exponentials``."""
+    """Store vector j of exp(x - m), if the task does, where ``exponentials`` reads it in the second trip."""
     if task.stores_exp:
         if task.split:
             write(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, e, mask)
-        elif task.exp_in_gradient:  # behind its last class is another row's first one
+        elif task.exp_in_gradient:  # masked, for another row may begin after the last class
             store_masked(unit.tile + j * tile_step(task, unit), e, mask)
         else:
             store(unit.tile + j * tile_step(task, unit), e)
@@ -24,7 +24,7 @@ def store_exponentials(task, unit, j, e, mask):
 
 @njit(**INLINE)
 def exponentials(task, unit, j, mask, shift, power):
-    """exp(x - m), vector j: from where it was kept, or anew."""
+    """Return vector j of exp(x - m): as it was stored, or computed anew."""
     if task.stores_exp:
         if task.split:
             return read(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, mask) * power

@@ -1,4 +1,4 @@
-"""What each task computes: a loss, by one of the schedules, or something else of one unit after the other."""
+"""What each task computes: a loss by one of the schedules, or another function of one unit after the other."""
 
 from types import ModuleType
 
@@ -16,14 +16,14 @@ from fastxent._kernels.losses import (
 from fastxent._kernels.parallel_for import one_by_one
 from fastxent._kernels.split_rows import save_segment
 
-# The loss, and whether its gradient is written too
+# Tasks that compute a loss: its module, and whether its gradient is written too
 LOSSES: dict[str, tuple[ModuleType, bool]] = {
     "value": (cross_entropy, False),
     "value_and_grad": (cross_entropy, True),
     "log_prob_and_entropy": (log_prob_entropy, False),
     "log_prob_and_entropy_grad": (log_prob_entropy, True),
 }
-# What is done with one unit
+# Tasks that call a function for one unit after the other
 VISITS = {
     "save_segment": save_segment,
     "grad_hess": hessian.grad_hess,
@@ -34,13 +34,13 @@ VISITS = {
     "logsumexp_of_products": sums.logsumexp_of_products,
     "entropy": sums.entropy,
 }
-# The same of elements, each by itself
+# The same, where a unit is elements that do not depend on each other
 POINTWISE = {
     "binary": pointwise.binary,
     "divergence": pointwise.divergence,
     "divergence_of_logs": pointwise.divergence_of_logs,
 }
-# What makes the work of a loss, without and with its gradient
+# For each schedule, what makes the work from a loss, without and with its gradient
 SCHEDULES = {
     Schedule.PAIRED: (schedules.value_paired, schedules.value_and_grad_paired),
     Schedule.PANELS_OVERLAPPED: (schedules.by_panels, schedules.by_panels),
@@ -49,7 +49,7 @@ SCHEDULES = {
 
 
 def work_of(name, schedule):
-    """What task ``name`` does with units ``first`` ... ``stop - 1``: ``work(task, tile, first, stop)`` gives their sum."""
+    """Return ``work(task, tile, first, stop)``: it does the task on units ``first`` ... ``stop - 1`` and returns a sum."""
     if name not in LOSSES:
         return one_by_one((VISITS | POINTWISE)[name])
     loss, differentiate = LOSSES[name]

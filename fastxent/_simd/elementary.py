@@ -11,17 +11,17 @@ from numba.extending import intrinsic, overload
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import I32, I64, SCALAR, absolute, at_least, call_llvm, fma, lanes_of, splat, where
 
-# exp(x - m) for x <= m, with exp(0) exactly 1 and no error from the difference x - m, which is the largest one elsewhere
-# (half an ulp of x - m = -12.3 is 4e-7, and so is then the relative error of the exponential).
-#   k   = round((x - m) / ln 2), from adding 1.5 * 2^(mantissa bits): the sum's low bits are k, rounded by the adder.
-#   r   = x - m - k ln 2, |r| <= ln(2)/2, exact but for its own rounding and a lesser one: m is split into base + coarse + fine,
-#         and ln 2 into high + low (Cody, Waite), where coarse and high are multiples of so large a power of two (the grid) that
-#         c = coarse + k high is exact; r = (x - base - c) - (fine + k low). If m is beyond the reach of the grid, all of it is
-#         base: x - base is exact then for every x that matters.
-#   e^r = 1 + r + r^2 q(r), q interpolated at Chebyshev nodes: 0.2 (f32), 0.002 (f64) of a half-ulp.
-#   2^k   is the low bits moved to the exponent's place: with bias + UP in what is added, they are k + bias + UP.
+# exp(x - m) for x <= m, with exp(0) exactly 1 and without the rounding error of x - m, which is the largest one of a plain
+# exp(x - m): half an ulp of x - m = -12.3 is 4e-7, and becomes the relative error of the exponential.
+#   k   = round((x - m) / ln 2), by adding 1.5 * 2^(mantissa bits): the sum's low bits are k, rounded by the adder.
+#   r   = x - m - k ln 2, |r| <= ln(2)/2, exact but for its own rounding and a smaller one: m is split into base + coarse +
+#         fine, and ln 2 into high + low (Cody, Waite), where coarse and high are multiples of so large a power of two (the
+#         grid) that c = coarse + k high is exact; r = (x - base - c) - (fine + k low). If m is too large for the grid, base is
+#         m and the other parts are 0: x - base is exact then for every x that matters.
+#   e^r = 1 + r + r^2 q(r), with q interpolated at Chebyshev nodes: its error is 0.2 (f32), 0.002 (f64) of a half-ulp.
+#   2^k   is made by shifting the low bits to the exponent field: as bias + UP is in the added number, they are k + bias + UP.
 #         2^k e^r = 2^k + 2^k (r + r^2 q(r)), rounded once.
-# Softmax needs ratios of exponentials only. So exp_scaled returns exp(x - m) 2^UP, UP = 24 or 52: the factor cancels, and a
+# Softmax needs only ratios of exponentials. So exp_scaled returns exp(x - m) 2^UP, UP = 24 or 52: the factor cancels, and a
 # probability too small for a normal number keeps its bits until the last multiplication rounds it to a denormal one.
 # Below x - m = -(bias + UP) ln 2 the exponent field is 0 and the result exactly 0, also for x = -inf.
 
@@ -31,17 +31,19 @@ _Q64 = (
     0.00019841269875819578, 2.4801587326261104e-05, 2.755725413931689e-06, 2.7557272742699346e-07,
     2.5105739219586713e-08, 2.0915059884917686e-09,
 )  # fmt: skip
-SHORT = 5  # terms of a polynomial that are added up one after the other
+SHORT = 5  # a polynomial of at most this many terms is evaluated term by term
 _GRID = {"f32": 2.0**-9, "f64": 2.0**-32}
-_FORMAT = {  # mantissa bits, exponent bias, UP, ln 2 high part (a multiple of the grid), ln 2 low part, q
+_FORMAT = {  # mantissa bits, exponent bias, UP, ln 2 high part (a multiple of the grid), ln 2 low part, coefficients of q
     "f32": (23, 127, 24, 0.693359375, -2.1219444005469057e-4, _Q32),
     "f64": (52, 1023, 52, 6.93147180369123816490e-01, 1.90821492927058770002e-10, _Q64),
 }
 
 
 def _polynomial(coefficients):
-    """A jitted ``c0 + c1 x + c2 x^2 + ...`` of x and x^2, by Horner's rule: a short one in x, the fewest
-    instructions; a long one in x^2, of pairs of terms, which wait for nothing."""
+    """Return a jitted ``c0 + c1 x + c2 x^2 + ...`` of x and x^2, by Horner's rule.
+
+    A short one is evaluated in x, with the fewest instructions; a long one in x^2, over pairs of terms, which are independent.
+    """
 
     @intrinsic
     def polynomial(typingctx, x, xx):
@@ -53,7 +55,7 @@ def _polynomial(coefficients):
             terms, variable = constants, args[0]
             if len(constants) > SHORT:
                 pairs = [fused([args[0], b, a]) for a, b in zip(constants[::2], constants[1::2], strict=False)]
-                terms, variable = pairs + constants[2 * len(pairs) :], args[1]  # an odd one is left over
+                terms, variable = pairs + constants[2 * len(pairs) :], args[1]  # an odd term has no partner
             *rest, y = terms
             for term in reversed(rest):
                 y = fused([y, variable, term])
@@ -66,7 +68,7 @@ def _polynomial(coefficients):
 
 @intrinsic
 def _power_of_two(typingctx, shifted):
-    """``2^(n - bias)`` from ``shifted = 1.5 2^mantissa + n``, n >= 0; 0 for n = 0."""
+    """Return ``2^(n - bias)`` from ``shifted = 1.5 2^mantissa + n``, n >= 0; 0 for n = 0."""
     mantissa = _FORMAT[shifted.kind][0]
     integer = {"f32": I32, "f64": I64}[shifted.kind]
 
@@ -78,11 +80,11 @@ def _power_of_two(typingctx, shifted):
     return shifted(shifted), codegen
 
 
-Shift = namedtuple("Shift", "base coarse fine lowest")  # a maximum m in parts; the x below which exp_scaled is 0
+Shift = namedtuple("Shift", "base coarse fine lowest")  # m = base + coarse + fine; x - base below which exp_scaled is 0
 
 
 def shift_by(m):
-    """What ``exp_scaled`` needs to know of ``m``; -inf counts as 0, for -inf - -inf would be nan."""
+    """Return what ``exp_scaled`` needs of the maximum ``m``; -inf counts as 0, for -inf - -inf would be nan."""
     raise TypeError("shift_by is for kernels")
 
 
@@ -114,7 +116,7 @@ def _itself(x, base):
 
 
 def reduce_argument(x, shift):
-    """``(r, 2**(k + UP))``, of which ``exp_reduced`` makes ``exp(x - m) * 2**UP``: see ``exp_scaled``."""
+    """Return ``(r, 2**(k + UP))``, from which ``exp_reduced`` computes ``exp(x - m) * 2**UP``: see ``exp_scaled``."""
     raise TypeError("reduce is for kernels")
 
 
@@ -136,7 +138,7 @@ def _reduce_argument(x, shift):
 
 
 def exp_reduced(r, power):
-    """``power e^r``, |r| <= ln(2)/2."""
+    """Return ``power e^r``, |r| <= ln(2)/2."""
     raise TypeError("exp_of is for kernels")
 
 
@@ -153,16 +155,16 @@ def _exp_reduced(r, power):
 
 @njit(**INLINE)
 def exp_scaled(x, shift):
-    """``exp(x - m) * 2**UP`` for ``x <= m``, -inf and nan; error below 1.5 ulp; ``shift = shift_by(m)``.
+    """Return ``exp(x - m) * 2**UP`` for ``x <= m``, -inf and nan, with an error below 1.5 ulp; ``shift = shift_by(m)``.
 
-    Where the base is 0, it may be None: one operation less.
+    A base that is 0 may be passed as None, which saves one operation.
     """
     r, power = reduce_argument(x, shift)
     return exp_reduced(r, power)
 
 
 def tanh(x, height):
-    """``height tanh(x)``, relative error of some ulps also near 0: with d = -2 |x|, e^d - 1 = 2^k (e^r - 1) + (2^k - 1)."""
+    """Return ``height tanh(x)``, to some ulps also near 0: with d = -2 |x|, e^d - 1 = 2^k (e^r - 1) + (2^k - 1)."""
     raise TypeError("tanh is for kernels")
 
 
@@ -170,7 +172,7 @@ def tanh(x, height):
 def _tanh(x, height):
     mantissa, bias, _, ln2_high, ln2_low, q = _FORMAT[x.kind]
     offset = 1.5 * 2.0**mantissa + bias
-    lowest = -1.5 * mantissa  # e^d is nothing beside 1 there
+    lowest = -1.5 * mantissa  # below it, e^d is negligible against 1
     log2e = 1.0 / math.log(2.0)
     q_of = _polynomial(q)
 
@@ -190,7 +192,7 @@ def _tanh(x, height):
 
 @njit(**INLINE)
 def sech_squared(x):
-    """``1 - tanh(x)^2``, the slope of tanh, as 4 r (1 - r) with r = 1 / (1 + e^(2 |x|)): it keeps its digits at a large |x|."""
+    """Return ``1 - tanh(x)^2``, tanh's slope, as 4 r (1 - r), r = 1 / (1 + e^(2 |x|)): it keeps its digits at a large |x|."""
     d = absolute(x) * -2.0
     e = exp_scaled(d, shift_by(splat(d, 0.0))) / exp_scale(d)
     r = e / (e + 1.0)
@@ -198,7 +200,7 @@ def sech_squared(x):
 
 
 def exp_scale(like):
-    """What ``exp_scaled`` gives for ``exp(0) = 1``: the factor 2**UP of ``like``'s kind (a Vec or a Ptr)."""
+    """Return what ``exp_scaled`` returns for ``exp(0) = 1``: the factor 2**UP of ``like``'s kind (a Vec or a Ptr)."""
     raise TypeError("up is for kernels")
 
 
@@ -209,12 +211,12 @@ def _exp_scale(like):
 
 
 # log(x) = k ln 2 + log(m), x = m 2^k with m in [sqrt(1/2), sqrt(2)).
-#   log(m) = 2 atanh(s) = 2 s + 2 s z L(z), with f = m - 1, which is exact, s = f / (2 + f) and z = s^2. The rounding of s would
-#   be that of the result; but 2 s = f - s f = f - f^2/2 + s f^2/2, where it stands in the small terms only.
-#   A denormal number has no exponent of its own: it is multiplied by 2^UP first.
+#   log(m) = 2 atanh(s) = 2 s + 2 s z L(z), with f = m - 1, which is exact, s = f / (2 + f) and z = s^2. The rounding error of s
+#   would be one of the result; but in 2 s = f - s f = f - f^2/2 + s f^2/2, s is in the small terms only.
+#   A denormal number's exponent is not in its exponent field, so it is multiplied by 2^UP first.
 # log(1 + e) for 0 <= e <= 1 is the same with f = e and k = 0: it keeps the digits of a small e, and z <= 1/9 needs a longer L.
 
-_L = {  # 2 L, z <= 0.03; and z <= 1/9
+_L = {  # coefficients of 2 L for z <= 0.03, and for z <= 1/9
     "f32": (
         (0.6666668503957586, 0.3998878056602198, 0.29579949391972),
         (0.6666666732052742, 0.3999970632992968, 0.28592357998302836, 0.21706575800880374, 0.23224329224025236),
@@ -235,7 +237,7 @@ _SQRT_HALF_BITS = {"f32": 0x3F3504F3, "f64": 0x3FE6A09E667F3BCD}
 
 @intrinsic
 def split_exponent(typingctx, x):
-    """``(k, m)`` with ``x = m * 2**k`` and m in [sqrt(1/2), sqrt(2)); k as lanes like x."""
+    """Return ``(k, m)`` with ``x = m * 2**k`` and m in [sqrt(1/2), sqrt(2)); k has the kind of x."""
     mantissa, integer = {"f32": (23, I32), "f64": (52, I64)}[x.kind]
 
     def codegen(context, builder, sig, args):
@@ -251,7 +253,7 @@ def split_exponent(typingctx, x):
 
 
 def log(x):
-    """Natural logarithm; about 1 ulp."""
+    """Return the natural logarithm, to about 1 ulp."""
     raise TypeError("log is for kernels")
 
 
@@ -280,12 +282,12 @@ def _log(x):
 
 @njit(**INLINE)
 def x_log_x(x):
-    """``x log(x)``, 0 for 0."""
+    """Return ``x log(x)``, and 0 for 0."""
     return where(x == 0.0, x, x * log(x))
 
 
 def log1p_to_1(e):
-    """``log(1 + e)``, 0 <= e <= 1; about 1 ulp."""
+    """Return ``log(1 + e)``, 0 <= e <= 1, to about 1 ulp."""
     raise TypeError("log1p_to_1 is for kernels")
 
 
@@ -304,13 +306,13 @@ def _log1p_to_1(e):
 
 @njit(**INLINE)
 def log1p(e):
-    """``log(1 + e)`` of float64 lanes ``e >= -1/2``: what rounding 1 + e lost is put back."""
+    """Return ``log(1 + e)`` of float64 lanes ``e >= -1/2``, corrected for the rounding error of 1 + e."""
     u = e + 1.0
     return log(u) + (e - (u - 1.0)) / u
 
 
 def exp_negative(x):
-    """``exp(x)``, x <= 0: without a maximum whose digits have to be kept, some operations less than `exp_scaled`."""
+    """Return ``exp(x)``, x <= 0: with no maximum to subtract exactly, it takes some operations less than `exp_scaled`."""
     raise TypeError("exp_down is for kernels")
 
 

@@ -1,4 +1,4 @@
-"""How numbers are stored, and computed with: half precision is widened, and rounded to nearest even."""
+"""Storage formats as LLVM types, and their conversions: half precision is widened, and rounded to nearest even."""
 
 from functools import partial
 
@@ -7,13 +7,13 @@ from llvmlite import ir
 from fastxent._abi.dtypes import DTYPES
 from fastxent._simd.vector import FEATURES, I16, I32, I64, SCALAR, TRIPLE, call_llvm, lanes_of
 
-# How a storage lies in memory: what is not computed with is bits.
+# The LLVM type of each storage in memory; a storage that is not computed with is an integer of as many bits.
 STORED = {"i64": I64} | {d.storage: SCALAR.get(d.storage, ir.IntType(8 * d.itemsize)) for d in DTYPES}
 ITEMSIZE = {"i64": 8} | {d.storage: d.itemsize for d in DTYPES}
 
 
 def shape_of(like, element):
-    """``element``, or as many lanes of it as ``like`` has."""
+    """Return the type ``element``, or a vector of it with as many lanes as ``like``."""
     return lanes_of(element, like.type.count) if isinstance(like.type, ir.VectorType) else element
 
 
@@ -22,7 +22,7 @@ def constant(shape, value):
 
 
 class _BFloat(ir.HalfType):
-    """What llvmlite has no name for."""
+    """LLVM's ``bfloat``, for which llvmlite has no type."""
 
     def __str__(self):
         return "bfloat"
@@ -30,12 +30,15 @@ class _BFloat(ir.HalfType):
 
 _BFloat._create_instance()
 BFLOAT_IN_HARDWARE = "+avx512bf16" in FEATURES
-DENORMAL = I32(0x90)  # of either sign, for llvm.is.fpclass
+DENORMAL = I32(0x90)  # llvm.is.fpclass's mask of denormal numbers of either sign
 
 
 def _bf16_from_f32(builder, x, whole):
-    """Whole vectors by an instruction, where there is one. It takes denormal numbers for 0: those are rounded by hand, and what
-    is in lanes that nobody asks for may be denormal."""
+    """Round whole vectors by an instruction, where there is one.
+
+    The instruction takes denormal numbers for 0, so vectors with such are rounded by hand. So are vectors that are not whole:
+    their unused lanes may be denormal.
+    """
     if not (BFLOAT_IN_HARDWARE and whole and isinstance(x.type, ir.VectorType)):
         return _bf16_by_hand(builder, x)
     lanes, bit = x.type.count, ir.IntType(1)
@@ -52,7 +55,7 @@ def _bf16_from_f32(builder, x, whole):
 
 
 def _bf16_by_hand(builder, x):
-    """Round to nearest even by adding half of what is cut off; a nan is made quiet, or rounding could make it inf."""
+    """Round to nearest even by adding half of what is cut off. A nan is made quiet, or rounding could turn it into inf."""
     ints = shape_of(x, I32)
     const = partial(constant, ints)
     bits = builder.bitcast(x, ints)
@@ -63,7 +66,7 @@ def _bf16_by_hand(builder, x):
     return builder.trunc(builder.lshr(chosen, const(16)), shape_of(x, I16))
 
 
-# x86 processors before 2012 have no instruction between float16 and float32, and LLVM would call a library that is not there.
+# x86 processors before 2012 cannot convert float16 to float32 or back, and LLVM would call a library that is not linked.
 HALF_IN_HARDWARE = not TRIPLE.startswith(("x86", "i686")) or "+f16c" in FEATURES
 
 
@@ -74,7 +77,10 @@ def _f32_from_bf16(builder, raw):
 
 
 def _f32_from_f16(builder, raw):
-    """By hand: the same bits further to the left are the number times 2^-112; of inf and nan the exponent is filled up."""
+    """Widen float16.
+
+    By hand: the bits shifted left are the number times 2^-112; the exponent of inf and nan is set to all ones.
+    """
     floats, ints = shape_of(raw, SCALAR["f32"]), shape_of(raw, I32)
     if HALF_IN_HARDWARE:
         return builder.fpext(builder.bitcast(raw, shape_of(raw, ir.HalfType())), floats)
@@ -89,7 +95,11 @@ def _f32_from_f16(builder, raw):
 
 
 def _f16_from_f32(builder, x, whole):
-    """By hand: half an ulp less one, and the last bit kept, carry into it; a denormal gets 0.5 added, whose ulp is its own."""
+    """Round to float16.
+
+    By hand: a normal number is rounded by adding half an ulp less one, and the last bit that stays; a denormal number by adding
+    0.5, whose ulp is that of denormal float16 numbers.
+    """
     floats, ints, halves = shape_of(x, SCALAR["f32"]), shape_of(x, I32), shape_of(x, I16)
     if HALF_IN_HARDWARE:
         return builder.bitcast(builder.fptrunc(x, shape_of(x, ir.HalfType())), halves)
@@ -108,13 +118,13 @@ def _f16_from_f32(builder, x, whole):
     return builder.trunc(builder.or_(chosen, sign), halves)
 
 
-# Storages that are not computed with: how their bits are read and written.
+# Conversions of the storages that are not computed with.
 _TO_F32 = {"bf16": _f32_from_bf16, "f16": _f32_from_f16}
 _FROM_F32 = {"bf16": _bf16_from_f32, "f16": _f16_from_f32}
 
 
 def decode(builder, raw, ptr):
-    """Stored bits -> numbers to compute with."""
+    """Return stored bits as floating-point values of ``ptr``'s kind."""
     x, have = raw, ptr.storage
     if ptr.storage in _TO_F32:
         x, have = _TO_F32[ptr.storage](builder, raw), "f32"
@@ -124,7 +134,7 @@ def decode(builder, raw, ptr):
 
 
 def encode(builder, x, ptr, whole=True):
-    """Numbers -> stored bits, rounded to nearest even; to half precision by way of float32, as PyTorch does."""
+    """Return values as stored bits, rounded to nearest even; float64 goes to half precision through float32, as in PyTorch."""
     if ptr.storage == ptr.kind:
         return x
     if ptr.storage in _FROM_F32:

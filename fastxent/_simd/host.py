@@ -1,4 +1,4 @@
-"""What this processor can do, as LLVM tells it: without Numba, which only compiling needs."""
+"""What this processor can do, as LLVM reports it. Numba is not imported, since only compiling needs it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def features(binding: Any) -> str:
-    """Of the processor that Numba compiles for, as LLVM writes them. ``binding``: llvmlite's."""
+    """Return the features of the processor that Numba compiles for, as LLVM writes them. ``binding`` is llvmlite's."""
     is_generic = os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic"
     chosen = os.environ.get("NUMBA_CPU_FEATURES", "" if is_generic else None)
     if chosen is not None:
@@ -19,5 +19,5 @@ def features(binding: Any) -> str:
 
 
 def is_wide(binding: Any) -> bool:
-    """Does a register hold 16 lanes, and are there 32 of them? So it is with AVX-512; others need two or four for 16 lanes."""
+    """Return whether there are 32 registers of 16 lanes each, as with AVX-512; other hosts need two or four for 16 lanes."""
     return "+avx512f" in features(binding)

@@ -1,4 +1,4 @@
-"""From lane to lane: sums and maxima over the lanes of a vector, and vectors beside each other as one of more lanes."""
+"""Operations between lanes: sums and maxima over the lanes of a vector, and vectors concatenated into one of more lanes."""
 
 from numba import njit, types
 from numba.extending import intrinsic
@@ -13,7 +13,7 @@ def _halves(builder, x):
 
 
 def _halved(builder, total, lanes):
-    """One half added to the other until so many lanes are left."""
+    """Add one half to the other until ``lanes`` lanes are left."""
     plus = builder.add if total.type.element == SCALAR["i64"] else builder.fadd
     while total.type.count > lanes:
         total = plus(*_halves(builder, total))
@@ -22,9 +22,9 @@ def _halved(builder, total, lanes):
 
 @intrinsic
 def concat(typingctx, a, b):
-    """Two vectors as one of twice the lanes.
+    """Return two vectors concatenated into one of twice the lanes.
 
-    What is done to it is done to each part, step by step, so that none waits for the result of its own last step.
+    LLVM splits each operation on it into one per register, so the dependency chains of the two vectors are interleaved.
     """
     order = list(range(2 * a.lanes))
     return Vec(a.kind, 2 * a.lanes)(a, b), lambda context, builder, sig, args: pick(builder, *args, order)
@@ -32,7 +32,7 @@ def concat(typingctx, a, b):
 
 @intrinsic
 def repeat(typingctx, x, times):
-    """``x`` beside itself, ``times`` (a literal) of it."""
+    """Return ``times`` (a literal) copies of ``x``, concatenated."""
     if not isinstance(times, types.IntegerLiteral):
         return None
     order = list(range(x.lanes)) * times.literal_value
@@ -41,25 +41,25 @@ def repeat(typingctx, x, times):
 
 @intrinsic
 def fold(typingctx, x):
-    """The vectors of which ``x`` was made, added up, pairwise."""
+    """Return the pairwise sum of the vectors that were concatenated into ``x``."""
     return Vec(x.kind)(x), lambda context, builder, sig, args: _halved(builder, *args, LANES)
 
 
 @intrinsic
 def add_halves(typingctx, x):
-    """Half as many lanes: each with the one that many further added."""
+    """Return half as many lanes: the sum of the two halves."""
     return Vec(x.kind, x.lanes // 2)(x), lambda context, builder, sig, args: builder.fadd(*_halves(builder, *args))
 
 
 @intrinsic
 def max_of_halves(typingctx, x):
-    """Half as many lanes: each the larger of itself and the one that many further, as ``maximum`` has it."""
+    """Return half as many lanes: the larger of the two halves, lane by lane, as in ``maximum``."""
     return Vec(x.kind, x.lanes // 2)(x), lambda context, builder, sig, args: larger(builder, *_halves(builder, *args))
 
 
 @intrinsic
 def swap(typingctx, x, distance):
-    """Lane ``i`` takes lane ``i ^ distance`` (a literal)."""
+    """Return ``x`` with lanes ``i`` and ``i ^ distance`` (a literal) exchanged."""
     if not isinstance(distance, types.IntegerLiteral):
         return None
     order = [i ^ distance.literal_value for i in range(LANES)]
@@ -71,7 +71,7 @@ def swap(typingctx, x, distance):
 
 
 def _by_swaps(step):
-    """``step`` of all lanes, in every lane, in a fixed order."""
+    """Return a function that reduces all lanes by ``step``, in a fixed order, to one value in every lane."""
 
     @njit(**INLINE)
     def across(x):
@@ -90,13 +90,13 @@ min_across = _by_swaps(njit(**INLINE)(lambda a, b: where(a < b, a, b)))
 
 @njit(**INLINE)
 def max_across(x):
-    """The largest lane, in every lane: of one number, so that on a host with narrow registers one holds it."""
+    """Return the largest lane, in every lane; splat from a scalar, so that on a host with narrow registers one holds it."""
     return splat(x, lane(_largest(x), 0))
 
 
 @intrinsic
 def sum_across(typingctx, x):
-    """The sum of the lanes, in each of 16. The order is fixed: the same bits every time."""
+    """Return the sum of the lanes, in each of 16 lanes. The order is fixed, so the bits are the same every time."""
 
     def codegen(context, builder, sig, args):
         return broadcast(builder, builder.extract_element(_halved(builder, *args, 1), I32(0)), x.kind, LANES)

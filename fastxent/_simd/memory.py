@@ -1,7 +1,6 @@
-"""Vectors and memory: loads, stores, gathers; half precision is widened and rounded on the way.
+"""Loads, stores, gathers and scatters of vectors; half precision is widened and rounded on the way.
 
-Also what a kernel needs beside vectors: single elements, atomic counters, prefetches. Offsets and strides
-are bytes.
+Also single elements, atomic counters, and prefetches. Offsets and strides are bytes.
 """
 
 from llvmlite import ir
@@ -48,12 +47,12 @@ def load_lanes(builder, ptr, address, lanes):
 
 @intrinsic
 def load(typingctx, p):
-    """16 neighbours at ``p``."""
+    """Return the 16 contiguous elements at ``p``."""
     return Vec(p.kind)(p), lambda context, builder, sig, args: load_lanes(builder, p, args[0], LANES)
 
 
 def load_lanes_masked(builder, ptr, address, mask, otherwise=None):
-    """Where not ``mask``: ``otherwise``, as it would be stored; without it 0."""
+    """Return the elements where ``mask``, elsewhere ``otherwise``, given as stored bits, or 0."""
     lanes = mask.type.count
     vector = lanes_of(STORED[ptr.storage], lanes)
     name = f"llvm.masked.load.{_masked_name(ptr, lanes)}.p0"
@@ -61,19 +60,19 @@ def load_lanes_masked(builder, ptr, address, mask, otherwise=None):
     x = decode(builder, raw, ptr)
     if ptr.kind == "i64":
         return x
-    # LLVM 20 makes a plain load of a masked one whose lanes are selected by the same mask later on, and that reads past
+    # LLVM 20 turns a masked load into a plain one if its lanes are selected by the same mask later on, and that reads past
     # the end of arrays. It does not look through a fence.
     return call_llvm(builder, f"llvm.arithmetic.fence.v{lanes}{ptr.kind}", x.type, [x])
 
 
 @intrinsic
 def load_masked(typingctx, p, mask):
-    """Neighbours at ``p`` where ``mask``, else 0; nothing is read where it is false."""
+    """Return the contiguous elements at ``p`` where ``mask``, else 0; nothing is read where it is false."""
     return Vec(p.kind)(p, mask), lambda context, builder, sig, args: load_lanes_masked(builder, p, *args)
 
 
 def store_lanes(builder, ptr, address, x, mask=None):
-    """Where ``mask``, if there is one: with AVX-512 one instruction, else a dozen."""
+    """Write the lanes where ``mask``, or all if it is None. Masked, that is one instruction with AVX-512, a dozen without."""
     raw = encode(builder, x, ptr, whole=mask is None)
     place = typed(builder, address, raw.type)
     if mask is None:
@@ -85,7 +84,7 @@ def store_lanes(builder, ptr, address, x, mask=None):
 
 @intrinsic
 def store(typingctx, p, x):
-    """Write 16 neighbours at ``p``."""
+    """Write 16 contiguous elements at ``p``."""
 
     def codegen(context, builder, sig, args):
         store_lanes(builder, p, *args)
@@ -96,7 +95,7 @@ def store(typingctx, p, x):
 
 @intrinsic
 def store_each(typingctx, p, x, step):
-    """Write the vectors of which ``x`` was made, ``step`` bytes from one to the next."""
+    """Write the vectors that were concatenated into ``x``, ``step`` bytes from one to the next."""
 
     def codegen(context, builder, sig, args):
         base, wide, step = args
@@ -110,8 +109,11 @@ def store_each(typingctx, p, x, step):
 
 
 def _store_in_pieces(module, vector):
-    """A function that writes the first n < 16 lanes in pieces of 8, 4, 2 and 1: without AVX-512 a masked store takes a dozen
-    cycles. It is not inlined: it stands where rows end, many times in a kernel, but in no loop over vectors."""
+    """Return an LLVM function that writes the first n < 16 lanes as 8, 4, 2 and 1 lanes.
+
+    Without AVX-512 a masked store takes a dozen cycles. The function is not inlined, for a kernel calls it in many places,
+    where rows end, but in no loop over vectors.
+    """
     name = f"store_first_{LANES}_{vector.element}"
     if name in module.globals:
         return module.globals[name]
@@ -136,7 +138,7 @@ def _store_in_pieces(module, vector):
 
 @intrinsic
 def store_masked(typingctx, p, x, mask):
-    """Write neighbours at ``p`` where ``mask``, which is true for the first lanes only; no other is touched."""
+    """Write contiguous elements at ``p`` where ``mask``, which is true for the first lanes only; no other memory is touched."""
 
     def codegen(context, builder, sig, args):
         address, x, mask = args
@@ -157,7 +159,7 @@ def store_masked(typingctx, p, x, mask):
 
 @intrinsic
 def copy(typingctx, p, q):
-    """16 neighbours from ``q`` to ``p``, as they are stored."""
+    """Copy 16 contiguous elements from ``q`` to ``p``, as they are stored."""
 
     def codegen(context, builder, sig, args):
         to, at = (typed(builder, address, lanes_of(STORED[p.storage], LANES)) for address in args)
@@ -169,7 +171,7 @@ def copy(typingctx, p, q):
 
 @intrinsic
 def copy_non_temporal(typingctx, p, q):
-    """The same, past the caches; ``p`` is aligned to the vector."""
+    """Do the same by a non-temporal store; ``p`` is aligned to the vector."""
 
     def codegen(context, builder, sig, args):
         to, at = (typed(builder, address, lanes_of(STORED[p.storage], LANES)) for address in args)
@@ -185,7 +187,7 @@ def _non_temporal(builder, written):
 
 @intrinsic
 def store_non_temporal(typingctx, p, x):
-    """Write 16 neighbours at ``p``, aligned to the vector, past the caches (the array is not read again soon)."""
+    """Write 16 elements at ``p``, aligned to the vector, by a non-temporal store, for arrays that are not read again soon."""
 
     def codegen(context, builder, sig, args):
         raw = encode(builder, args[1], p)
@@ -198,13 +200,13 @@ def store_non_temporal(typingctx, p, x):
 
 def _lane_addresses(builder, base, offsets):
     addresses = builder.gep(base, [offsets], source_etype=I8)
-    addresses.type = lanes_of(BYTES)  # an index vector makes a vector of addresses; llvmlite does not work that out
+    addresses.type = lanes_of(BYTES)  # a vector of offsets gives a vector of addresses; llvmlite does not infer that
     return addresses
 
 
 @intrinsic
 def scratch(typingctx, like, vectors):
-    """Memory of the thread's stack for so many (a literal) vectors like ``like``; what is in it is anything."""
+    """Return uninitialized stack memory for ``vectors`` (a literal) vectors like ``like``."""
     if not isinstance(vectors, types.IntegerLiteral):
         return None
     place = ir.ArrayType(lanes_of(SCALAR[like.kind]), vectors.literal_value)
@@ -218,7 +220,7 @@ def scratch(typingctx, like, vectors):
 
 @intrinsic
 def gather(typingctx, p, offsets, mask):
-    """The elements at ``p + offsets`` bytes where ``mask``, else 0."""
+    """Return the elements at ``p + offsets`` bytes where ``mask``, else 0."""
 
     def codegen(context, builder, sig, args):
         vector = lanes_of(STORED[p.storage])
@@ -246,7 +248,7 @@ def scatter(typingctx, p, offsets, x, mask):
 
 @intrinsic
 def as_stored(typingctx, p, place):
-    """The address ``place`` as that of elements like those at ``p``."""
+    """Return the address ``place`` as a Ptr to elements like those at ``p``."""
     return p(p, place), lambda context, builder, sig, args: args[1]
 
 
@@ -264,13 +266,14 @@ def _element(is_fixed):
     return element
 
 
-# The element ``offset`` bytes behind ``p``, as a number; ``fixed``: no kernel writes it, so it may be read before a loop.
+# Both return the element ``offset`` bytes after ``p`` as a scalar. ``fixed`` is for elements that no kernel writes, so LLVM may
+# hoist the load out of a loop.
 get, fixed = _element(False), _element(True)
 
 
 @intrinsic
 def put(typingctx, p, offset, value):
-    """Write one element ``offset`` bytes behind ``p``."""
+    """Write one element ``offset`` bytes after ``p``."""
 
     def codegen(context, builder, sig, args):
         raw = encode(builder, args[2], p)
@@ -282,7 +285,7 @@ def put(typingctx, p, offset, value):
 
 @intrinsic
 def fetch_max(typingctx, p, offset, value):
-    """Make an integer ``value`` if it is less, and return what it was, atomically."""
+    """Raise an integer to ``value`` if it is less, and return its previous value, atomically."""
 
     def codegen(context, builder, sig, args):
         address = builder.gep(args[0], [args[1]])
@@ -293,7 +296,7 @@ def fetch_max(typingctx, p, offset, value):
 
 @intrinsic
 def call(typingctx, function):
-    """What the C function without arguments at an address returns: an int."""
+    """Call the C function at an address, which takes no arguments, and return its int."""
 
     def codegen(context, builder, sig, args):
         pointer = builder.inttoptr(args[0], ir.FunctionType(I32, []).as_pointer())
@@ -317,7 +320,7 @@ def call_kernel(typingctx, kernel, task, phase, me):
 
 @intrinsic
 def fetch_add(typingctx, task, slot, n):
-    """Add n to an integer slot of the task and return what it was, atomically; this thread's earlier writes are seen first."""
+    """Add n to an integer slot of the task and return its previous value, atomically (acquire-release)."""
 
     def codegen(context, builder, sig, args):
         address = builder.gep(args[0], [builder.mul(args[1], I64(8))])
@@ -328,7 +331,7 @@ def fetch_add(typingctx, task, slot, n):
 
 @intrinsic
 def read_slot(typingctx, task, slot):
-    """An integer slot of the task, which other threads may write; what they wrote before it is seen from now on."""
+    """Return an integer slot of the task (acquire): what other threads wrote before they changed it is visible from now on."""
 
     def codegen(context, builder, sig, args):
         address = builder.gep(args[0], [builder.mul(args[1], I64(8))])
@@ -339,23 +342,24 @@ def read_slot(typingctx, task, slot):
 
 @intrinsic
 def itemsize(typingctx, p):
-    """Bytes of one stored element."""
+    """Return the bytes of one stored element."""
     return types.int64(p), lambda context, builder, sig, args: I64(ITEMSIZE[p.storage])
 
 
 @intrinsic
 def address(typingctx, p):
-    """Where ``p`` points, as a number."""
+    """Return the address in ``p`` as an integer."""
     return types.int64(p), lambda context, builder, sig, args: builder.ptrtoint(args[0], I64)
 
 
 @njit(**INLINE)
 def before_aligned(p, n):
-    """Elements at ``p``, of n, before the first vector that can be written past the caches."""
+    """Return how many of the n elements at ``p`` come before the first aligned vector, which a non-temporal store needs."""
     return min(n, (-address(p)) % (LANES * itemsize(p)) // itemsize(p))
 
 
 def emit_prefetch(builder, address, level=1, writes=False):
+    """Emit a prefetch of the cache line at ``address`` into the cache of this level."""
     call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(int(writes)), I32(4 - level), I32(1)])
 
 
@@ -371,6 +375,6 @@ def _prefetch(level, writes=False):
     return prefetch
 
 
-# Ask for the cache line ``offset`` bytes behind ``p``, into the first- or second-level cache; never faults.
+# Prefetch the cache line ``offset`` bytes after ``p``: ``near`` into the first-level cache, else the second; never faults.
 prefetch_near, prefetch = _prefetch(1), _prefetch(2)
 prefetch_to_write = _prefetch(1, writes=True)

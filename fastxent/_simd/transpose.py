@@ -1,4 +1,4 @@
-"""Squares of elements, transposed in registers on the way from memory to memory: rows become one class of 16 rows a vector."""
+"""Squares of elements, transposed in registers on the way from memory to memory: 16 rows become vectors of one class each."""
 
 import math
 
@@ -11,16 +11,16 @@ from fastxent._simd.half import ITEMSIZE, encode
 from fastxent._simd.memory import emit_prefetch, load_lanes, load_lanes_masked, store_lanes, typed
 from fastxent._simd.vector import I64, LANES, SCALAR, WIDE, Vec, broadcast, lanes_of, larger, pick
 
-SQUARE = 16 if WIDE else 8  # rows and columns that are transposed at a time: what the registers hold
+SQUARE = 16 if WIDE else 8  # rows and columns that are transposed at a time: as many as the registers hold
 HALF = SQUARE // 2
-BY_MASK = WIDE  # can less than SQUARE columns be written? Without AVX-512 a masked store takes a dozen cycles
+BY_MASK = WIDE  # whether fewer than SQUARE columns can be written; without AVX-512 a masked store takes a dozen cycles
 
 
 def _exchange(builder, vectors):
-    """Lane j of vector i <-> lane i of vector j, in each piece of as many lanes as there are vectors.
+    """Exchange lane j of vector i with lane i of vector j, in each block of as many lanes as there are vectors.
 
-    Each step takes two vectors whose numbers differ in one bit, which becomes a bit of the lanes' numbers, and one of these
-    a bit of the vectors': every other of four lanes, then of four quarters of a register, as x86's instructions take them.
+    Each step takes two vectors whose numbers differ in one bit, and exchanges that bit with one of the lane numbers: it picks
+    every other of four lanes, later of four quarters of a register, as x86's shuffle instructions do.
     """
     vectors, lanes = list(vectors), vectors[0].type.count
     bits = len(vectors).bit_length() - 1
@@ -42,7 +42,11 @@ def _exchange(builder, vectors):
 
 
 def _by_squares(builder, columns, columns_from, by_mask):
-    """Code for all columns: what is left over is taken with some before it; less than SQUARE, if ``by_mask``, with a mask."""
+    """Emit code for all columns.
+
+    What is left over after a square is covered by another one, or half of one, that overlaps it. Fewer columns than SQUARE are
+    covered by a masked square, if ``by_mask``.
+    """
 
     def whole_squares():
         columns_from(I64(0), SQUARE)
@@ -65,19 +69,19 @@ def _by_squares(builder, columns, columns_from, by_mask):
 
 
 def _place(builder, tile, first, k, row, p):
-    """Where rows ``row`` ... of column ``first + k`` lie in a tile."""
+    """Return the address in a tile of rows ``row`` ... of column ``first + k``."""
     nth = builder.add(builder.mul(builder.add(first, I64(k)), I64(LANES)), I64(row))
     return builder.gep(tile, [builder.mul(nth, I64(ITEMSIZE[p.kind]))])
 
 
 def _rows_at(builder, begin, stride):
-    """Where 16 rows begin: by eights, whose distances fit x86's addresses and registers."""
+    """Return the addresses of 16 rows, in two groups of eight whose offsets fit x86's addressing modes and registers."""
     eights = [builder.gep(begin, [builder.mul(stride, I64(first))]) for first in range(0, LANES, 8)]
     return [builder.gep(eight, [builder.mul(stride, I64(row))]) for eight in eights for row in range(8)]
 
 
 def _largest(builder, vectors):
-    """Of each lane: pairs, pairs of pairs, ..."""
+    """Return the lane-wise maximum of the vectors, found by pairs, pairs of pairs, ..."""
     while len(vectors) > 1:
         pairs = zip(vectors[::2], vectors[1::2], strict=False)
         vectors = [larger(builder, *pair) for pair in pairs] + vectors[len(vectors) // 2 * 2 :]
@@ -86,9 +90,9 @@ def _largest(builder, vectors):
 
 @intrinsic
 def load_transposed(typingctx, p, stride, columns, tile, ahead):
-    """16 rows, ``stride`` bytes apart -> 16 vectors at ``tile``: element j < columns of each row. Returns each row's maximum.
+    """Write elements j < columns of 16 rows, ``stride`` bytes apart, to 16 vectors at ``tile``. Return each row's maximum.
 
-    Of a whole square what is ``ahead`` bytes behind each row is asked for.
+    With each whole square, what lies ``ahead`` bytes after its rows is prefetched.
     """
 
     def codegen(context, builder, sig, args):
@@ -110,7 +114,7 @@ def load_transposed(typingctx, p, stride, columns, tile, ahead):
                 else:
                     nothing = encode(builder, lowest, p)
                     elements = [load_lanes_masked(builder, p, at, wanted, nothing) for at in rows[i : i + SQUARE]]
-                if width == HALF:  # rows k and k + HALF in a vector
+                if width == HALF:  # rows k and k + HALF share a vector
                     both = list(range(SQUARE))
                     elements = [pick(builder, *pair, both) for pair in zip(elements[:HALF], elements[HALF:], strict=True)]
                 exchanged = _exchange(builder, elements)
@@ -129,9 +133,9 @@ def load_transposed(typingctx, p, stride, columns, tile, ahead):
 
 @intrinsic
 def store_transposed(typingctx, p, stride, columns, tile, factor):
-    """16 vectors at ``tile``, times ``factor`` -> 16 rows of ``columns`` elements, at most 16, ``stride`` bytes apart.
+    """Write 16 vectors at ``tile``, times ``factor``, to 16 rows of ``columns`` elements, at most 16, ``stride`` bytes apart.
 
-    Rows may overlap: one is written before the next. Less than SQUARE columns: only where BY_MASK.
+    Rows may overlap, for they are written in order. Fewer than SQUARE columns are allowed only where BY_MASK.
     """
 
     def codegen(context, builder, sig, args):
@@ -145,7 +149,7 @@ def store_transposed(typingctx, p, stride, columns, tile, factor):
                 factors = pick(builder, factor, factor, list(range(i, i + SQUARE)))
                 products = [builder.fmul(builder.load(typed(builder, at, part), align=1), factors) for at in places]
                 elements = _exchange(builder, products)
-                if width == HALF:  # rows k and k + HALF in a vector
+                if width == HALF:  # rows k and k + HALF share a vector
                     halves = list(range(HALF)), list(range(HALF, SQUARE))
                     elements = [pick(builder, x, x, order) for order in halves for x in elements]
                 for at, x in zip(rows[i : i + SQUARE], elements, strict=True):

@@ -2,7 +2,7 @@
 
 Numba has had no vector math library since 0.62, so ``np.exp`` in a kernel is a scalar call, and LLVM prefers 256-bit
 registers on AVX-512 hosts. Explicit ``<16 x float>`` values give every host its full width (LLVM splits them on narrower
-ones) and let a kernel read like NumPy: ``acc += exp_scaled(x - m)``.
+ones) and make a kernel read like NumPy: ``acc += exp_scaled(x, shift)``.
 
 ====== ============================== =========================================================
 type   holds                          made by
@@ -15,7 +15,7 @@ Task   address of the argument block  the caller of the compiled kernel
 Kinds of lanes: ``f32``, ``f64``, ``i64`` and ``mask``. Kinds of storage: ``f16``, ``bf16``, ``f32``, ``f64``, ``i64``; a Ptr
 knows both, so ``load`` widens half precision in registers and ``store`` rounds once, to nearest even.
 
-No fast-math flag is set anywhere: -inf is what a masked logit is, and a flag that assumes it away makes poison of it.
+No fast-math flag is set anywhere: masked logits are -inf, and a flag that assumes there is none turns them into poison.
 """
 
 import operator
@@ -31,7 +31,7 @@ from numba.extending import infer_getattr, intrinsic, lower_builtin, lower_getat
 from fastxent._simd.numba_backend import INLINE
 
 LANES = 16
-# What the host can do. One with AVX-512 holds 16 lanes in a register and has 32 of them; others need two or four for 16 lanes.
+# The host. One with AVX-512 has 32 registers of 16 lanes; on others 16 lanes take two or four registers.
 TRIPLE, _, FEATURES = cpu_target.target_context.codegen().magic_tuple()
 WIDE = "+avx512f" in FEATURES
 
@@ -42,7 +42,7 @@ NUMBA_SCALAR = {"f32": types.float32, "f64": types.float64, "i64": types.int64, 
 
 
 def lanes_of(scalar, lanes=LANES):
-    """The LLVM type of 16 lanes, or more."""
+    """Return the LLVM type of a vector of ``lanes`` lanes."""
     return ir.VectorType(scalar, lanes)
 
 
@@ -52,7 +52,7 @@ def lanes_of(scalar, lanes=LANES):
 
 
 class Vec(types.Type):
-    """16 lanes of one kind, held in registers; or a multiple: vectors that are worked on together (see ``s_rest``)."""
+    """16 lanes of one kind, held in registers; or a multiple of 16: vectors that are concatenated (see ``lanes.concat``)."""
 
     def __init__(self, kind, lanes=LANES):
         self.kind, self.lanes = kind, lanes
@@ -60,7 +60,7 @@ class Vec(types.Type):
 
 
 class Ptr(types.Type):
-    """Address of elements stored as ``storage``, computed with as ``kind``."""
+    """Address of elements that are stored as ``storage`` and loaded as ``kind``."""
 
     def __init__(self, storage, kind):
         self.storage, self.kind = storage, kind
@@ -115,7 +115,7 @@ def _read_field(context, builder, task, address, attr):
     wanted = {"int": I64, "float": SCALAR["f64"]}.get(field, BYTES)
     at = builder.gep(address, [I64(8 * slot)])
     value = builder.load(builder.bitcast(at, wanted.as_pointer()))
-    value.set_metadata("invariant.load", builder.module.add_metadata([]))  # no store of the kernel's may change it: hoist it
+    value.set_metadata("invariant.load", builder.module.add_metadata([]))  # no kernel writes it, so LLVM may hoist the load
     return value
 
 
@@ -125,21 +125,21 @@ def _read_field(context, builder, task, address, attr):
 
 
 def broadcast(builder, value, kind, lanes=LANES):
-    """A number in every lane."""
+    """Return a vector with ``value`` in every lane."""
     vector = lanes_of(SCALAR[kind], lanes)
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(lanes_of(I32, lanes), [0] * lanes))
 
 
 def _spread(builder, args, sig, vec):
-    """The arguments, with numbers put in every lane of a ``vec``."""
+    """Return the arguments, with scalars broadcast to the lanes of a ``vec``."""
     return [
         v if isinstance(t, Vec) else broadcast(builder, v, vec.kind, vec.lanes) for v, t in zip(args, sig.args, strict=True)
     ]
 
 
 def _define(op, emit, compares=False, kinds=("f32", "f64", "i64")):
-    """Let ``op`` take two vectors of one kind, or a vector and a number (which is spread over the lanes)."""
+    """Let ``op`` take two vectors of one kind, or a vector and a scalar, which is broadcast."""
 
     class Template(AbstractTemplate):
         def generic(self, args, kws):
@@ -171,7 +171,7 @@ def _comparison(sign):
     def emit(b, kind, x, y):
         if kind == "i64":
             return b.icmp_signed(sign, x, y)
-        # Ordered, except !=: x != x is the test for nan.
+        # Comparisons are ordered, except !=, for x != x is the test for nan.
         return b.fcmp_unordered(sign, x, y) if sign == "!=" else b.fcmp_ordered(sign, x, y)
 
     return emit
@@ -206,14 +206,14 @@ def _ptr_add(context, builder, sig, args):
 
 
 def call_llvm(builder, name, result, args):
-    """Call an LLVM intrinsic by its full name (llvmlite's VectorType has none to offer)."""
+    """Call an LLVM intrinsic by its full name (llvmlite cannot derive it from a VectorType)."""
     fnty = ir.FunctionType(result, [a.type for a in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, fnty, name), args)
 
 
 @intrinsic
 def splat(typingctx, like, value):
-    """``value`` in every lane of a vector of ``like``'s kind; ``like`` is a Vec or a Ptr."""
+    """Return a vector of ``like``'s kind with ``value`` in every lane; ``like`` is a Vec or a Ptr."""
     vec = Vec(like.kind, getattr(like, "lanes", LANES))
 
     def codegen(context, builder, sig, args):
@@ -224,19 +224,19 @@ def splat(typingctx, like, value):
 
 @intrinsic
 def iota(typingctx):
-    """0, 1, ..., 15 as integers."""
+    """Return the lanes 0, 1, ..., 15 as integers."""
     return INT(), lambda context, builder, sig, args: ir.Constant(lanes_of(I64), list(range(LANES)))
 
 
 @intrinsic
 def all_lanes(typingctx):
-    """The mask that is true everywhere."""
+    """Return the mask that is true everywhere."""
     return MASK(), lambda context, builder, sig, args: ir.Constant(lanes_of(I1), [1] * LANES)
 
 
 @intrinsic
 def where(typingctx, mask, a, b):
-    """``a`` where ``mask``, else ``b``, lane by lane; b may be a number."""
+    """Return ``a`` where ``mask``, else ``b``, lane by lane; b may be a scalar."""
     if not (isinstance(a, Vec) and mask == Vec("mask", a.lanes)):
         return None
     scalar = not isinstance(b, Vec)
@@ -249,22 +249,22 @@ def where(typingctx, mask, a, b):
 
 
 def larger(builder, a, b):
-    """The larger of two vectors, lane by lane; ``b`` if one of them is nan."""
+    """Return the larger of two vectors, lane by lane; ``b`` if one of them is nan."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
 @intrinsic
 def maximum(typingctx, acc, x):
-    """The larger of ``acc`` and ``x``: one ``vmaxps``, for which ``x`` may be in memory.
+    """Return the larger of ``acc`` and ``x``: one ``vmaxps``, which can take ``x`` from memory.
 
-    If one of them is nan, it is ``x``. So a maximum may lose what comes before a nan; but that reaches the sums by itself.
+    If one of them is nan, ``x`` is returned. So a running maximum may miss a nan, but the nan reaches the sums anyway.
     """
     return acc(acc, acc), lambda context, builder, sig, args: larger(builder, *args)
 
 
 @intrinsic
 def at_least(typingctx, x, low):
-    """``max(x, low)`` that keeps a nan in ``x``; low may be a number."""
+    """Return ``max(x, low)``, and nan where ``x`` is nan; low may be a scalar."""
     scalar = not isinstance(low, Vec)
 
     def codegen(context, builder, sig, args):
@@ -276,7 +276,7 @@ def at_least(typingctx, x, low):
 
 @intrinsic
 def fma(typingctx, a, b, c):
-    """``a * b + c``, fused where the host can; a and b may be numbers if c is a vector."""
+    """Return ``a * b + c``, fused where the host can; a and b may be scalars if c is a vector."""
     vec = c if isinstance(c, Vec) else a
     sig = vec(*(t if isinstance(t, Vec) else NUMBA_SCALAR[vec.kind] for t in (a, b, c)))
 
@@ -289,7 +289,7 @@ def fma(typingctx, a, b, c):
 
 @intrinsic
 def absolute(typingctx, x):
-    """``|x|`` of a floating vector."""
+    """Return ``|x|`` of a floating-point vector."""
 
     def codegen(context, builder, sig, args):
         return call_llvm(builder, f"llvm.fabs.v{x.lanes}{x.kind}", args[0].type, [args[0]])
@@ -299,7 +299,7 @@ def absolute(typingctx, x):
 
 @intrinsic
 def widen(typingctx, x):
-    """As float64 lanes."""
+    """Return ``x`` as float64 lanes."""
 
     def codegen(context, builder, sig, args):
         return args[0] if x.kind == "f64" else builder.fpext(args[0], lanes_of(SCALAR["f64"], x.lanes))
@@ -309,7 +309,7 @@ def widen(typingctx, x):
 
 @intrinsic
 def narrow(typingctx, like, x):
-    """Float64 lanes ``x`` as lanes of ``like``'s kind; ``like`` is a Vec or a Ptr."""
+    """Return float64 lanes ``x`` as lanes of ``like``'s kind; ``like`` is a Vec or a Ptr."""
     vec = Vec(like.kind)
 
     def codegen(context, builder, sig, args):
@@ -320,20 +320,20 @@ def narrow(typingctx, like, x):
 
 @intrinsic
 def as_floats(typingctx, like, x):
-    """Integers ``x`` as lanes of ``like``'s kind; ``like`` is a Vec or a Ptr."""
+    """Return integers ``x`` as lanes of ``like``'s kind; ``like`` is a Vec or a Ptr."""
     vec = Vec(like.kind)
     return vec(like, x), lambda context, builder, sig, args: builder.sitofp(args[1], lanes_of(SCALAR[vec.kind]))
 
 
 @intrinsic
 def lane(typingctx, x, index):
-    """One lane as a number."""
+    """Return one lane as a scalar."""
     return NUMBA_SCALAR[x.kind](x, types.int64), lambda context, builder, sig, args: builder.extract_element(*args)
 
 
 @intrinsic
 def any_lane(typingctx, mask):
-    """Is any lane of the mask true?"""
+    """Return whether any lane of the mask is true."""
 
     def codegen(context, builder, sig, args):
         return builder.icmp_unsigned("!=", builder.bitcast(args[0], I16), I16(0))
@@ -343,7 +343,7 @@ def any_lane(typingctx, mask):
 
 @intrinsic
 def count_lanes(typingctx, mask):
-    """How many lanes of the mask are true?"""
+    """Return how many lanes of the mask are true."""
 
     def codegen(context, builder, sig, args):
         return builder.zext(builder.ctpop(builder.bitcast(args[0], I16)), I64)
@@ -353,7 +353,7 @@ def count_lanes(typingctx, mask):
 
 @intrinsic
 def every_lane(typingctx, mask):
-    """Is every lane of the mask true?"""
+    """Return whether every lane of the mask is true."""
 
     def codegen(context, builder, sig, args):
         return builder.icmp_unsigned("==", builder.bitcast(args[0], I16), I16(0xFFFF))
@@ -362,11 +362,11 @@ def every_lane(typingctx, mask):
 
 
 def pick(builder, x, y, order):
-    """Lanes of ``x`` and, behind them, ``y``, by number."""
+    """Return the lanes that ``order`` lists, numbered through ``x`` and then ``y``."""
     return builder.shuffle_vector(x, y, ir.Constant(lanes_of(I32, len(order)), order))
 
 
 @njit(**INLINE)
 def first_lanes(n):
-    """The mask of the first ``n`` lanes."""
+    """Return the mask of the first ``n`` lanes."""
     return iota() < n

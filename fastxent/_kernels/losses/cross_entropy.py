@@ -1,4 +1,4 @@
-"""Cross-entropy: derived on top, then its row formula.
+"""Cross-entropy: its derivation, then its row formula.
 
 Letters (a row is one position of the axes other than the class axis; C classes, logits x)
     m = max_c x_c        s = sum_c exp(x_c - m)        lse = m + log s        p_c = exp(x_c - m) / s
@@ -8,18 +8,18 @@ Against target weights q_c (a row's class probabilities t, smoothed by eps, time
     l          = -sum_c q_c log p_c = sum_c q_c (m + log s - x_c) = Q log s - D
     dl/dx_c    = Q p_c - q_c
     d2l/dx_c^2 = Q p_c (1 - p_c)
-A class index y is t = onehot(y). Without smoothing only q_y = w_y is left:
+A class index y means t = onehot(y). Without smoothing, only q_y = w_y is not 0:
     l          = w_y (log s + (m - x_y))
     dl/dx_c    = w_y (p_c - [c = y])
-z-loss adds z lse^2 to l and 2 z lse p_c to the gradient (Q becomes Q + 2 z lse there). Softcap puts cap tanh(x / cap) for x.
+z-loss adds z lse^2 to l and 2 z lse p_c to the gradient (Q becomes Q + 2 z lse there). Softcap replaces x by cap tanh(x / cap).
 A sample weight u multiplies a row's l and gradient; the gradient of a mean is divided by its divisor (``scaled``).
 
 In the form of ``gradient``, g_c = e_c (a + a1 d_c) - b q_c, that is
     a = u (Q + 2 z lse) / s        a1 = 0        b = u
-Two differences would cancel, so they are taken apart:
+Two differences would lose digits by cancellation, so they are computed from other terms:
     p_y - 1 is -(s - e_y) / s, and s - e_y = (s_max - e_y) + s_rest. So Q p_y - q_y = ((Q - q_y) e_y - q_y (s - e_y)) / s.
-    Class probabilities that are one-hot: q_y = Q. So of float64 rows, g_c = a (e_c - k q_c) - b q_c with k = 1 / Q and
-    b = u (s - 1) / s, where k q_y is ``e_hot``, just 1. If Q is too small for that, k is 0, ``q_hot`` nan.
+    For one-hot class probabilities, q_y = Q. So float64 rows use g_c = a (e_c - k q_c) - b q_c with k = 1 / Q and
+    b = u (s - 1) / s, where k q_y is replaced by ``e_hot``, exactly 1. If Q is too small for that, k is 0 and ``q_hot`` is nan.
 """
 
 from numba import njit
@@ -33,12 +33,12 @@ from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import absolute, any_lane, narrow, splat, where, widen
 
 NAN, SMALLEST_Q = float("nan"), 1e-200
-CONFIDENT = 0.0625  # r below which a row's 1 + r is no factor of a product of many rows' s
+CONFIDENT = 0.0625  # a row with r below this has a log of its own: in a product of many rows' s, 1 + r would lose digits
 
 
 @njit(**INLINE)
 def target_sums(task, state, y):
-    """Q and D, with what a class index adds."""
+    """Return Q and D, including the terms of a class index."""
     below = widen(transformed(task, y.raw_x_y)) - widen(state.m)
     if not task.dense:
         return y.w_y, y.w_y * below
@@ -51,7 +51,7 @@ def target_sums(task, state, y):
 
 @njit(**INLINE)
 def row_loss(task, unit, state, y):
-    """l of every row, float64; 0 for an ignored one."""
+    """Return l of every row, in float64; 0 for an ignored one."""
     q_sum, q_dot = target_sums(task, state, y)
     log_sum = log_s(state)
     lse = widen(state.m) + log_sum
@@ -61,9 +61,10 @@ def row_loss(task, unit, state, y):
 
 @njit(**INLINE)
 def sum_loss(task, unit, state, y):
-    """Of l = log s - D, where Q = 1: the sum of -D over the rows, and the product of s, of which one log does for many rows.
+    """Return the sum of -D over the rows and the product of their s: with Q = 1, l = log s - D, and one log does for many rows.
 
-    In a product of many 1 + r, small r would lose digits: confident rows have a log each."""
+    In a product of many 1 + r, a small r would lose digits: so confident rows have a log each.
+    """
     _, q_dot = target_sums(task, state, y)
     s = s_of(state) / exp_scale(state.m)
     confident = state.s_rest < state.s_max * CONFIDENT
@@ -75,7 +76,7 @@ def sum_loss(task, unit, state, y):
 
 @njit(**INLINE)
 def put_loss(task, unit, state, y):
-    """Store the rows' losses if they are wanted; return their sum, as ``parallel_for`` takes it."""
+    """Store the rows' losses if they are wanted; return their sum, as ``parallel_for`` takes it: an addend and a factor."""
     plain = task.weighted == 0 and task.sampled == 0 and task.z == 0.0 and not task.soft  # Q = 1: l = log s - D
     if plain and task.store_loss == 0 and not task.double:
         rest, product = sum_loss(task, unit, state, y)
@@ -88,7 +89,7 @@ def put_loss(task, unit, state, y):
 
 @njit(**INLINE)
 def put_zero_loss(task, unit):
-    """All of the unit's rows are ignored."""
+    """Store zero losses if they are wanted: all of the unit's rows are ignored."""
     if task.store_loss != 0:
         put_rows(task, task.loss, unit, splat(task.loss, 0.0))
     return 0.0, 1.0
@@ -96,18 +97,18 @@ def put_zero_loss(task, unit):
 
 @njit(**INLINE)
 def coefficients(task, unit, state, y, to_row):
-    """The row formula's other half. ``to_row`` turns the stored exponentials into exp(x - m): see ``split_rows.to_row``."""
+    """Return the gradient's coefficients. ``to_row`` turns stored exponentials into exp(x - m): see ``split_rows.to_row``."""
     power, rest = to_row
     u = sample_weights(task, unit)
     b = where(unit.kept, scaled(task, u), 0.0)
     q_sum, _ = target_sums(task, state, y)
     q_y = y.w_y * (task.confidence + task.uniform) if task.dense else y.w_y
-    if task.z != 0.0:  # not always: the gradient would have to wait for the log
+    if task.z != 0.0:  # only with z-loss, for the gradient has to wait for the log
         q_sum = q_sum + (widen(state.m) + log_s(state)) * (2.0 * task.z)
     shift = shift_by(state.m)
     s = s_of(state)
-    inverse_s = where(unit.kept, splat(b, 1.0) / s, 0.0)  # s of an ignored row in the lanes is 0
-    share_of_s = u * q_sum / s if task.double else u * q_sum * inverse_s  # float64 logits notice the one rounding more
+    inverse_s = where(unit.kept, splat(b, 1.0) / s, 0.0)  # with row lanes, an ignored row has s = 0
+    share_of_s = u * q_sum / s if task.double else u * q_sum * inverse_s  # float64 results would show the extra rounding
     a = where(unit.kept, scaled(task, share_of_s) * rest, 0.0)
     g_y = q_y
     if task.labelled:

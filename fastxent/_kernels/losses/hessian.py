@@ -1,4 +1,4 @@
-"""Gradient and Hessian diagonal of the cross-entropy, row by row: what boosting needs.
+"""Gradient and Hessian diagonal of the cross-entropy per row, as gradient boosting needs them.
 
 h_c = d2l/dx_c^2 = u Q p_c (1 - p_c)
 """
@@ -19,14 +19,14 @@ from fastxent._simd.vector import all_lanes, any_lane, narrow, splat
 
 @njit(**INLINE)
 def hessian_vector(task, unit, j, mask, f, s_max, s_rest):
-    """h_c = a e_c (s - e_c) / s, with s - e_c = (top - e_c) + beside."""
+    """Return vector j of h_c = a e_c (s - e_c) / s, with s - e_c = (s_max - e_c) + s_rest."""
     e = exp_scaled(logits(task, unit, j, mask), f.shift)
     return e * f.a * (((s_max - e) + s_rest) * f.inverse_s)
 
 
 @njit(**INLINE)
 def grad_hess(task, tile, number):
-    """Gradient and Hessian diagonal, which has the strides of the gradient."""
+    """Write the gradient, and the Hessian diagonal with the gradient's strides."""
     unit = locate(task, tile, number)
     zero, late = splat(task.x, 0.0), unscaled(task)
     if any_lane(unit.kept):

@@ -1,10 +1,10 @@
-"""Kernels that take element after element of arrays in one piece: the binary loss, and the terms of a divergence.
+"""Elementwise kernels on contiguous arrays: the binary loss, and the terms of a KL divergence.
 
 Binary: x is the logit of the second of two classes, t its probability, P its extra weight, w the element's weight.
     softplus(x) = log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)),  sigmoid(x) = exp(x - softplus(x))
     l     = w ((1 - t) softplus(x) + P t softplus(-x))
     dl/dx = w ((1 - t) sigmoid(x) - P t sigmoid(-x))
-No term of l is negative, so none takes the digits of another.
+No term of l is negative, so none cancels digits of another.
 """
 
 from numba import njit
@@ -20,7 +20,7 @@ from fastxent._simd.memory import get, itemsize, load_masked, store_each, store_
 from fastxent._simd.numba_backend import INLINE, as_needed
 from fastxent._simd.vector import LANES, WIDE, absolute, all_lanes, at_least, first_lanes, fma, splat, where
 
-# Vectors of 16 elements: number j, of which the lanes in ``mask`` are read.
+# Each of these reads vector j of an array: 16 elements, of which only the lanes in ``mask`` are read.
 
 
 @njit(**INLINE)
@@ -35,6 +35,7 @@ def targets_at(task, mask, j):
 
 @njit(**INLINE)
 def periodic(p, period, mask, j):
+    """Return vector j of an array with this period, of which one period and 16 more elements are stored at ``p``."""
     first = j * LANES
     if first >= period:
         first = 0 if period == 1 else first % period
@@ -51,10 +52,11 @@ def positive_weights_at(task, mask, j):
     return periodic(task.u, task.u_period, mask, j)
 
 
-# Formulas: what becomes of ``size`` vectors from number j on, step by step beside each other: a loss and a gradient.
+# Each ``formula`` returns loss and gradient of ``size`` vectors from vector j on, whose steps are interleaved.
 
 
 def binary_loss(size):
+    """Return the formula of the binary loss."""
     several = concatenated(size)
 
     @njit(**INLINE)
@@ -85,7 +87,7 @@ def binary_loss(size):
 
 
 def divergence_term(size):
-    """t (log t - x), x the logarithm of a probability."""
+    """Return the formula of t (log t - x), where x is the logarithm of a probability."""
     several = concatenated(size)
 
     @njit(**INLINE)
@@ -98,7 +100,7 @@ def divergence_term(size):
 
 
 def divergence_term_of_logs(size):
-    """exp(t) (t - x). A t above 0 is no logarithm of a probability, but may come."""
+    """Return the formula of exp(t) (t - x). A t above 0 is no logarithm of a probability, but may occur."""
     several = concatenated(size)
 
     @njit(**INLINE)
@@ -112,12 +114,12 @@ def divergence_term_of_logs(size):
 
 
 def pointwise(formula):
-    """A kernel: the losses of a unit's elements, their sum, and the gradient if it is wanted."""
+    """Return a ``visit`` that computes the sum of the losses of a unit's elements, and stores losses and gradient if wanted."""
     one, two, four = formula(1), formula(2), formula(4)
 
     @as_needed
     def group(constants):
-        """As many vectors as keep the processor busy: it does not look far enough ahead by itself."""
+        """Choose the number of vectors that keeps the processor busy: it does not look far enough ahead by itself."""
         if not WIDE:
             return lambda task, mask, j, factor: one(task, mask, j, factor)
         if constants["double"]:
@@ -128,7 +130,7 @@ def pointwise(formula):
     def visit(task, tile, number):
         first = number * POINTS // LANES
         n = min(task.n_rows - number * POINTS, POINTS)
-        size = (2 if task.double else 4) if WIDE else 1  # of a group
+        size = (2 if task.double else 4) if WIDE else 1  # vectors of a group
         in_groups = first + n // LANES // size * size
         factor = task.factor / get(task.total, DIVISOR)
         nothing = splat(task.total, 0.0)

@@ -1,4 +1,4 @@
-"""Softmax and its logarithms, without a target: what each kernel does with unit ``number``."""
+"""Softmax, its logarithm and log-sum-exp, without a target: each function takes the number of one unit."""
 
 from numba import njit
 
@@ -14,7 +14,7 @@ from fastxent._simd.vector import all_lanes, narrow, widen
 
 @njit(**INLINE)
 def softmax(task, tile, number):
-    """p_c = exp(x_c - m) / s."""
+    """Write p_c = exp(x_c - m) / s."""
     unit = locate(task, tile, number)
     state = row_state(task, unit, number)
     power, rest = to_row(task, number, state)
@@ -28,7 +28,7 @@ def softmax(task, tile, number):
 
 @njit(**INLINE)
 def log_softmax(task, tile, number):
-    """log p_c = (x_c - m) - log s, in float64. Not x_c - lse: beside a large m, lse has no digits left for log s."""
+    """Write log p_c = (x_c - m) - log s, computed in float64. Not x_c - lse: at a large m, lse loses the digits of log s."""
     unit = locate(task, tile, number)
     state = row_state(task, unit, number)
     m, log_sum = widen(state.m), log_s(state)
@@ -42,7 +42,7 @@ def log_softmax(task, tile, number):
 
 @njit(**INLINE)
 def logsumexp(task, tile, number):
-    """lse = m + log s."""
+    """Write lse = m + log s."""
     unit = locate(task, tile, number)
     state = row_state(task, unit, number)
     if not task.split or unit.start == 0:

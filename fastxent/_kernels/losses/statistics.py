@@ -1,4 +1,4 @@
-"""Loss, log-sum-exp, entropy, and how the target class stands among the others: one kernel."""
+"""Loss, log-sum-exp, entropy, prediction, and the target class's probability and rank, in one kernel."""
 
 from numba import njit
 
@@ -13,12 +13,12 @@ from fastxent._simd.memory import gather, get, itemsize
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import LANES, all_lanes, any_lane, iota, lane, narrow, splat, where, widen
 
-NONE = 1 << 62  # past every class number
+NONE = 1 << 62  # larger than every class number
 
 
 @njit(**INLINE)
 def class_numbers(task, j):
-    """The classes in vector j."""
+    """Return the class number of each lane of vector j."""
     if task.class_lanes:
         return iota() + j * LANES
     return splat(task.y, j)
@@ -26,11 +26,11 @@ def class_numbers(task, j):
 
 @njit(**INLINE)
 def stats(task, tile, number):
-    """Loss, log-sum-exp, entropy, and how the target class stands among the others.
+    """Write the statistics of one unit's rows.
 
     lse = m + log s;  entropy = -sum_c p_c log p_c = log s - E / s;  target_prob = exp(x_y - m) / s;  prediction = first class
-    with x_c = m (the first nan, if there is one, as argmax has it);  target_rank = classes that come before y when classes are
-    sorted by falling logit, equal ones by number.
+    with x_c = m (the first nan, if there is one, as in argmax);  target_rank = number of classes that come before y when
+    classes are sorted by falling logit, equal ones by number.
     """
     unit = locate(task, tile, number)
     zero, nothing = splat(task.w, 0.0), splat(task.y, -1)

@@ -1,4 +1,4 @@
-"""Kernels of sums over classes that are no softmax: what each does with one unit of rows. See ``steps``."""
+"""Sums over classes that are no softmax: each function takes one unit of rows, as in ``steps``."""
 
 from numba import njit
 
@@ -15,17 +15,19 @@ from fastxent._simd.vector import WIDE, absolute, all_lanes, any_lane, maximum, 
 
 @njit(**INLINE)
 def reads(unit, j):
-    """Which lanes of vector j are read."""
+    """Return the mask of the lanes of vector j that are read."""
     return all_lanes() if j < unit.full else unit.reads
 
 
 @njit(**INLINE)
 def no_total(task):
+    """Return a sum of nothing and its rounding error."""
     nothing = widen(halve_lanes(task, splat(task.x, 0.0)))
     return nothing, nothing
 
 
 def group_of_terms(size):
+    """Return a function that sums x log x over ``size`` vectors from j on, interleaved."""
     several = concatenated(size)
     return njit(**INLINE)(lambda task, unit, j: fold(x_log_x(several(full_logits, task, unit, j))))
 
@@ -35,7 +37,7 @@ one, two, four = group_of_terms(1), group_of_terms(2), group_of_terms(4)
 
 @as_needed
 def group_terms(constants):
-    """The terms of so many vectors that the processor has enough to do: it does not look far enough ahead by itself."""
+    """Choose the number of vectors that keeps the processor busy: it does not look far enough ahead by itself."""
     if not WIDE:
         return lambda task, unit, j: one(task, unit, j)
     if constants["double"]:
@@ -45,13 +47,13 @@ def group_terms(constants):
 
 @njit(**INLINE)
 def group_size_of_terms(task):
-    """How many these are."""
+    """Return the number of vectors that ``group_terms`` takes."""
     return (2 if task.double else 4) if WIDE else 1
 
 
 @njit(**INLINE)
 def entropy(task, tile, number):
-    """-sum_c p_c log p_c, the logits being probabilities; 0 log 0 = 0."""
+    """Write -sum_c p_c log p_c, where the logits are probabilities p_c; 0 log 0 = 0."""
     unit = locate(task, tile, number)
     total = no_total(task)
     in_groups = unit.full // group_size_of_terms(task) * group_size_of_terms(task)
@@ -66,7 +68,7 @@ def entropy(task, tile, number):
 
 @njit(**INLINE)
 def exponents(task, unit, j):
-    """x, and b, the class probabilities of other kernels; where b is 0, x counts as -inf."""
+    """Return x, and b, which takes the place of target weights; where b is 0, x counts as -inf."""
     mask = reads(unit, j)
     b = target_weights(task, unit, j, mask)
     return where(b == 0.0, splat(b, -INF), logits(task, unit, j, mask)), b
@@ -74,10 +76,11 @@ def exponents(task, unit, j):
 
 @njit(**INLINE)
 def logsumexp_of_products(task, tile, number):
-    """log |sum_c b_c exp(x_c)| and the sum's sign.
+    """Write log |sum_c b_c exp(x_c)| and the sum's sign.
 
-    With B = sum of b_c over the classes with x_c = m, and R = sum of b_c exp(x_c - m) over the others, it is
-    m + log |B| + log1p(R / B), which keeps the digits of a small R. Where R is not small it may cancel B: m + log |B + R|.
+    With B = sum of b_c over the classes with x_c = m, and R = sum of b_c exp(x_c - m) over the others, the log is
+    m + log |B| + log1p(R / B), which keeps the digits of a small R. Where R is not small it may cancel B, so there the log is
+    computed as m + log |B + R|.
     """
     unit = locate(task, tile, number)
     m = splat(task.x, -INF)
@@ -86,7 +89,7 @@ def logsumexp_of_products(task, tile, number):
     if task.class_lanes:
         m = max_across(m)
     shift, down = shift_by(m), 1.0 / exp_scale(task.x)
-    # What the largest exponentials count: inf - inf is nan, and nothing but exp(-inf) is 0.
+    # exp(x - m) at x = m: 1, but inf where m = inf (inf - inf would be nan), and 0 where m = -inf (only exp(-inf) is 0).
     size = where(m == INF, m, where(m == -INF, splat(m, 0.0), 1.0))
     top, rest = no_total(task), no_total(task)
     for j in range(unit.start, unit.stop):
