@@ -1,4 +1,4 @@
-"""Binary cross-entropy from logits: one logit an element, each a problem of two classes."""
+"""Binary cross-entropy from logits: each element is one logit, a problem of two classes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def binary_cross_entropy_with_logits(
     reduction : {"mean", "sum", "none"}
         "mean" divides by the number of elements.
     n_threads : int, optional
-        At most so many threads.
+        The most threads to use.
 
     Returns
     -------
@@ -90,7 +90,7 @@ def binary_cross_entropy_with_logits_value_and_grad(
     logits, target, weight, pos_weight, reduction, n_threads
         As in `binary_cross_entropy_with_logits`.
     out : ndarray, optional
-        Takes the gradient: shape and dtype of ``logits``; may be ``logits``.
+        Receives the gradient; it has the shape and dtype of ``logits`` and may be ``logits``.
 
     Returns
     -------
@@ -159,7 +159,10 @@ def _binary(
 
 
 def _periodic(values: object, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array | None, int]:
-    """Weights in the order of the logits, up to where they begin again, and that number; a vector more of those that do."""
+    """Return weights in the order of the logits, up to where they repeat, and the length of that period.
+
+    Weights that repeat are followed by one vector more, so that a vector may be loaded at any position of the period.
+    """
     if values is None:
         return None, 1
     a = floating(values, name)

@@ -1,8 +1,8 @@
 """The command line: ``fastxent`` or ``python -m fastxent``.
 
-Exit codes: 0 all is well; 1 a check of ``demo`` failed, or a provider of ``bench`` is broken; 2 wrong options or files, told
-in one line on stderr; 130 Ctrl-C. Each command imports what it needs, and nothing else is imported here, so ``--help`` is
-instant.
+Exit codes: 0 success; 1 a check of ``demo`` failed, or a provider of ``bench`` is broken; 2 wrong options or files, reported
+in one line on stderr; 130 Ctrl-C. Each command imports what it needs and this module imports nothing else, so that ``--help``
+is instant.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         code: int = args.run(args)
-        if sys.stdout is not None:  # a program may be started without one
+        if sys.stdout is not None:  # a process may be started without one
             sys.stdout.flush()
         return code
     except CommandError as error:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # "fastxent info | head": nobody reads on, and Python's own flush at exit must not fail
+    except BrokenPipeError:  # as in "fastxent info | head": Python's own flush at exit must not fail
         _discard_output()
         return 0
     except OSError as error:  # a full disk

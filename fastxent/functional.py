@@ -1,7 +1,7 @@
-"""Softmax cross-entropy of NumPy arrays: read first.
+"""Softmax cross-entropy of NumPy arrays; read this module first.
 
-A call goes two hops: these functions check their arguments (``arguments``), plan the walk over the rows (``plan``) and hand
-addresses to a compiled task (``run.run``), whose maths is in ``inputs``.
+A call takes two hops: these functions check their arguments (``_runtime.arguments``), plan the walk over the rows
+(``_runtime.plan``) and pass addresses to a compiled task (``_runtime.run``), whose maths is in ``_kernels.losses``.
 
 Notation of all docstrings: N rows (the product of all axes but ``axis``), C classes, logits x, probabilities p = softmax(x),
 class indices y or class probabilities t, class weights w, sample weights u, label smoothing eps.
@@ -37,14 +37,14 @@ else:
 
 
 class CrossEntropyStats(NamedTuple):
-    """What `cross_entropy_stats` returns; but for a reduced ``loss``, arrays with the shape of the rows."""
+    """The result of `cross_entropy_stats`: arrays with the shape of the rows, except a reduced ``loss``."""
 
     loss: Any  # float: loss of the row, or the reduced loss
     lse: Array  # float: log sum_c exp(x_c)
     entropy: Array  # float: -sum_c p_c log p_c, in nats
     target_prob: Array  # float: p_y
     prediction: Array  # intp: argmax_c x_c, the first of equals
-    target_rank: Array  # intp: classes ahead of y; 0 is a top-1 hit, < 5 a top-5 hit
+    target_rank: Array  # intp: number of classes that rank before y; 0 is a top-1 hit, < 5 a top-5 hit
 
 
 def cross_entropy(
@@ -65,7 +65,7 @@ def cross_entropy(
         l_n = -u_n \sum_c w_c \left[(1 - \epsilon)\, t_{nc} + \epsilon / C\right] \log p_{nc}, \qquad
         \log p_{nc} = x_{nc} - \log \sum_k e^{x_{nk}}
 
-    A class index y stands for t = onehot(y). The logits are read once; none of the (N, C) arrays of the formula exists.
+    A class index y stands for t = onehot(y). The logits are read once; none of the (N, C) arrays of the formula is allocated.
 
     Parameters
     ----------
@@ -84,12 +84,12 @@ def cross_entropy(
     ignore_index : int
         Rows with this class index are skipped: loss 0, gradient 0, not counted, whatever the row holds.
     label_smoothing : float in [0, 1]
-        eps, the share of the target that is spread over all classes.
+        eps, the part of the target distribution that is spread evenly over all classes.
     reduction : {"mean", "sum", "none"}
         "sum" adds up l; "none" returns it. "mean" divides the sum by the sum of u_n w_{y_n} over the rows that are not
         ignored; for class probabilities by the sum of u_n, as PyTorch does.
     n_threads : int, optional
-        At most so many threads; None: see `get_num_threads`. The number changes no bit of the result.
+        The most threads to use; None: see `get_num_threads`. The number changes no bit of the result.
 
     Returns
     -------
@@ -105,7 +105,7 @@ def cross_entropy(
 
     See Also
     --------
-    cross_entropy_value_and_grad : with the gradient, at little more cost.
+    cross_entropy_value_and_grad : also returns the gradient, at little more cost.
 
     References
     ----------
@@ -159,8 +159,8 @@ def cross_entropy_value_and_grad(
     logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, reduction, n_threads
         As in `cross_entropy`. With ``reduction="none"`` the gradient is each row's own.
     out : ndarray, optional
-        Takes the gradient: shape and dtype of ``logits``, any strides. It may be ``logits`` itself, which is then
-        overwritten, and no memory of that size is needed; reused from call to call it saves the page faults of a new array.
+        Receives the gradient; it has the shape and dtype of ``logits``, any strides. It may be ``logits`` itself, which is then
+        overwritten, and no memory of that size is needed. Reusing one array in every call saves the page faults of a new one.
 
     Returns
     -------
@@ -221,7 +221,7 @@ def cross_entropy_stats(
     reduction: str = "none",
     n_threads: int | None = None,
 ) -> CrossEntropyStats:
-    r"""All that one wants to know of logits and targets, in one trip: loss, certainty, prediction, rank of the target.
+    r"""Loss, log-sum-exp, entropy, target probability, prediction and target rank of each row, in one trip through memory.
 
     .. math::
         \mathrm{lse}_n = \log \sum_c e^{x_{nc}}, \qquad H_n = -\sum_c p_{nc} \log p_{nc}, \qquad
@@ -230,13 +230,13 @@ def cross_entropy_stats(
     Parameters
     ----------
     logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, reduction, n_threads
-        As in `cross_entropy`; ``reduction`` is that of ``loss`` alone. For class probabilities, y is the most probable class.
+        As in `cross_entropy`; ``reduction`` applies to ``loss`` only. For class probabilities, y is the most probable class.
 
     Returns
     -------
     CrossEntropyStats
         ``loss, lse, entropy, target_prob, prediction, target_rank``. Accuracy is ``(target_rank == 0).mean()``, top-5
-        accuracy ``(target_rank < 5).mean()``. For ignored rows 0, 0, 0, 0, -1, -1.
+        accuracy ``(target_rank < 5).mean()``. Ignored rows give 0, 0, 0, 0, -1, -1.
 
     Raises
     ------
@@ -290,13 +290,13 @@ def cross_entropy_grad_hess(
     Parameters
     ----------
     logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads
-        As in `cross_entropy`. Nothing is reduced. Class indices may be whole floats, as XGBoost and LightGBM hand them over.
+        As in `cross_entropy`. Nothing is reduced. Class indices may be whole floats, as XGBoost and LightGBM pass them.
 
     Returns
     -------
     grad, hess : ndarray
         Shape, dtype and order of axes of ``logits``; zero in ignored rows. XGBoost and LightGBM multiply the Hessian by a
-        constant (2 and C/(C-1)): so can you.
+        constant (2 and C/(C-1)), which these results do not contain.
 
     Raises
     ------
@@ -330,7 +330,7 @@ def nll_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Any:
-    r"""Negative log-likelihood of class indices: the second half of a cross-entropy, for log-probabilities.
+    r"""Negative log-likelihood of class indices, given log-probabilities: the second half of a cross-entropy.
 
     .. math:: l_n = -w_{y_n} \log p_{n y_n}
 
@@ -382,7 +382,7 @@ def nll_loss(
 
 
 def _loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labels: Array | None = None, **more: Any) -> Any:
-    """Run a task that makes losses, and reduce them."""
+    """Run a task that computes losses, and return them reduced."""
     rows = np.zeros(p.rows if reduction == "none" else 0, p.acc)
     total, divisor = 0.0, p.divisor
     if p.x.size:
@@ -401,7 +401,7 @@ def _reduced(total: float, divisor: float, reduction: str, rows: Array) -> Any:
 def _run(
     name: str, p: Problem, plan: Plan, average: bool = False, labels: Array | None = None, **more: Any
 ) -> tuple[float, float]:
-    """The sum of the losses, and the divisor of the gradient."""
+    """Run a task; return the sum of the losses and the divisor of the gradient."""
     total, bad, divisor = run(
         name, plan, p.n_threads, x=address(p.x), t=address(p.t), y=address(p.y if labels is None else labels),
         w=address(p.w), u=address(p.u), divisor=p.divisor if average else 1.0, average=average,

@@ -1,4 +1,4 @@
-"""What policy gradients need of a policy's logits: the log-probability of the chosen action, and the entropy."""
+"""The two quantities that policy gradients need of a policy's logits: log-probability of the chosen action, and entropy."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def log_prob_and_entropy(
     .. math::
         p_n = \mathrm{softmax}(x_n / T), \qquad \log p_{n y_n}, \qquad H_n = -\sum_c p_{nc} \log p_{nc}
 
-    With actions for classes, these are what REINFORCE, PPO and GRPO take of a policy. None of the (N, C) arrays of the formula
-    exists. `fastxent.torch.log_prob_and_entropy` is the same for tensors, with gradients.
+    With actions as classes, these are what REINFORCE, PPO and GRPO need of a policy. None of the (N, C) arrays of the formula
+    is allocated. `fastxent.torch.log_prob_and_entropy` is the same for tensors, with gradients.
 
     Parameters
     ----------
     logits : array_like, shape (..., C, ...)
         float16, bfloat16, float32 or float64 (integers are taken as float64), any strides, C on ``axis``. May hold -inf
-        (a class ruled out), whose share of the entropy is 0.
+        (a class ruled out), which adds 0 to the entropy.
     target : array_like of integers, the shape of ``logits`` without ``axis``
         Class indices y, each in [0, C) or ``ignore_index``.
     temperature : float > 0
@@ -42,7 +42,7 @@ def log_prob_and_entropy(
     ignore_index : int
         Rows with this class index are skipped: both results are 0, whatever the row holds.
     n_threads : int, optional
-        At most so many threads; None: see `get_num_threads`. The number changes no bit of the result.
+        The most threads to use; None: see `get_num_threads`. The number changes no bit of the result.
 
     Returns
     -------
@@ -58,7 +58,7 @@ def log_prob_and_entropy(
 
     See Also
     --------
-    cross_entropy_stats : with prediction and rank of the target.
+    cross_entropy_stats : the entropy with prediction and rank of the target.
 
     References
     ----------

@@ -33,7 +33,7 @@ def softmax(x: object, axis: Axis = None, *, out: Array | None = None, n_threads
 
     .. math:: p_c = e^{x_c - m} / \sum_k e^{x_k - m}, \qquad m = \max_c x_c
 
-    The shift by m changes nothing but the range: no exponential overflows.
+    The shift by m leaves the result unchanged and keeps the exponentials from overflowing.
 
     Parameters
     ----------
@@ -42,9 +42,9 @@ def softmax(x: object, axis: Axis = None, *, out: Array | None = None, n_threads
     axis : int, tuple of ints or None
         Axes to normalise over; None: all of them.
     out : ndarray, optional
-        Takes the result: shape and dtype of ``x``; may be ``x``.
+        Receives the result; it has the shape and dtype of ``x`` and may be ``x``.
     n_threads : int, optional
-        At most so many threads.
+        The most threads to use.
 
     Returns
     -------
@@ -74,7 +74,7 @@ def log_softmax(x: object, axis: Axis = None, *, out: Array | None = None, n_thr
 
     .. math:: \log p_c = x_c - \log \sum_k e^{x_k}
 
-    Never the logarithm of a probability that has become 0; and the differences are taken in float64.
+    No logarithm of a probability that has underflowed to 0 is taken, and the differences are computed in float64.
 
     Parameters
     ----------
@@ -124,20 +124,20 @@ def logsumexp(
     axis : int, tuple of ints or None
         Axes to sum over; None: all of them.
     b : array_like, optional
-        Factors of the exponentials, broadcast against ``a``: the axes are those of both together. They may be negative; where
-        one is 0, its ``a`` does not matter.
+        Factors of the exponentials, broadcast against ``a``; ``axis`` refers to the broadcast shape. They may be negative;
+        where one is 0, its ``a`` does not matter.
     keepdims : bool
         Keep the reduced axes with length 1.
     return_sign : bool
         Return ``(log |sum|, sign)``; without it a negative sum gives nan. The sign of 0, also of a sum over nothing, is 0.
     n_threads : int, optional
-        At most so many threads.
+        The most threads to use.
 
     Returns
     -------
     ndarray or scalar
-        float64 for float64, else float32. (``b`` of integers counts as in NumPy, a Python number has no say.) A number ``a``
-        is taken as one of an axis of length 1.
+        float64 for float64, else float32. (An integer ``b`` takes part in promotion as in NumPy, a Python number does not.) A
+        number ``a`` is taken as an array with one axis of length 1.
     sign : ndarray or scalar
         Only with ``return_sign``.
 
@@ -282,7 +282,7 @@ def kl_div(input: object, target: object, *, reduction: str = "mean", log_target
 
 
 def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
-    """Axes >= 0, each once. A number has one axis, as NumPy's reductions have it."""
+    """Return the axes, each >= 0 and named once. A number has one axis, as in NumPy's reductions."""
     ndim = max(1, ndim)
     axes = tuple(range(ndim)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
     if not isinstance(axis, tuple) and axis is not None and not hasattr(axis, "__index__"):
@@ -298,7 +298,7 @@ def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
 
 
 def _one_axis(x: Array, axes: tuple[int, ...]) -> tuple[Array, int]:
-    """x with the axes to reduce made one; a view of x if they are one already."""
+    """Return x with the axes to reduce merged into one, and the number of that axis; x itself if there is only one."""
     if len(axes) == 1:
         return x, axes[0]
     kept = [i for i in range(x.ndim) if i not in axes]
@@ -307,7 +307,7 @@ def _one_axis(x: Array, axes: tuple[int, ...]) -> tuple[Array, int]:
 
 
 def _elementwise(name: str, x: object, axis: Axis, out: Array | None, n_threads: int | None) -> Array:
-    """softmax or log_softmax over any axes."""
+    """Return softmax or log_softmax over any axes."""
     a = floating(x, "x")
     axes = _axes(axis, a.ndim)
     threads = checked("n_threads", n_threads)
@@ -351,10 +351,10 @@ def _logsumexp(x: Array, axes: tuple[int, ...], n_threads: int | None) -> Array:
     flat, one = _one_axis(x, axes)
     flat = flat if walkable(flat, one) else like(flat, one, copy=True)
     rows = flat.shape[:one] + flat.shape[one + 1 :]
-    lse = np.full(rows, -np.inf, accumulator(x.dtype))  # the sum over nothing is 0
+    lse = np.full(rows, -np.inf, accumulator(x.dtype))  # log 0, for the sum over no classes
     _run("logsumexp", flat, one, n_threads, lse=address(lse))
     unsure = np.isnan(lse)
-    if unsure.any():  # a row with +inf has sum nan and logarithm inf, unless it holds a nan too
+    if unsure.any():  # a row with +inf has the sum nan, and the result inf unless it holds a nan too
         with np.errstate(invalid="ignore"):
             top = np.max(flat, axis=one).astype(lse.dtype)
         lse = np.where(unsure & (top == np.inf), top, lse)
@@ -362,7 +362,7 @@ def _logsumexp(x: Array, axes: tuple[int, ...], n_threads: int | None) -> Array:
 
 
 def _broadcast(a: object, b: object) -> tuple[Array, Array]:
-    """The exponents and factors of a logsumexp, broadcast against each other."""
+    """Return the exponents and factors of a logsumexp, broadcast against each other."""
     given = {"a": a, "b": b}
     arrays = {name: as_array(value, name) for name, value in given.items()}
     floats = {name: floating(array, name) for name, array in arrays.items()}
@@ -384,7 +384,7 @@ def _broadcast(a: object, b: object) -> tuple[Array, Array]:
 
 
 def _logsumexp_of_products(x: Array, b: Array, axes: tuple[int, ...], n_threads: int | None) -> tuple[Array, Array]:
-    """log |sum b e^x| and the sum's sign; x and b have one shape."""
+    """Return log |sum b e^x| and the sum's sign; x and b have the same shape."""
     (x, one), (b, _) = _one_axis(x, axes), _one_axis(b, axes)
     x = x if walkable(x, one) else like(x, one, copy=True)
     rows, acc = x.shape[:one] + x.shape[one + 1 :], accumulator(x.dtype, b.dtype)

@@ -1,6 +1,7 @@
-"""The command line's insides: ``parser`` knows the options, ``commands`` what each command does, ``output`` how it is shown.
+"""The implementation of the command line.
 
-``evaluate``, the ``files`` that it reads, and ``demo`` compute. The public functions may be imported here, and no other room's
-insides but ``_runtime``, ``_abi.dtypes`` and ``_codegen.patience``; the benchmarks by ``fastxent bench`` alone, and they import
-nothing of the command line. Begin with ``parser``.
+``parser`` defines the options, ``commands`` what each command does, ``output`` how results are shown. ``evaluate``, with
+``files``, which reads its input, and ``demo`` compute. Modules here may import the public functions, and of other rooms only
+``_runtime``, ``_abi.dtypes`` and ``_codegen.patience``. Only ``fastxent bench`` imports the benchmarks, which import nothing of
+the command line. Begin with ``parser``.
 """

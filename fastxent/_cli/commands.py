@@ -1,4 +1,4 @@
-"""What each command does: parsed options -> exit code. Each imports what it needs."""
+"""The commands: each takes the parsed options, imports what it needs, and returns the exit code."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def demo(args: argparse.Namespace) -> int:
     from fastxent._codegen.patience import quietly
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(quietly())  # a caption says that kernels are compiled
+        stack.enter_context(quietly())  # the table's caption says that kernels are compiled
         try:
             folder = Path(args.keep or stack.enter_context(TemporaryDirectory(prefix="fastxent-")))
             folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """The benchmarks are no part of the installed package: they lie beside it in the repository."""
+    """Run the benchmarks, which are not in the installed package: they are next to it in the repository."""
     repository = Path(__file__).resolve().parents[2]
     if not (repository / "benchmarks" / "compare.py").is_file():
         raise CommandError(

@@ -1,12 +1,12 @@
-"""Softmax regression on handwritten digits: fastxent at work, on real data that ships inside scikit-learn.
+"""Softmax regression on handwritten digits, real data that ships with scikit-learn, trained with fastxent.
 
 With logits z_n = W x_n + b, the objective is scikit-learn's ``LogisticRegression(C=C)`` divided by C N,
 
     f(W, b)   = 1/N sum_n cross_entropy(z_n, y_n) + 1/(2 N C) ||W||^2          b is not penalised
     df/dW     = dz^T X + W / (N C)        df/db = sum_n dz_n                   dz = df/dz, (N, classes)
 
-so both must find the same W. They find b up to a constant: adding one to all the logits of a row changes no
-probability, and b has no penalty to choose it.
+so both must find the same W. They find b only up to a constant: adding one to all the logits of a row changes no
+probability, and no penalty on b selects one of the solutions.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Result:
-    """What the demo found."""
+    """The results of the demo."""
 
     steps: list[Step]
     loss: float
@@ -69,7 +69,7 @@ class Result:
     evaluation: Evaluation
 
 
-@threadpool_limits.wrap(limits=1, user_api="blas")  # on a busy machine, BLAS threads take 10 x as long for so small a product
+@threadpool_limits.wrap(limits=1, user_api="blas")  # for so small a product, threaded BLAS takes 10 x as long on a busy machine
 def run(folder: Path, on_step: Callable[[Step], None] = lambda step: None) -> Result:
     """Train, compare with scikit-learn, write ``logits.npy`` and ``targets.npy`` to `folder`, evaluate them.
 
@@ -120,7 +120,7 @@ def run(folder: Path, on_step: Callable[[Step], None] = lambda step: None) -> Re
 
     model = LogisticRegression(C=C, tol=1e-10, max_iter=10_000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that its line search ends before so small a tolerance is no news
+        warnings.simplefilter("ignore")  # its line search stops short of so small a tolerance, as expected
         model.fit(x, y)
     sklearn_loss = log_loss(y, model.predict_proba(x)) + (model.coef_**2).sum() / (2 * n * C)
 

@@ -1,10 +1,10 @@
-"""Evaluate logits that lie in files: loss, accuracy and calibration, in bounded memory.
+"""Evaluates logits in files: loss, accuracy and calibration, in bounded memory.
 
-The files are somebody else's, so nothing they say is believed (see ``files``), and every class index is checked before the
-first logit is read. What is wrong becomes an `InputError`.
+The files may come from strangers, so nothing that they say is trusted (see ``files``), and every class index is checked before
+the first logit is read. Any fault raises an `InputError`.
 
-How the data travels: `open_array` -> `Mapped` (.npy) or `Streamed` (an array in a .npz) -> `blocks` of about
-32 MB -> ``fastxent.cross_entropy_stats`` -> `Totals`, sums in float64 -> `Evaluation`.
+Data flow: `open_array` -> `Mapped` (.npy) or `Streamed` (an array in a .npz) -> `blocks` of about 32 MB ->
+``fastxent.cross_entropy_stats`` -> `Totals`, sums in float64 -> `Evaluation`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import numpy as np
 from fastxent._abi.dtypes import NAMES
 from fastxent._cli.files import Array, FileArray, Index, InputError, is_bfloat16, is_float, open_array
 
-BLOCK_BYTES = 32 << 20  # of logits: enough to keep every core busy, little beside any machine's memory
-BLOCK_ROWS = 1 << 16  # so that the statistics of the rows stay in cache: at C = 10, 0.30 s, with four times as many 0.65 s
-BINS = 15  # of the calibration error
+BLOCK_BYTES = 32 << 20  # of logits: enough to keep every core busy, small compared with any machine's memory
+BLOCK_ROWS = 1 << 16  # keeps the statistics of the rows in cache: at C = 10, 0.30 s; four times as many rows took 0.65 s
+BINS = 15  # bins of the calibration error
 FLOATS = f"{', '.join(NAMES[:-1])} or {NAMES[-1]}"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured. Means are over the rows that are kept, that is not ignored."""
+    """The result of `evaluate`. Means are over the kept rows, those that are not ignored."""
 
-    loss: float  # the mean, as torch.nn.functional.cross_entropy
+    loss: float  # the mean, as of torch.nn.functional.cross_entropy
     perplexity: float  # exp(loss)
     top1_accuracy: float
     top5_accuracy: float
@@ -64,7 +64,7 @@ def evaluate(
         A ``.npy`` file (memory-mapped), a ``.npz`` file that holds one array, or ``FILE.npz:key``.
         Logits: float16, bfloat16, float32 or float64, classes along `axis`.
         Targets: integer class indices of the shape of the logits without `axis`, or floating class
-        probabilities of the shape of the logits. Weight: one number a class.
+        probabilities of the shape of the logits. Weight: one number per class.
     axis, ignore_index, label_smoothing
         As in `fastxent.cross_entropy`.
     progress : callable, optional
@@ -77,7 +77,7 @@ def evaluate(
     Raises
     ------
     InputError
-        A file cannot be read, or what it holds does not fit.
+        A file cannot be read, or its content does not fit.
     """
     x, t = open_array(logits), open_array(targets)
     axis, by_index = _check_headers(x, t, axis)
@@ -95,7 +95,7 @@ def evaluate(
     if by_index:
         _check_targets(t, (rows for _, rows in work()), n_classes, ignore_index)
 
-    from fastxent import cross_entropy_stats  # now: what is wrong so far is told before Numba is loaded
+    from fastxent import cross_entropy_stats  # imported here, so that earlier faults are reported before Numba is loaded
 
     options: dict[str, Any] = {"weight": w, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
 
@@ -105,7 +105,7 @@ def evaluate(
         except (ValueError, TypeError, IndexError, OverflowError) as error:
             raise InputError(str(error)) from error
 
-    # A block of zeros first: wrong options end here, and compiling stays out of the seconds.
+    # A block of zeros comes first: wrong options raise here, and the measured seconds do not include compiling.
     x_index, t_index = next(work())
     stats(x.zeros(x_index), t.zeros(t_index))
 
@@ -133,7 +133,7 @@ def evaluate(
 
 
 def blocks(rows: tuple[int, ...], at_most: int) -> Iterator[Index]:
-    """Cut an index space into blocks of at most so many positions, contiguous in C order and in that order.
+    """Yield blocks of at most ``at_most`` positions that cover an index space, each contiguous in C order, and in that order.
 
     >>> [[(s.start, s.stop) for s in index] for index in blocks((5,), 2)]
     [[(0, 2)], [(2, 4)], [(4, 5)]]
@@ -161,16 +161,16 @@ class Totals:
         self.axis, self.weight = axis, weight
         self.loss = self.divisor = self.entropy = 0.0
         self.kept = self.nonfinite = self.top1 = self.top5 = 0
-        self.surplus = np.zeros(BINS)  # of each bin: sum of confidence - hits
+        self.surplus = np.zeros(BINS)  # (BINS,): sum of confidence - hit over the rows of a bin
 
-    @np.errstate(all="ignore")  # inf - inf and the like are answers here, not accidents
+    @np.errstate(all="ignore")  # inf - inf and the like are valid results here
     def add(self, x: Array, t: Array, stats: Any) -> None:
         """Add one block: logits `x`, targets `t` and their `CrossEntropyStats`."""
         keep = np.asarray(stats.target_rank) >= 0
         loss, lse, entropy, rank = (np.asarray(a)[keep] for a in (stats.loss, stats.lse, stats.entropy, stats.target_rank))
         chosen = np.take_along_axis(x, np.expand_dims(np.asarray(stats.prediction), self.axis), self.axis)
         confidence = np.exp(chosen.squeeze(self.axis)[keep].astype(np.float64) - lse)
-        known = np.isfinite(lse)  # nan beats nothing, so its rank would be 0: such a row is no hit
+        known = np.isfinite(lse)  # no logit is greater than nan, so the rank would be 0: such a row is no hit
         hit = known & (rank == 0)
 
         self.kept += len(loss)
@@ -180,12 +180,12 @@ class Totals:
         self.nonfinite += int(np.count_nonzero(~np.isfinite(loss)))
         self.top1 += int(np.count_nonzero(hit))
         self.top5 += int(np.count_nonzero(known & (rank < 5)))
-        # Bin m is (m / BINS, (m + 1) / BINS]; a confidence of nan lands in bin 0 and makes the result nan.
+        # Bin m is (m / BINS, (m + 1) / BINS]; a confidence of nan falls in bin 0 and makes the result nan.
         which = np.clip(np.ceil(np.nan_to_num(confidence) * BINS).astype(np.intp) - 1, 0, BINS - 1)
         self.surplus += np.bincount(which, weights=np.minimum(confidence, 1.0) - hit, minlength=BINS)
 
     def calibration_error(self) -> float:
-        """Expected calibration error: mean of |accuracy - confidence| over the bins, weighted by their rows.
+        """Return the expected calibration error: the mean of |accuracy - confidence| over the bins, weighted by their rows.
 
         Confidence is the probability of the prediction, in 15 bins of equal width. Guo, Pleiss, Sun and
         Weinberger, On Calibration of Modern Neural Networks, ICML 2017, equation 3.
@@ -194,7 +194,7 @@ class Totals:
 
     @np.errstate(all="ignore")
     def result(self, **facts: Any) -> Evaluation:
-        """The means. With nothing kept they are nan, as in PyTorch."""
+        """Return the means; without kept rows they are nan, as in PyTorch."""
         loss = np.float64(self.loss) / self.divisor
         top1, top5, entropy = np.array([self.top1, self.top5, self.entropy]) / self.kept
         return Evaluation(
@@ -210,11 +210,11 @@ class Totals:
         )
 
 
-# Do the arrays fit? --------------------------------------------------------------------------------
+# Checks of shapes, dtypes and class indices ---------------------------------------------------------
 
 
 def _check_headers(x: FileArray, t: FileArray, axis: int) -> tuple[int, bool]:
-    """The class axis, not negative, and whether the targets are class indices (else class probabilities)."""
+    """Return the class axis, >= 0, and whether the targets are class indices (else class probabilities)."""
     if not is_float(x.dtype):
         swapped = " (LOGITS and TARGETS swapped?)" if x.dtype.kind in "iu" and is_float(t.dtype) else ""
         raise InputError(f"{x.name} holds {x.dtype}: logits are {FLOATS}{swapped}")
@@ -237,7 +237,7 @@ def _check_headers(x: FileArray, t: FileArray, axis: int) -> tuple[int, bool]:
 
 
 def _check_targets(t: FileArray, work: Iterator[Index], n_classes: int, ignore_index: int) -> None:
-    """Every class index is in range, or the first that is not is named. Leaves `t` at its beginning."""
+    """Raise an error that names the first class index out of range, if there is one; else rewind `t`."""
     first, bad = "", 0
     for index in work:
         block = t.block(index)

@@ -1,8 +1,7 @@
-"""Arrays in files of strangers: .npy is mapped, a member of a .npz is read as a stream.
+"""Reads arrays from untrusted files: a .npy is memory-mapped, a member of a .npz is read as a stream.
 
-Nothing that such a file says is believed: a header is read from a bounded prefix, the size it promises is compared with the
-bytes that are there before anything is mapped or allocated, and nothing is ever unpickled. What is wrong becomes an
-`InputError`.
+Nothing that such a file says is trusted: a header is read from a bounded prefix, the size it promises is compared with the
+bytes that are there before anything is mapped or allocated, and nothing is ever unpickled. Any fault raises an `InputError`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-WHOLE_BYTES = 1 << 30  # the most that is read at once, where an array in a .npz cannot be read in blocks
+WHOLE_BYTES = 1 << 30  # the largest array that is read whole, if it is in a .npz and cannot be read in blocks
 HEADER_BYTES = 1 << 14  # NumPy itself refuses headers past 10 000 bytes
 
 Array = npt.NDArray[Any]
@@ -29,11 +28,11 @@ Index = tuple[slice, ...]
 
 
 class InputError(ValueError):
-    """What is wrong with a file or an option, for the person who named it."""
+    """A fault in a file or an option, described for the person who named it."""
 
 
 class Header(NamedTuple):
-    """What the header of a .npy stream says, checked for sense."""
+    """The checked content of the header of a .npy stream."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -51,24 +50,24 @@ class FileArray:
     def __init__(self, name: str, header: Header) -> None:
         self.name, self.header = name, header
         self.shape, self.dtype, self.n_bytes = header.shape, header.dtype, header.n_bytes
-        self.read_bytes = 0  # since the beginning or `rewind`
+        self.read_bytes = 0  # since the file was opened or rewound
 
     def block(self, index: Index) -> Array:
-        """The elements of one block, bfloat16 widened to float32."""
+        """Return the elements of one block; bfloat16 is widened to float32."""
         raw = self._raw(index)
         self.read_bytes += raw.nbytes
         return _widen(raw)
 
     def zeros(self, index: Index) -> Array:
-        """Zeros of the shape and type that `block` would return, without reading."""
+        """Return zeros of the shape and dtype that `block` would return, without reading."""
         return _widen(np.zeros([s.stop - s.start for s in index], self.dtype))
 
     def in_blocks(self, axis: int | None) -> FileArray:
-        """An array of which the rows can be read block by block: this one, if possible. Classes on `axis`."""
+        """Return an array whose rows can be read block by block, this one if possible; the classes are on `axis`."""
         return self
 
     def release(self) -> None:
-        """Let go of what was read so far."""
+        """Release the memory of what was read so far."""
 
     def rewind(self) -> None:
         self.read_bytes = 0
@@ -89,11 +88,11 @@ class Mapped(FileArray):
 
     def _raw(self, index: Index) -> Array:
         if isinstance(self._buffer, mmap.mmap) and self._buffer.size() < self.header.offset + self.n_bytes:
-            raise InputError(f"{self.name} is cut short")  # since it was opened: to read behind its end would be a SIGBUS
-        return np.asarray(self._array[index])  # () gives a scalar
+            raise InputError(f"{self.name} is cut short")  # after it was opened: reading past its end would raise SIGBUS
+        return np.asarray(self._array[index])  # the index () gives a scalar
 
     def release(self) -> None:
-        # Else the resident memory grows to the size of the file. The system's cache keeps the pages.
+        # Without this, the resident memory grows to the size of the file. The system's page cache still holds the pages.
         if isinstance(self._buffer, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             self._buffer.madvise(mmap.MADV_DONTNEED)
 
@@ -139,13 +138,13 @@ class Streamed(FileArray):
 
 
 def open_array(spec: str) -> FileArray:
-    """The array in ``FILE.npy``, ``FILE.npz`` (if it holds one) or ``FILE.npz:key``; reads the header."""
+    """Return the array in ``FILE.npy``, ``FILE.npz`` (if it holds one) or ``FILE.npz:key``; only its header is read."""
     path, key = spec, ""
     if not os.path.lexists(spec) and ".npz:" in spec:
         path, _, key = spec.partition(".npz:")
         path += ".npz"
     with _in_one_line(spec):
-        if not stat.S_ISREG(os.stat(path).st_mode):  # before opening: a FIFO would wait for a writer
+        if not stat.S_ISREG(os.stat(path).st_mode):  # tested before opening: a FIFO would wait for a writer
             raise InputError(f"{spec} is not a regular file")
         with open(path, "rb") as file:
             prefix = file.read(HEADER_BYTES)
@@ -177,7 +176,7 @@ def _read_header(name: str, prefix: bytes, size: int) -> Header:
         raise InputError(f"{name} is not a .npy or .npz file{pickle}")
     stream = io.BytesIO(prefix)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy's remark on headers that Python 2 wrote
+        warnings.simplefilter("ignore")  # NumPy warns of headers that Python 2 wrote
         version = np.lib.format.read_magic(stream)
         if version == (1, 0):
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
@@ -198,7 +197,7 @@ def _read_header(name: str, prefix: bytes, size: int) -> Header:
 
 @contextlib.contextmanager
 def _in_one_line(name: str) -> Iterator[None]:
-    """Whatever a file makes the readers raise is an `InputError`: in here, parsers meet hostile bytes."""
+    """Turn whatever the parsers raise within this context, where they may read hostile bytes, into an `InputError`."""
     try:
         yield
     except InputError:
@@ -209,7 +208,7 @@ def _in_one_line(name: str) -> Iterator[None]:
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    """NumPy saves an array of ml_dtypes.bfloat16 as plain records of two bytes."""
+    """Return whether a dtype is bfloat16: NumPy saves an array of ml_dtypes.bfloat16 as plain records of two bytes."""
     return dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None and dtype.subdtype is None
 
 
@@ -218,7 +217,7 @@ def is_float(dtype: np.dtype[Any]) -> bool:
 
 
 def _widen(block: Array) -> Array:
-    """bfloat16 is the upper half of a float32; everything else stays as it is."""
+    """Return a bfloat16 block as float32, of which bfloat16 is the upper half; return any other block as it is."""
     if not is_bfloat16(block.dtype):
         return block
     return np.left_shift(block.view(np.uint16), 16, dtype=np.uint32).view(np.float32)

@@ -1,4 +1,4 @@
-"""What the commands print: tables, JSON, a bar that moves, one line where they fail."""
+"""The output of the commands: tables, JSON, a progress bar, and one line when they fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class CommandError(Exception):
-    """Ends the command with one line on stderr and exit code 2."""
+    """An error that ends the command with one line on stderr and exit code 2."""
 
 
 def evaluation_table(result: Evaluation) -> str:
@@ -43,9 +43,9 @@ def config_table(config: Mapping[str, Any]) -> str:
 
 
 def _table(sections: Mapping[str, Mapping[str, Any]]) -> str:
-    """Two columns, names and values; each section but the one named "" under its name.
+    """Return two columns, names and values; each section but the one named "" is listed under its name.
 
-    Plain text: it is copied into reports of faults, and needs nothing that may be missing there.
+    The table is plain text: it is copied into bug reports, and needs no package that may be missing.
 
     >>> print(_table({"": {"rows": 3}, "threads": {"default": 2, "cores": [0, 1]}}))
     rows       3
@@ -65,7 +65,7 @@ def _table(sections: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _printable(line: str) -> str:
-    """What the output's encoding lacks as escape codes: names of files may hold any bytes."""
+    """Return a line with escape codes for what the output's encoding lacks: names of files may hold any bytes."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return line.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -77,7 +77,7 @@ def print_json(facts: Mapping[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no nan and no inf; null stands for them."""
+    """Return a value with None in place of nan and inf, which JSON lacks."""
     if isinstance(value, Mapping):
         return {str(k): _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -86,7 +86,7 @@ def _finite(value: Any) -> Any:
 
 
 def one_line(message: str) -> str:
-    """The message without line breaks or escape codes: part of it may come from a hostile file.
+    """Return the message without line breaks or escape codes: part of it may come from a hostile file.
 
     >>> one_line("a name\\n with \\x1b[31m")
     'a name with \\\\x1b[31m'
@@ -97,7 +97,7 @@ def one_line(message: str) -> str:
 
 @contextlib.contextmanager
 def needs_extra(extra: str = "cli", packages: Sequence[str] = ("rich", "scipy", "sklearn")) -> Iterator[None]:
-    """Imports of an extra: where one is missing, say what to do."""
+    """Turn a failed import of an extra's package, within this context, into an error that says what to install."""
     try:
         yield
     except ImportError as error:
@@ -116,7 +116,7 @@ def console() -> Console:
 
 @contextlib.contextmanager
 def progress(unit: str) -> Iterator[Callable[..., None] | None]:
-    """A function (done, total[, name]) that moves a bar on stderr; None where nobody would see it."""
+    """Yield a function (done, total[, name]) that moves a bar on stderr, or None without a terminal or rich."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -136,7 +136,7 @@ def progress(unit: str) -> Iterator[Callable[..., None] | None]:
     else:
         columns += (progress.MofNCompleteColumn(), progress.TimeElapsedColumn())
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("preparing", total=None)  # total=None: it moves, but to no known end
+        task = bar.add_task("preparing", total=None)  # total=None: a bar without a known end
 
         def update(done: int, total: int, name: str = "") -> None:
             bar.update(task, completed=done, total=total, description=name)
@@ -148,7 +148,7 @@ def progress(unit: str) -> Iterator[Callable[..., None] | None]:
 
 
 def run_live(run: Callable[..., Result], folder: Any, console: Console) -> Result:
-    """Train while a table shows how it goes: the iterations that are powers of two, and the latest."""
+    """Train while a table shows the progress: the iterations that are powers of two, and the latest."""
     from rich.live import Live
     from rich.table import Table
 

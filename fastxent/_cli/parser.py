@@ -1,4 +1,4 @@
-"""The options of the commands."""
+"""The command-line parser: the options of each command."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     command = add("demo", commands.demo, "train on handwritten digits and check the result against scikit-learn")
     command.add_argument("--keep", metavar="DIR", help="write logits.npy and targets.npy of the test set here")
 
-    # The options of ``bench`` are the benchmarks' own: here they are words like any others.
+    # The benchmarks parse the options of ``bench`` themselves: here no prefix marks an option, so all words are passed on.
     text = "time fastxent, its peers and the memory roofline"
     command = subparsers.add_parser("bench", help=text, add_help=False, prefix_chars="\0")
     command.set_defaults(run=commands.bench)

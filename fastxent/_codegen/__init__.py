@@ -1,9 +1,9 @@
-"""From a kernel's name and variant to its machine code.
+"""Turns a kernel's name and variant into machine code.
 
-``registry`` holds what this process has; ``machine_code`` gets it from the disk or from the compiler, and links it;
-``cache_key`` names a kernel's file after all that its code depends on; ``disk_cache`` says in which folders such files may
-lie, who may write there, and when they are removed; ``compiler`` makes an object file with Numba, and is imported for that
-only. ``uninterrupted`` keeps Ctrl-C from cutting an import or a compilation in two, and ``patience`` tells the user that it
-takes long. ``_abi``, ``_simd`` and ``_kernels`` may be imported here. Begin
+``registry`` holds the compiled kernels of this process. ``machine_code`` loads a kernel from the disk cache or has it
+compiled, and links it. ``cache_key`` names a kernel's file after everything that its code depends on. ``disk_cache`` decides
+which folders may hold such files, who may write there, and when files are removed. ``compiler`` makes an object file with
+Numba, and is imported only for that. ``uninterrupted`` keeps Ctrl-C from interrupting an import or a compilation, and
+``patience`` tells the user when compiling takes long. Modules here may import ``_abi``, ``_simd`` and ``_kernels``. Begin
 with ``registry``.
 """

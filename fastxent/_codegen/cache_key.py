@@ -1,6 +1,6 @@
-"""What the machine code of a kernel depends on, and the name that its file gets from that.
+"""Names the file of a kernel after everything that its machine code depends on.
 
-The sources count without comments and docstrings: whoever explains a kernel better does not compile it again.
+The sources are hashed without comments and docstrings, so an edit of those compiles nothing again.
 """
 
 from __future__ import annotations
@@ -24,43 +24,43 @@ from fastxent._abi.variant import Variant
 from fastxent._codegen.disk_cache import SUFFIX
 
 PACKAGE = __package__.partition(".")[0]
-# What a kernel is made of: rooms of jitted code and of what they share, and who compiles them. ``_fastpath`` may be missing.
+# The sources of a kernel: the rooms of jitted code, what they share, and the compiler. ``_fastpath`` may be missing.
 ROOMS = "_abi", "_simd", "_kernels", "_fastpath.front_end", "_runtime.plan", "_codegen.compiler"
 
 _LITERAL_OR_COMMENT = re.compile(rb"""("{3}.*?"{3}|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|\#[^\n]*""", re.DOTALL)
-_DOCSTRING = re.compile(rb'(:\n)\s*[rR]?"{3}.*?"{3}\n', re.DOTALL)  # the first statement of a class or function
+_DOCSTRING = re.compile(rb'(:\n)\s*[rR]?"{3}.*?"{3}\n', re.DOTALL)  # the first statement after a colon
 
 
 def file_name(name: str, variant: Variant) -> str:
-    """Of the file with kernel ``name``: all that its code depends on, and in the middle the build that it is a part of."""
+    """Return the file name of kernel ``name``: its name, the build id, and a hash of everything that its code depends on."""
     key = hashlib.sha256(repr((build_id(), name, tuple(variant), _host())).encode()).hexdigest()[:32]
     return f"{name}-{build_id()}-{key}{SUFFIX}"
 
 
 @lru_cache(maxsize=1)
 def build_id() -> str:
-    """Hash of the sources, and of Numba's version."""
+    """Return a hash of the sources and of Numba's version."""
     parts = (name.encode() + _source(name) for name in sources())
     return hashlib.sha256(b"".join(parts) + _numba()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=1)
 def _host() -> tuple[str | None, ...]:
-    """The processor that Numba compiles for, and the compiler."""
+    """Return what identifies the processor that Numba compiles for, and llvmlite's version."""
     chosen = (os.environ.get(f"NUMBA_{name}") for name in ("CPU_NAME", "CPU_FEATURES", "ENABLE_AVX"))
     return (*chosen, binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), llvmlite.__version__)
 
 
 def _numba() -> bytes:
-    """What tells one version of Numba from another: it is not imported for that."""
+    """Return the source of ``numba._version``, which identifies Numba's version, without importing Numba."""
     package = find_spec("numba")
     return b"" if package is None else _content(PathFinder.find_spec("numba._version", package.submodule_search_locations))
 
 
 def sources() -> list[str]:
-    """The modules in these rooms, found where the rooms are; nothing is imported but the rooms' parents."""
+    """Return the names of all modules in ``ROOMS``, listed from their folders; only the rooms' parents are imported."""
     found = [f"{PACKAGE}.{room}" for room in ROOMS if find_spec(f"{PACKAGE}.{room.partition('.')[0]}") is not None]
-    for name in found:  # grows as rooms within rooms are found
+    for name in found:  # the list grows while it is walked, as subpackages are found
         spec = find_spec(name)
         places = spec.submodule_search_locations if spec is not None else None
         found += sorted(f"{name}.{module.name}" for module in iter_modules(places or []))
@@ -68,12 +68,12 @@ def sources() -> list[str]:
 
 
 def _source(name: str) -> bytes:
-    """What a module is made from."""
+    """Return the content of module ``name``."""
     return _content(find_spec(name))
 
 
 def _content(spec: ModuleSpec | None) -> bytes:
-    """The source of a module, in a folder or in a zip archive; where there is none, what its code does."""
+    """Return the source of a module, from a folder or a zip archive, or its marshalled code where there is no source."""
     if spec is None:
         return b""
     loader: Any = spec.loader
@@ -84,14 +84,17 @@ def _content(spec: ModuleSpec | None) -> bytes:
 
 
 def without_comments(source: bytes) -> bytes:
-    """A module's source without comments, docstrings and empty lines: in 10 ms for all, where Python's parser takes 100."""
+    """Return a source without comments, docstrings and empty lines.
+
+    The regular expressions take 10 ms for all modules; Python's parser would take 100 ms.
+    """
     lines = _LITERAL_OR_COMMENT.sub(rb"\1", source).split(b"\n")
-    code = b":\n" + b"\n".join(filter(None, map(bytes.rstrip, lines))) + b"\n"  # a module begins as a function does
+    code = b":\n" + b"\n".join(filter(None, map(bytes.rstrip, lines))) + b"\n"  # the colon lets it match the module's too
     return _DOCSTRING.sub(rb"\1", code)[2:]
 
 
 def _meaning(part: Any) -> Any:
-    """A module's code without its place: neither files nor lines. The same for all copies."""
+    """Return a module's code without file names and line numbers, so that all copies of it are equal."""
     if isinstance(part, CodeType):
         shape = part.co_argcount, part.co_kwonlyargcount, part.co_flags, part.co_name, part.co_code
         names = part.co_names, part.co_varnames, part.co_freevars, part.co_cellvars

@@ -1,4 +1,4 @@
-"""Compiles a task for a variant. Importing this module imports Numba."""
+"""Compiles a task for a variant; importing this module imports Numba."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TILES = Layout.TRANSPOSED_TILE, Layout.GATHERED_TILE, Layout.PANEL
 
 
 def task_type(name: str, variant: Variant) -> vector.Task:
-    """The Numba type of the argument block: which slot is what, and what the compiler may take for granted."""
+    """Return the Numba type of the argument block: the kind of each slot, and the constants that the compiler may assume."""
     acc = variant.acc
     kinds: dict[str, Any] = {
         "int": "int",
@@ -56,7 +56,7 @@ def task_type(name: str, variant: Variant) -> vector.Task:
 
 
 def c_function(name: str, variant: Variant) -> tuple[Any, str]:
-    """Kernel ``name``, or a function of ``BUILTINS``, as a C function: see ``numba_backend``."""
+    """Return kernel ``name``, or a function of ``BUILTINS``, compiled to a C function: see ``numba_backend``."""
     if name in BUILTINS:
         builtin = getattr(import_module(BUILTINS[name]), name)
         return numba_backend.c_function(builtin, types.int64(types.int64, types.int64, types.int64))
@@ -67,7 +67,8 @@ def c_function(name: str, variant: Variant) -> tuple[Any, str]:
     return numba_backend.c_function(function, types.void(task, types.int64, types.int64))
 
 
-# The linker makes no room for addresses of functions but where code takes them from a table, as compilers say -fno-plt.
+# MCJIT's linker reserves room for the address of a function, such as memset, only where code loads that address from the
+# global offset table, as compilers' option -fno-plt makes it do.
 _MEMSET_BY_TABLE = """
 !llvm.module.flags = !{!999999}
 !999999 = !{i32 7, !"RtLibUseGOT", i32 1}
@@ -75,15 +76,15 @@ _MEMSET_BY_TABLE = """
 
 
 def object_code(name: str, variant: Variant) -> bytes:
-    """Kernel ``name`` as an object file, in which it is called ``SYMBOL``."""
+    """Return kernel ``name`` as an object file that defines it as ``SYMBOL``."""
     library, symbol = c_function(name, variant)
     module = binding.parse_assembly(library.get_llvm_str() + _MEMSET_BY_TABLE)
     module.get_function(symbol).name = SYMBOL
     for value in (*module.functions, *module.global_variables):
         if not value.is_declaration and value.name != SYMBOL:
-            value.linkage = "private"  # Numba's names, a few thousand letters each, stay out of the file
+            value.linkage = "private"  # keeps Numba's names, a few thousand letters each, out of the file
     triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
-    # Small code: constants are near, for ``machine_code.link`` puts all of a file into one piece of memory.
+    # The small code model needs constants near the code: ``machine_code.link`` loads a file into one contiguous region.
     machine = binding.Target.from_triple(triple).create_target_machine(
         cpu, features, opt=3, reloc="pic", codemodel="small", jit=True
     )
@@ -92,13 +93,13 @@ def object_code(name: str, variant: Variant) -> bytes:
 
 
 def _drop_errors(module: binding.ModuleRef, machine: binding.TargetMachine) -> None:
-    """What C calls would report an exception to Python, with Numba's help: but a kernel raises none.
+    """Remove the code that would report an exception to Python through Numba's helper functions: a kernel raises none.
 
-    Where a file is linked, Numba may not be there. Of a function that is not found the linker says nothing: it, and whatever
-    else is not in the file, would be called at address 0, be it ``memset``.
+    Numba may be missing where a file is linked, and the linker does not report a function that it cannot find: that function,
+    even ``memset``, would be called at address 0. So a function that is still declared and not defined is an error here.
     """
     passes = binding.create_new_module_pass_manager()
-    passes.add_ipsccp_pass()  # what returns 0 and nothing else is known to where it is called
+    passes.add_ipsccp_pass()  # tells callers which functions only ever return 0: no exception
     passes.add_strip_dead_prototype_pass()
     passes.run(module, binding.create_pass_builder(machine, binding.create_pipeline_tuning_options()))
     outside = [f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")]

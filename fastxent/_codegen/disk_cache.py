@@ -1,12 +1,13 @@
-"""The disk cache of kernels: in which folders it may lie, who may write to them, and its files.
+"""The disk cache of kernels: which folders may hold it, who may write to them, and its files.
 
-The files are native code, which is run as it is found. So a folder, or a file, that another user could have written to is
-refused, by the rules that OpenSSH has for its keys (see .github/SECURITY.md); and a folder whose path is not absolute is
-whichever folder the process happens to be in. Windows keeps users apart by other means: there, only the path is looked at.
+The files are native code that runs as it is found. So a folder or file that another user could have written to is refused, by
+the rules that OpenSSH has for its keys (see .github/SECURITY.md). A folder whose path is relative is refused too, since it
+depends on the process's working directory. Windows separates users by other means: there, only the path is checked.
 
-Nothing ever changes in a file: its name says all that its code depends on. So processes that compile at once write the same
-file, and each may read the other's. A file is a checksum, then the code. Where a folder has more than ``LIMIT`` bytes of them,
-whoever writes there removes those of other builds of fastxent, which are no longer asked for: the ones read last stay longest.
+A file never changes, since its name says everything that its code depends on. So processes that compile at the same time write
+the same file, and each may read the other's. A file is a checksum followed by the code. When a folder holds more than ``LIMIT``
+bytes of files, the next process that writes there removes those of other builds of fastxent, which are no longer needed, the
+least recently read first.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from typing import ClassVar, NamedTuple
 
 class Folder(NamedTuple):
     path: str
-    mode: int  # that it is made with
-    limit: str | None = None  # of the folders above it, the first that is not looked at
-    owner: int | None = None  # beside root and this user, who else may own it
+    mode: int  # the permissions that it is created with
+    limit: str | None = None  # the first of its parent folders that is not checked
+    owner: int | None = None  # a user who may own it, besides root and this user
 
 
 SUFFIX = ".fastxent"
-LIMIT = 200_000_000  # bytes: some ten thousand kernels
+LIMIT = 200_000_000  # bytes: about ten thousand kernels
 
 
 class _State:
@@ -44,7 +45,7 @@ class _State:
 
 
 def folders() -> list[Folder]:
-    """Where code may lie, the best place first; of each place that is refused there is a warning."""
+    """Return the folders that may hold code, the best first, and warn of each folder that is refused."""
     trusted = []
     for folder, fault in judged():
         if fault is None:
@@ -55,7 +56,7 @@ def folders() -> list[Folder]:
 
 
 def judged() -> Iterator[tuple[Folder, str | None]]:
-    """The folders, and what speaks against each."""
+    """Yield each candidate folder with the reason why it is refused, or None."""
     if chosen := os.environ.get("NUMBA_CACHE_DIR"):
         if Path(chosen).is_absolute():
             folder = _folder(chosen, 0o755)
@@ -71,12 +72,12 @@ def judged() -> Iterator[tuple[Folder, str | None]]:
 
 
 def _beside_the_package() -> Folder | None:
-    """Trusted are those, too, who can change the package: they need no cache to run code as this user."""
+    """Return the folder inside the package. Who can change the package is trusted: they need no cache to run code."""
     file = globals().get("__file__", "")
-    if not Path(file).is_absolute() or getattr(sys, "frozen", False):  # a frozen program may unpack itself anew each time
+    if not Path(file).is_absolute() or getattr(sys, "frozen", False):  # it may unpack itself anew on each start
         return None
     package = os.path.realpath(os.path.dirname(os.path.dirname(file)))
-    owner = os.stat(package).st_uid if os.path.isdir(package) else None  # else it is in a zip archive
+    owner = os.stat(package).st_uid if os.path.isdir(package) else None  # None: the package is in a zip archive
     return Folder(os.path.realpath(os.path.join(package, "__pycache__")), 0o755, package, owner)
 
 
@@ -88,20 +89,20 @@ def _of_the_user() -> Folder | None:
     else:
         chosen, default = os.environ.get("XDG_CACHE_HOME", ""), "~/.cache"
     for users in (chosen, os.path.expanduser(default)):
-        if Path(users).is_absolute():  # others are to be ignored, says XDG's specification; and there may be no home
+        if Path(users).is_absolute():  # XDG's specification ignores relative paths, and a home may be missing
             return _folder(os.path.join(users, "fastxent"), 0o700)
     return None
 
 
 def _folder(path: str, mode: int) -> Folder:
-    """As OpenSSH does, trust what is above the user's home."""
+    """Return a `Folder` that is checked up to the user's home; as in OpenSSH, the folders above the home are trusted."""
     path, home = os.path.realpath(path), os.path.expanduser("~")
     home = os.path.realpath(home) if Path(home).is_absolute() else path
     return Folder(path, mode, os.path.dirname(home) if path.startswith(home + os.sep) else None)
 
 
 def cache_folder() -> str:
-    """Where new code is written."""
+    """Return the folder that new code is written to, or a text that says that there is none."""
     for folder, fault in judged():
         path = Path(folder.path)
         there = next((str(f) for f in (path, *path.parents) if os.path.exists(f)), "")
@@ -116,7 +117,7 @@ def cache_folder() -> str:
 
 
 def _fault_of(folder: Folder) -> str | None:
-    """Could others put files into a folder, or another folder in its place? What is not there yet is made by this user."""
+    """Return why others could write to a folder, or replace it, or None. This user will create what does not exist yet."""
     path = Path(folder.path)
     for at in (path, *path.parents):
         if str(at) == folder.limit:
@@ -129,7 +130,10 @@ def _fault_of(folder: Folder) -> str | None:
 
 
 def _fault(state: os.stat_result, folder: Folder, above: bool = False) -> str | None:
-    """Who else may write to a file or folder? In a sticky one ``above``, all may, but not touch what belongs to others."""
+    """Return who else may write to a file or folder, or None.
+
+    In a sticky folder ``above``, anyone may write, but may not replace what belongs to others.
+    """
     if not hasattr(os, "geteuid"):
         return None
     if state.st_uid not in (0, os.geteuid(), folder.owner):
@@ -144,11 +148,11 @@ def _fault(state: os.stat_result, folder: Folder, above: bool = False) -> str | 
 
 
 def _is_private(group: int) -> bool:
-    """Has the group no member but this user? Where each has such a group, its folders are writable to it as a rule."""
+    """Return whether this user is the group's only member: where each user has such a group, folders let it write."""
     import grp
     import pwd
 
-    with suppress(KeyError):  # a user, or group, without a name
+    with suppress(KeyError):  # the user or the group has no name
         user, members = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
         own = user.pw_uid != 0 and group == user.pw_gid and members.gr_name == user.pw_name
         return own and set(members.gr_mem) <= {user.pw_name}
@@ -167,29 +171,29 @@ def _warn_of(path: str, fault: str) -> None:
 
 
 def read(name: str) -> bytes | None:
-    """The code in the file of this name."""
+    """Return the code in the file of this name, or None if no folder has an intact one."""
     for folder in folders():
         path = os.path.join(folder.path, name)
         with suppress(OSError), open(path, "rb", opener=_open_itself) as file:
             state = os.fstat(file.fileno())
             fault = _fault(state, folder) if stat.S_ISREG(state.st_mode) else "it is no file"
             if fault is not None:
-                _warn_of(path, fault)  # and it will be replaced
+                _warn_of(path, fault)  # `write` will replace it
                 continue
             content = file.read()
             code = content[32:]
-            if hashlib.sha256(code).digest() == content[:32]:  # else it is damaged, and will be replaced
+            if hashlib.sha256(code).digest() == content[:32]:  # a damaged file is skipped, and `write` will replace it
                 return code
     return None
 
 
 def _open_itself(path: str, flags: int) -> int:
-    """Not what a link leads to: that lies in a folder which nobody has looked at. And without waiting, as for a pipe."""
+    """Open a file, without following a link to a folder that was not checked, and without blocking, as on a pipe."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
 def write(name: str, code: bytes) -> None:
-    """Keep code in the first folder where that is possible."""
+    """Write code to the first folder where that is possible."""
     reasons = []
     for folder in folders():
         temporary = os.path.join(folder.path, f"{name}.{token_hex(8)}")
@@ -202,7 +206,7 @@ def write(name: str, code: bytes) -> None:
             finally:
                 with suppress(OSError):
                     os.unlink(temporary)
-            with suppress(OSError):  # a folder may be written to, but not listed
+            with suppress(OSError):  # a folder may be writable and not readable
                 _remove_other_builds(folder.path, name)
             return
         except OSError as reason:
@@ -212,7 +216,7 @@ def write(name: str, code: bytes) -> None:
 
 
 def _make(folder: str, mode: int) -> None:
-    """A folder and those above it, which others cannot write to whatever the umask."""
+    """Create a folder and its parents; whatever the umask, others cannot write to them."""
     if not os.path.isdir(folder):
         _make(os.path.dirname(folder), mode)
         with suppress(FileExistsError):
@@ -220,12 +224,12 @@ def _make(folder: str, mode: int) -> None:
 
 
 def _remove_other_builds(folder: str, name: str) -> None:
-    """Until no more than ``LIMIT`` is left, files of this user of another build than that of file ``name``."""
+    """Remove this user's files of builds other than that of ``name``, least recently read first, down to ``LIMIT`` bytes."""
     user = os.geteuid() if hasattr(os, "geteuid") else 0
     total, others = 0, []
     with os.scandir(folder) as entries:
         for entry in entries:
-            with suppress(OSError):  # another process may have removed it
+            with suppress(OSError):  # another process may have removed the file
                 state = entry.stat(follow_symlinks=False)
                 if entry.name.endswith(SUFFIX) and stat.S_ISREG(state.st_mode):
                     total += state.st_size
@@ -240,5 +244,5 @@ def _remove_other_builds(folder: str, name: str) -> None:
 
 
 def _build_of(name: str) -> str:
-    """``cache_key.file_name`` puts it between the name of the kernel and the rest."""
+    """Return the build id, which ``cache_key.file_name`` puts between the kernel's name and the hash."""
     return name.rpartition("-")[0].rpartition("-")[2]

@@ -1,6 +1,7 @@
-"""The machine code of the kernels: from the disk, or compiled now. Numba, half a second of import, is needed to compile only.
+"""Loads the machine code of a kernel from the disk cache, or compiles it now.
 
-It is imported, and compiles, in threads of ``uninterrupted``: an interrupt would leave half a package behind.
+Only compiling needs Numba, whose import takes half a second. Numba is imported, and compiles, in threads of ``uninterrupted``:
+an interrupt would leave a half-imported package behind.
 """
 
 from __future__ import annotations
@@ -13,31 +14,32 @@ from fastxent._codegen.cache_key import file_name
 
 
 def loaded(name: str, variant: Variant) -> tuple[int, object] | None:
-    """The address of a kernel, and the owner of its code, which lives as long as that does; None: it is not on the disk."""
+    """Return the address of a kernel and the owner that keeps its code alive, or None if it is not on disk."""
     code = disk_cache.read(file_name(name, variant))
     return None if code is None else link(code)
 
 
 def made(name: str, variant: Variant) -> tuple[int, object]:
-    """The same of a kernel that is compiled now."""
+    """Compile a kernel, write it to the disk cache, and return its address and owner as `loaded` does."""
     code = compiled(name, variant)
     disk_cache.write(file_name(name, variant), code)
     return link(code)
 
 
 def compiled(name: str, variant: Variant) -> bytes:
-    """An object file with the kernel as ``SYMBOL``."""
+    """Compile a kernel and return the object file that defines it as ``SYMBOL``."""
     from fastxent._codegen import compiler
 
     return compiler.object_code(name, variant)
 
 
 def link(code: bytes) -> tuple[int, object]:
-    """The address of an object file's ``SYMBOL``, and what keeps it alive."""
+    """Return the address of an object file's ``SYMBOL``, and the engine that keeps its code alive."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     machine = binding.Target.from_default_triple().create_target_machine(jit=True)
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine, use_lmm=True)  # see ``object_code``
+    # use_lmm: one contiguous region for all sections of a file, as ``compiler.object_code`` assumes.
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine, use_lmm=True)
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     return engine.get_function_address(SYMBOL), engine

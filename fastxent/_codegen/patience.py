@@ -1,4 +1,4 @@
-"""Says once a process, in its log, that calls compile, when they have done so for two seconds."""
+"""Logs once per process that calls are compiling kernels, after they have compiled for two seconds in all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _State:
 
 
 def watch(ended: Callable[[float], bool]) -> None:
-    """Wait for a compilation, with what is left of the patience."""
+    """Wait until a compilation has ended, at most for what is left of ``SECONDS``; then log the message."""
     if _State.quiet:
         return
     start = time.monotonic()
@@ -35,7 +35,7 @@ def watch(ended: Callable[[float], bool]) -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """In here it is known that kernels are compiled."""
+    """Suppress the message within this context, in which the user knows that kernels are compiled."""
     before, _State.quiet = _State.quiet, True
     try:
         yield

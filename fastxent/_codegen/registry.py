@@ -14,25 +14,25 @@ _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Kernel(NamedTuple):
-    """A compiled function of ``steps_per_plane``."""
+    """A compiled function of ``_kernels`` or ``BUILTINS``."""
 
-    call: Callable[[object], None]  # of "launch", which takes nothing but the argument block
+    call: Callable[[object], None]  # valid for "launch" only, whose one argument is the argument block
     address: int
-    owner: object  # of the machine code, which lives as long as this does
+    owner: object  # keeps the machine code alive
 
 
 _kernels: dict[tuple[str, Variant], Kernel] = {}
-_ANY = Variant("f32")  # for those that read no logits
+_ANY = Variant("f32")  # for kernels that read no logits
 
 
 def kernel(name: str, variant: Variant = _ANY) -> Kernel:
-    """The compiled kernel ``name`` for ``variant``: from memory, from the disk cache, or compiled now."""
+    """Return the compiled kernel ``name`` for ``variant``: from memory, from the disk cache, or compiled now."""
     try:
         return _kernels[name, variant]
     except KeyError:
         pass
-    imported("fastxent._codegen.machine_code")  # with llvmlite: only for those who compute
-    from fastxent._codegen import machine_code  # whoever packs a program looks for such statements
+    imported("fastxent._codegen.machine_code")  # imports llvmlite too, so only when a kernel is needed
+    from fastxent._codegen import machine_code  # tools that package programs look for such statements
 
     with lock:
         _keep(name, variant, machine_code.loaded)
@@ -42,7 +42,7 @@ def kernel(name: str, variant: Variant = _ANY) -> Kernel:
 
 
 def _keep(name: str, variant: Variant, get: Callable[[str, Variant], tuple[int, object] | None]) -> None:
-    """Get a kernel, unless another thread has done so by now."""
+    """Get a kernel and register it, unless another thread has done so in the meantime."""
     found = None if (name, variant) in _kernels else get(name, variant)
     if found is not None:
         _kernels[name, variant] = Kernel(_FUNCTION(found[0]), *found)

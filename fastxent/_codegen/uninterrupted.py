@@ -1,14 +1,14 @@
-"""Work that no signal cuts in two: the imports and the compiling of a first call.
+"""Runs work that no signal may interrupt: the imports and the compilation of a first call.
 
-Ctrl-C in the midst of an import leaves half a package behind: NumPy and Numba cannot be imported again by that process, and
-Numba's tables of functions, half filled, stay so. Signal handlers run in the main thread. So a thread of its own does such work
-while the caller waits: Ctrl-C ends the wait at once, the work goes on, and the next call finds it done. A process that ends
-meanwhile waits for the thread, as Python does for any: LLVM must not be torn down while it compiles.
+Ctrl-C during an import leaves a half-imported package behind: that process cannot import NumPy or Numba again, and Numba's
+half-filled tables of functions stay so. Python runs signal handlers in the main thread. So a thread of its own does such work
+while the caller waits: Ctrl-C ends the wait at once, the work goes on, and the next call finds it done. A process that exits
+meanwhile waits for the thread, as Python does for any that is no daemon: LLVM must not be torn down while it compiles.
 """
 
 from __future__ import annotations
 
-import logging  # noqa: F401  # before the lock: see there
+import logging  # noqa: F401  # imported before the fork handlers are registered: see there
 import os
 import sys
 import threading
@@ -18,33 +18,33 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-lock = threading.RLock()  # held by who is at work
+lock = threading.RLock()  # held by the thread at work
 
 if hasattr(os, "register_at_fork"):
-    # A child that is forked in the midst of compiling, or of importing Numba, would find both locked, and for ever: the fork
-    # waits. What is registered last is done first: logging, which Numba imports, must not have locked itself by then.
+    # A child that is forked while Numba is imported or compiles would inherit their locks, held for ever: so a fork waits.
+    # The handler registered last runs first: logging, which Numba imports, must not hold its own lock while this one waits.
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
-STACK = 16 << 20  # bytes: the compiler recurses deeply, and a program may have asked for small stacks
+STACK = 16 << 20  # bytes: the compiler recurses deeply, and a program may have set a small stack size
 
 
 class _State:
-    worker: int | None = None  # the thread at work
+    worker: int | None = None  # identifier of the thread at work
 
 
 def imported(name: str) -> Any:
-    """A module that may have to be imported first, with whatever it imports."""
+    """Return a module; import it, and whatever it imports, without interruption if that has not been done."""
     if name not in sys.modules:
         uninterrupted(import_module, name)
-    return import_module(name)  # waits for another thread that is at it
+    return import_module(name)  # waits for another thread that is importing it
 
 
 def uninterrupted(
     work: Callable[..., T], *arguments: object, meanwhile: Callable[[Callable[[float], bool]], None] | None = None
 ) -> T:
-    """What ``work`` returns or raises, in a thread of its own; work of other calls comes first.
+    """Run ``work`` in a thread of its own, one at a time, and return or raise what it does.
 
-    ``meanwhile`` is called with a function that waits for at most so many seconds, and says whether the work has ended.
+    ``meanwhile`` is called with a function that waits for at most the given seconds and returns whether the work has ended.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -70,7 +70,7 @@ def uninterrupted(
         ended.release()
         return True
 
-    # Work that needs other work, as a destructor may that is run in the midst of it, would wait for itself.
+    # Work that is requested by other work, perhaps by a destructor that runs during it, would wait for itself: run it here.
     thread = None if _State.worker == threading.get_ident() else _start(do)
     if thread is None:
         do()
@@ -84,11 +84,11 @@ def uninterrupted(
             raise errors[0]
         return results[0]
     finally:
-        errors.clear()  # an error refers to its frames, and they to it
+        errors.clear()  # breaks the reference cycle of an error and its frames
 
 
 def _start(do: Callable[[], None]) -> threading.Thread | None:
-    """A thread that runs ``do``; None where there are no more: at a system's limit, or when the interpreter is ending."""
+    """Start a thread that runs ``do``; return None if none can start: at the system's limit, or while Python exits."""
     thread = threading.Thread(target=do, name="fastxent", daemon=False)
     with lock:
         before = threading.stack_size(STACK)

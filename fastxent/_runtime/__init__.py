@@ -1,8 +1,9 @@
-"""A call's arguments, its plan, and its run.
+"""Checks the arguments of a call, plans the call, and runs it.
 
-``arguments`` checks what a caller gives, or raises an error that names it; ``options`` is the table of options: their
-defaults, checks, and what they put into the argument block; ``plan`` decides how a kernel walks over the
-call; ``run`` packs the argument block and runs the kernel on the OpenMP pool, on threads, or alone; ``threads`` counts and
-finds these; ``buffers`` recycles the memory of gradients; ``config`` says what is installed and set, and warms up. All
-but ``_fastpath`` and the public modules may be imported here. Begin with ``plan``.
+``arguments`` checks what a caller passes, or raises an error that names the argument. ``options`` is the table of options:
+their defaults, their checks, and the fields of the argument block that they set. ``plan`` decides how a kernel walks over the
+rows. ``run`` packs the argument block and runs the kernel on the OpenMP pool, on a thread pool, or serially. ``threads``
+counts the threads and finds the OpenMP runtime. ``buffers`` recycles the memory of gradients. ``config`` reports what is
+installed and set, and compiles kernels ahead. ``fastpath`` decides whether repeated calls take the optional fast path. Modules
+here may import all rooms but ``_fastpath``, and no public module. Begin with ``plan``.
 """

@@ -1,4 +1,4 @@
-"""Arguments -> checked arrays that a kernel may trust, or an error that names argument, row and value."""
+"""Turns arguments into checked arrays that a kernel may trust, or raises an error that names argument, row and value."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ Array = np.ndarray[Any, Any]
 
 @lru_cache(maxsize=64)
 def storage(dtype: np.dtype[Any]) -> str | None:
-    """How the kernels call a dtype; None if they do not take it. bfloat16 is known by its name, whoever defined it."""
+    """Return the kernels' name of a dtype, or None if they do not take it; bfloat16 is matched by name, whoever defined it."""
     return STORAGE.get(dtype.name)
 
 
 @lru_cache(maxsize=64)
 def accumulator(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
-    """dtype of the losses of such logits (and probabilities)."""
+    """Return the dtype of the losses for logits (and probabilities) of these dtypes."""
     return np.dtype(np.float64 if "f64" in [ACC.get(storage(dtype) or "") for dtype in dtypes] else np.float32)
 
 
 class Problem(NamedTuple):
-    """A checked call: every array native, every shape right. Class indices are checked by the task that reads them."""
+    """A checked call: every array has native byte order and the right shape. The task checks the class indices it reads."""
 
     x: Array  # logits
     axis: int  # class axis, >= 0
     rows: tuple[int, ...]  # shape of the rows
-    y: Array | None  # (rows,) int64, contiguous: class indices ...
-    t: Array | None  # ... or, laid out as x, class probabilities
+    y: Array | None  # (rows,) int64, contiguous: class indices, or None
+    t: Array | None  # the shape of x, with lanes laid out as in x: class probabilities, or None
     w: Array | None  # (C,) float64: class weights
     u: Array | None  # (rows,) float64, contiguous: sample weights
     ignore: int
     smoothing: float
-    divisor: float  # of the mean, with t; with y, the task makes it
+    divisor: float  # of the mean, for class probabilities; for class indices the task computes it
     n_threads: int | None
 
     @property
     def acc(self) -> np.dtype[Any]:
-        """dtype of the losses."""
+        """The dtype of the losses."""
         return accumulator(self.x.dtype) if self.t is None else accumulator(self.x.dtype, self.t.dtype)
 
     @property
     def numbers(self) -> dict[str, float]:
-        """The options as the tasks know them."""
+        """The options as fields of the argument block."""
         return fields_of(self.x.shape[self.axis], self.ignore, self.smoothing)
 
     def plan(self, task: str, g: Array | None = None) -> Plan:
-        """How a task walks over this problem and writes ``g``."""
+        """Return the plan of how a task walks over this problem and writes ``g``."""
         x, t = self.x, self.t
         strides = (x.strides, (x if g is None else g).strides, (x if t is None else t).strides)
         return make_plan(
@@ -72,12 +72,12 @@ class Problem(NamedTuple):
 
 
 def address(a: Array | None) -> int:
-    """Where an array's first element lies; 0 for None."""
+    """Return the address of an array's first element; 0 for None."""
     if a is None:
         return 0
     try:
-        return addressof(c_byte.from_buffer(a))  # type: ignore[arg-type]  # a third of the time of what follows
-    except (TypeError, ValueError, BufferError):  # strided, read-only, empty, or of a dtype that buffers do not know
+        return addressof(c_byte.from_buffer(a))  # type: ignore[arg-type]  # three times as fast as the interface below
+    except (TypeError, ValueError, BufferError):  # strided, read-only, empty, or of a dtype that the buffer protocol lacks
         return a.__array_interface__["data"][0]
 
 
@@ -93,7 +93,7 @@ def problem(
     name: str = "logits",
     float_labels: bool = False,
 ) -> Problem:
-    """Check the arguments that the cross-entropy functions share. ``float_labels``: class indices may be floats."""
+    """Check the arguments that the cross-entropy functions share. With ``float_labels`` class indices may be floats."""
     x, axis = check_logits(logits, axis, name)
     rows = x.shape[:axis] + x.shape[axis + 1 :]
     n_classes = x.shape[axis]
@@ -105,7 +105,7 @@ def problem(
     y, t = check_target(target, x, axis, ignore, float_labels)
     if y is not None:
         divisor = 0.0
-        if x.size == 0:  # no task reads them
+        if x.size == 0:  # no task runs that would check the class indices
             check_classes(y, n_classes, None, ignore)
     else:
         if ignore >= 0:
@@ -115,14 +115,14 @@ def problem(
 
 
 def as_array(a: object, name: str) -> Array:
-    """``a`` as a plain array. What would lose something on the way, a mask or its shape, is refused, whatever it holds."""
+    """Return ``a`` as a plain array; refuse any kind of array that would lose its mask or its shape, whatever it holds."""
     if type(a) is np.ndarray:
         return a
     if isinstance(a, Sequence) and not isinstance(a, (str, bytes, memoryview)):
         _refuse_masks_in(a, name)
     try:
         array = np.asanyarray(a)
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of PyTorch's that are masked, say
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: PyTorch's masked tensors, for one
         raise (ValueError if isinstance(error, ValueError) else TypeError)(f"{name} is no array: {error}") from error
     if hasattr(array, "mask"):
         raise _masked(name)
@@ -152,7 +152,7 @@ def _masked(name: str) -> TypeError:
 
 
 def floating(a: object, name: str) -> Array:
-    """``a`` as a native floating array; integers become float64."""
+    """Return ``a`` as a native floating array; integers become float64."""
     array = as_array(a, name)
     if array.dtype.kind in "iub":
         array = array.astype(np.float64)
@@ -163,12 +163,12 @@ def floating(a: object, name: str) -> Array:
 
 
 def native(a: Array) -> Array:
-    """``a`` in this machine's byte order."""
+    """Return ``a`` in this machine's byte order."""
     return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
 
 
 def check_logits(logits: object, axis: int, name: str) -> tuple[Array, int]:
-    """Logits that the kernels can walk over as they lie, and their class axis."""
+    """Return logits that the kernels can walk over in place, and their class axis, >= 0."""
     x = floating(logits, name)
     if x.ndim == 0:
         raise ValueError(f"{name} is a number; it needs a class axis")
@@ -180,7 +180,7 @@ def check_logits(logits: object, axis: int, name: str) -> tuple[Array, int]:
 
 
 def walkable(x: Array, axis: int) -> bool:
-    """May a kernel take x as it lies? Else lanes would be gathered for many classes: a copy is faster."""
+    """Return whether a kernel can take x in place; otherwise it would gather lanes for many classes, and a copy is faster."""
     unit = x.itemsize
     return (
         x.size == 0
@@ -191,8 +191,11 @@ def walkable(x: Array, axis: int) -> bool:
 
 
 def like(x: Array, axis: int, copy: bool = False) -> Array:
-    """A new array in the order of x's axes if they are tight enough, else with the classes innermost."""
-    # NumPy orders the axes by their strides: one of a broadcast row, 0, would take the innermost place.
+    """Return a new array in the memory order of x's axes, or with the classes innermost if that order does not suit a kernel.
+
+    With ``copy`` it holds a copy of x.
+    """
+    # ``np.empty_like`` orders the axes by their strides: an axis of stride 0 (broadcast rows) would become the innermost.
     closer = any(n > 1 and abs(s) <= x.itemsize for i, (n, s) in enumerate(zip(x.shape, x.strides, strict=True)) if i != axis)
     if x.shape[axis] > FEW_CLASSES and (copy or (x.strides[axis] == x.itemsize and closer)):
         rows = x.shape[:axis] + x.shape[axis + 1 :]
@@ -205,7 +208,7 @@ def like(x: Array, axis: int, copy: bool = False) -> Array:
 
 
 def new_gradient(x: Array, axis: int) -> Array:
-    """A new array for the gradient of x: `like`, but of whole cache lines, and touched before, where that counts."""
+    """Return a new array for the gradient of x, as `like` does; large ones are recycled memory, aligned to cache lines."""
     if x.nbytes < buffers.SMALLEST or not x.flags.c_contiguous:
         return like(x, axis)
     return buffers.empty(x.shape, x.dtype)
@@ -214,11 +217,11 @@ def new_gradient(x: Array, axis: int) -> Array:
 def check_target(
     target: object, x: Array, axis: int, ignore: int, float_labels: bool = False
 ) -> tuple[Array | None, Array | None]:
-    """``(y, None)`` for class indices, ``(None, t)`` for class probabilities."""
+    """Return ``(y, None)`` for class indices, ``(None, t)`` for class probabilities."""
     a = as_array(target, "target")
     rows = x.shape[:axis] + x.shape[axis + 1 :]
     if a.size == 0 and not isinstance(target, np.ndarray) and a.shape == rows:
-        a = a.astype(np.int64)  # [] has no dtype of its own
+        a = a.astype(np.int64)  # NumPy makes float64 of an empty list
     if a.shape == x.shape:
         if storage(a.dtype) is None:
             raise TypeError(
@@ -237,14 +240,14 @@ def check_target(
         return _from_floats(a, x.shape[axis], ignore), None
     if a.dtype.kind not in "iu":
         raise TypeError(f"target has dtype {a.dtype}; class indices must be integers")
-    # int: NumPy 1 would compare the two as floats.
+    # int(): NumPy 1 would compare uint64 with int64 as floats.
     if a.dtype.kind == "u" and a.itemsize == 8 and a.size and int(a.max()) > np.iinfo(np.int64).max:
         raise _out_of_range(a, (a >= x.shape[axis]) & (a != np.uint64(max(ignore, 0))), x.shape[axis])
     return np.ascontiguousarray(a, dtype=np.int64).reshape(rows), None
 
 
 def _from_floats(a: Array, n_classes: int, ignore: int) -> Array:
-    """Class indices that came as floats, as they do from boosting libraries."""
+    """Return class indices that came as floats, as boosting libraries pass them, in int64."""
     values = a.astype(np.float64)
     whole = np.isfinite(values) & (values == np.trunc(values))
     if not whole.all():
@@ -257,7 +260,7 @@ def _from_floats(a: Array, n_classes: int, ignore: int) -> Array:
 
 
 def laid_out_as(t: Array, x: Array, axis: int) -> Array:
-    """Probabilities whose lanes lie as those of the logits do."""
+    """Return probabilities whose classes are contiguous where those of the logits are: t, or a copy."""
     if x.shape[axis] <= FEW_CLASSES or (t.strides[axis] == t.itemsize) == (x.strides[axis] == x.itemsize):
         return t
     new = like(x, axis).astype(t.dtype)
@@ -266,9 +269,9 @@ def laid_out_as(t: Array, x: Array, axis: int) -> Array:
 
 
 def check_classes(y: Array, n_classes: int, w: Array | None, ignore: int) -> float:
-    """The sum of the kept rows' weights: the divisor of the mean. Raises if a class index is neither a class nor ignored.
+    """Return the sum of the kept rows' weights, the divisor of the mean; raise if a class index is neither valid nor ignored.
 
-    For those that no kernel reads: a kernel checks what it reads by itself.
+    This is for class indices that no kernel reads: a kernel checks those that it reads.
     """
     kept = y[y != ignore]
     if ((kept < 0) | (kept >= n_classes)).any():
@@ -277,7 +280,7 @@ def check_classes(y: Array, n_classes: int, w: Array | None, ignore: int) -> flo
 
 
 def out_of_range(y: Array, n_classes: int, ignore: int) -> IndexError:
-    """What is said of class indices some of which are neither classes nor ignored."""
+    """Return the error for class indices some of which are neither valid nor ignored."""
     return _out_of_range(y, (y != ignore) & ((y < 0) | (y >= n_classes)), n_classes)
 
 
@@ -289,13 +292,13 @@ def _out_of_range(y: Array, bad: Array, n_classes: int) -> IndexError:
 
 
 def _first(bad: Array) -> tuple[tuple[int, ...], str]:
-    """The first row that is marked, as an index and as it is written."""
+    """Return the first marked row, as an index and as text."""
     first = tuple(int(i) for i in np.argwhere(bad)[0])
     return first, f"[{', '.join(map(str, first))}]" if first else ""
 
 
 def check_vector(values: object, name: str, shape: tuple[int, ...], what: str) -> Array | None:
-    """Weights as a contiguous float64 array of just this shape."""
+    """Return weights as a contiguous float64 array of exactly this shape."""
     if values is None:
         return None
     a = as_array(values, name)
@@ -307,7 +310,7 @@ def check_vector(values: object, name: str, shape: tuple[int, ...], what: str) -
 
 
 def check_out(out: object, x: Array) -> Array:
-    """An array that the result fits."""
+    """Return ``out``, or raise an error if the result does not fit it."""
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
     as_array(out, "out")
@@ -323,9 +326,10 @@ def check_out(out: object, x: Array) -> Array:
 
 
 def writable_place(out: Array | None, x: Array, axis: int, others: tuple[Array | None, ...] = ()) -> Array:
-    """Where a kernel may write: ``out`` itself if it lies well, else a new array to be copied to ``out`` afterwards.
+    """Return the array that a kernel writes: ``out`` itself if possible, else a new array to be copied to ``out`` afterwards.
 
-    ``out`` may be x itself. Any other overlap with an input, or lanes that lie differently, take the new array.
+    ``out`` may be x itself. A new array is needed if ``out`` overlaps an input in any other way, or if its lanes are not laid
+    out as those of x.
     """
     if out is None:
         return like(x, axis)

@@ -1,14 +1,14 @@
-"""Memory for gradients: huge pages, and freed buffers used again.
+"""Memory for gradients: huge pages, and recycled buffers.
 
 Page faults are the largest cost of a fresh gradient: 262 MB, forward and backward, took 25 ms into a warm buffer, 37 ms into
-fresh huge pages, 82 ms into fresh small ones (DESIGN.md, section 6). NumPy asks for huge pages by itself; and a training loop
-frees a gradient of the size that it will want in the next step.
+fresh huge pages, 82 ms into fresh small pages. NumPy requests huge pages by itself, and a training loop frees a gradient of
+the size that its next step needs.
 
-A buffer is free when nothing but the store refers to it, which its reference count tells: every array, view, tensor and saved
-tensor that lies in it does. So none is handed out while anything still looks at it.
+A buffer is free when only the store refers to it, which its reference count tells: every array, view, tensor and saved tensor
+in its memory holds a reference. So no buffer is handed out while anything still refers to it.
 
-There is no lock: a signal handler or the garbage collector may come in anywhere and want a buffer too. Whoever takes a buffer
-out of the list, which is one atomic step, has it alone until it is put back, referred to.
+There is no lock: a signal handler or the garbage collector may interrupt any line here and request a buffer too. Whoever
+removes a buffer from the list, which is one atomic step, is its only owner until it is put back with a reference held.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-SMALLEST = 1 << 20  # bytes: below this malloc recycles by itself
-ALIGNMENT = 64  # bytes: whole cache lines, as non-temporal stores want them
+SMALLEST = 1 << 20  # bytes: malloc itself recycles smaller ones
+ALIGNMENT = 64  # bytes: a cache line, as non-temporal stores need it
 MOST_BUFFERS = 64
 
 
 @dataclass(eq=False)
 class _Buffer:
-    owner: Array  # of the memory
-    nbytes: int  # from ``start`` on
+    owner: Array  # owns the memory
+    nbytes: int  # usable bytes, from ``start`` on
     start: int  # bytes to the first aligned address
 
     def references(self) -> int:
         return sys.getrefcount(self.owner)
 
 
-FREE = _Buffer(np.empty(0, np.uint8), 0, 0).references()  # of a buffer that nobody uses
+FREE = _Buffer(np.empty(0, np.uint8), 0, 0).references()  # the count for a free buffer
 
 
 class _Store:
-    limit = 1 << 30  # bytes kept at most, in use or free
-    kept: ClassVar[list[_Buffer]] = []  # the latest handed out last
+    limit = 1 << 30  # most bytes of all buffers in the store, in use or free
+    kept: ClassVar[list[_Buffer]] = []  # in the order in which they were handed out
 
 
 def _after_fork() -> None:
-    _Store.kept = []  # the parent's
+    _Store.kept = []  # those belong to the parent
 
 
 if hasattr(os, "register_at_fork"):
@@ -56,7 +56,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """``np.empty``, but large arrays are aligned, and lie in used memory if there is some."""
+    """Return ``np.empty``; large arrays are aligned to cache lines and reuse a free buffer if there is one."""
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALLEST or _Store.limit == 0:
         return np.empty(shape, dtype)
@@ -70,21 +70,21 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 def _take(nbytes: int) -> _Buffer | None:
-    """The latest free buffer that is large enough, and not much larger, out of the store."""
+    """Remove from the store and return the latest free buffer that is large enough and at most a quarter larger."""
     for buffer in reversed(_Store.kept):
         if nbytes <= buffer.nbytes <= nbytes + nbytes // 4 and buffer.references() == FREE:
             try:
                 _Store.kept.remove(buffer)
-            except ValueError:  # somebody else has just taken it
+            except ValueError:  # another thread or a signal handler has just taken it
                 continue
-            if buffer.references() == FREE:  # still: they may have put it back, in use
+            if buffer.references() == FREE:  # it may have been taken and put back, in use
                 return buffer
             _Store.kept.append(buffer)
     return None
 
 
 def _make_room(nbytes: int) -> bool:
-    """Let free buffers go, the oldest first, until one more may be kept; is it so?"""
+    """Drop free buffers, the oldest first, until the store has room for ``nbytes`` more; return whether it has."""
     while _Store.kept and not _is_room_for(nbytes):
         free = next((b for b in _Store.kept if b.references() == FREE), None)
         if free is None:
@@ -104,7 +104,7 @@ def _new(nbytes: int) -> _Buffer:
 
 
 def set_buffer_limit(nbytes: int) -> None:
-    """Keep at most ``nbytes`` bytes of gradient buffers, those in use included, for later use; 0 keeps none.
+    """Store at most ``nbytes`` bytes of gradient buffers for reuse, including those in use; 0 stores none.
 
     Parameters
     ----------

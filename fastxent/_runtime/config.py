@@ -1,4 +1,4 @@
-"""What fastxent runs on, and compiling ahead of the first call."""
+"""Reports what fastxent runs on, and compiles kernels ahead of the first call."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from fastxent._runtime import fastpath, threads
 from fastxent._runtime.plan import make_plan
 from fastxent._runtime.threads import available_cpus, get_num_threads
 
-# Few classes; some more; many; those of a language model, past the cache; those of pixels, in it and past it.
+# Few, more and many classes; a language model's logits, past the caches; those of pixels, in the caches and past them.
 _COMMON = ((64, 10), (64, 200), (64, 1000), (4096, 32000), (8, 21, 64, 64), (16, 150, 128, 128))
 
 
 def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[int, int, str], None] | None = None) -> None:
     """Compile the common kernels now, not in the first call that needs them.
 
-    A kernel takes some seconds to compile; it is then kept on disk, for later processes too. Compiled are loss and gradient for
-    class indices of short and long rows, of logits past the cache, and of pixels with the classes on the second axis; what else
-    is used is compiled when it is.
+    A kernel takes some seconds to compile; it is then stored on disk, for later processes too. The common kernels are those of
+    loss and gradient for class indices with short rows, long rows, logits past the caches, and pixels with the classes on the
+    second axis. Any other kernel is compiled by the first call that needs it.
 
     Parameters
     ----------
     dtypes : sequence of str
-        Of "float16", "bfloat16", "float32", "float64".
+        Any of "float16", "bfloat16", "float32", "float64".
     progress : callable, optional
         Called as ``progress(done, total, name)`` before each kernel and after the last.
 
@@ -65,20 +65,20 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
 
 
 def _variant_for(task: str, shape: tuple[int, ...], dtype: str) -> Variant:
-    """What a C-contiguous array, with the classes on the second axis, is compiled for."""
+    """Return the variant for a C-contiguous array with the classes on the second axis."""
     strides = tuple(math.prod(shape[axis + 1 :]) * ITEMSIZE[STORAGE[dtype]] for axis in range(len(shape)))
     return make_plan(task, shape, (strides,) * 3, 1, STORAGE[dtype], labelled=True).variant
 
 
 def show_config() -> dict[str, Any]:
-    """Facts about this process: processor, threads, versions, cache.
+    """Return facts about this process: processor, threads, versions, cache.
 
-    It is what a report of a fault should hold, so it always returns: what cannot be found out is "unknown", and why.
+    A bug report should hold them, so this function never fails: a fact that cannot be found is "unknown" with the reason.
 
     Returns
     -------
     dict
-        Of str, int and dict of str; made to be printed or written as JSON.
+        Of dicts, whose values are str or int; it can be printed or written as JSON.
 
     Examples
     --------
@@ -110,7 +110,7 @@ def _or_why_not(fact: Callable[[], Any]) -> Any:
 
 
 def _cpu_model() -> str:
-    """Only Linux is asked: elsewhere `platform.processor` starts a process."""
+    """Return the processor's model on Linux, else its architecture: elsewhere `platform.processor` starts a process."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             name, _, model = line.partition(":")
@@ -137,7 +137,7 @@ def _pool() -> str:
 
 
 def _version(package: str) -> str | None:
-    """Of an installed package, whether or not it can be imported; packed programs may have none of its metadata."""
+    """Return the version of an installed package, importable or not; packaged programs may lack its metadata."""
     with suppress(Exception):
         return version(package)
     return getattr(sys.modules.get(package), "__version__", None)

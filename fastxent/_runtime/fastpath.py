@@ -1,6 +1,6 @@
-"""Is there a fast path for calls that come again? The room ``_fastpath`` is optional, and this is the one place that decides.
+"""Decides whether repeated calls take the fast path: the room ``_fastpath`` is optional, and this is the only place that asks.
 
-FASTXENT_FASTPATH=0 in the environment, looked at when fastxent is imported, turns it off. Results are the same without it.
+FASTXENT_FASTPATH=0 in the environment, read when fastxent is imported, turns it off. Results are the same without it.
 """
 
 import os
@@ -11,8 +11,8 @@ ENABLED = os.environ.get("FASTXENT_FASTPATH") != "0" and find_spec("fastxent._fa
 
 
 def lookup(*call: Any, **named: Any) -> None:
-    """Where there is no fast path, no call is known."""
+    """Return None: without the fast path no call is stored."""
 
 
 def store(*call: Any, **named: Any) -> None:
-    """And none is kept."""
+    """Store nothing."""

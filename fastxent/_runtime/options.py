@@ -1,7 +1,7 @@
-"""The options of the losses: a row each.
+"""The options of the losses, one row each.
 
-Another one needs a row here, a parameter of the functions that take it, and kernels that read its fields. The operators of
-``torch.ops.fastxent`` and the checks of NumPy's functions follow from the row; tests hold every signature against it.
+A new option needs a row here, a parameter of the functions that take it, and kernels that read its fields. The operators of
+``torch.ops.fastxent`` and the checks of the NumPy functions follow from the row; tests compare every signature with it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_integer(value: object, name: str) -> int:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     try:
         number = int(value.__index__())
-    except TypeError:  # an array of several numbers, or of floats
+    except TypeError:  # it is an array of several numbers, or of floats
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"{name} = {number} does not fit 64 bits")
@@ -57,14 +57,14 @@ def check_reduction(reduction: str, name: str = "reduction", allowed: tuple[str,
 class Option(NamedTuple):
     name: str
     default: Any
-    schema: str = ""  # its type as an argument of PyTorch's operators
-    check: Any = None  # (value, name) -> value, of NumPy's functions; ``arguments`` checks arrays, and PyTorch what is its own
-    fields: tuple[str, ...] = ()  # of the argument block, that it sets
-    flag: str = ""  # of the variant, that it sets
+    schema: str = ""  # its type in the schema of PyTorch's operators
+    check: Any = None  # (value, name) -> value, for the NumPy functions; ``arguments`` checks arrays, PyTorch its own options
+    fields: tuple[str, ...] = ()  # the fields of the argument block that it sets
+    flag: str = ""  # the flag of the variant that it sets
 
 
 OPTIONS = (
-    Option("axis", -1, check=check_integer),  # the plan walks along it
+    Option("axis", -1, check=check_integer),  # the plan takes it, not the argument block
     Option("weight", None, "Tensor?", fields=("w", "weighted")),
     Option("sample_weight", None, "Tensor?", fields=("u", "sampled")),
     Option("reduction", "mean", "int", check_reduction, ("loss", "store_loss", "average")),
@@ -80,19 +80,19 @@ _SCHEMA = {option.name: option.schema for option in OPTIONS}
 
 
 def checked(name: str, value: Any) -> Any:
-    """The value of an option, or an error that names it."""
+    """Return the checked value of an option, or raise an error that names it."""
     return _CHECKS[name](value, name)
 
 
 def schema(*names: str) -> str:
-    """Options as arguments of an operator of PyTorch's."""
+    """Return options as arguments in the schema of a PyTorch operator."""
     return ", ".join(f"{_SCHEMA[name]} {name}" for name in names)
 
 
 def fields_of(
     n_classes: int, ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float = 0.0
 ) -> dict[str, float]:
-    """What options put into the argument block."""
+    """Return the fields of the argument block that the options set."""
     return {
         "ignore": ignore_index, "confidence": 1.0 - label_smoothing, "uniform": label_smoothing / n_classes,
         "z": z_loss, "cap": softcap,
@@ -102,5 +102,5 @@ def fields_of(
 def flags_of(
     labelled: bool, ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float = 0.0
 ) -> dict[str, bool]:
-    """What they say to the plan, of class indices or of probabilities."""
+    """Return the flags of the plan that the options set; ``labelled``: the target holds class indices."""
     return {"labelled": labelled, "smooth": labelled and label_smoothing > 0, "capped": softcap != 0}

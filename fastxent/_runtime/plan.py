@@ -1,6 +1,6 @@
-"""The strategy: shapes, strides, dtypes, options -> how a kernel walks over them. It is decided here, once, and nowhere else.
+"""Decides the strategy: how a kernel walks over the rows, given shapes, strides, dtypes and options. No other module does.
 
-Pure data: no array is touched, no kernel is run.
+A plan is pure data: making one touches no array and runs no kernel.
 """
 
 from __future__ import annotations
@@ -37,19 +37,21 @@ from fastxent._abi.variant import (
 from fastxent._codegen.uninterrupted import imported
 from fastxent._simd import host
 
-# Fewer rows than this, and each longer than two segments: the row is split, or threads would have nothing to do.
+# If there are fewer than FEW_ROWS rows, each of at least two segments of SEGMENT vectors, the rows are split: otherwise some
+# threads would have no work.
 FEW_ROWS, SEGMENT = 64, 1024
 MOST_SEGMENTS = 64
-# Bytes of logits that no cache keeps until they are read again. Of such an array a thread takes enough rows at a time to look
-# ahead to the next one, yet leaves this many pieces to share out.
+# LARGE: bytes of logits that no cache holds until they are read again. For such logits a chunk has enough rows to prefetch the
+# next row while one is computed, yet there are about PIECES chunks left for the threads to divide among them.
 LARGE, PIECES = 1 << 24, 128
-# Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
+# Elements that make one more thread worth its cost: a launch costs 2.5 us, an element about 0.2 ns.
 WORTH_A_THREAD = 16384
-# Bytes of the logits of a call that a builtin may run.
+# The most bytes of logits for which a builtin may run the call.
 MOST_DIRECT = 1 << 22
 
 
-# Every combination that a kernel exists for: layout, schedule, storage. What each gained is in benchmarks/LOG.md, by section.
+# Every combination of layout, schedule and storage that has a kernel, and when it is taken. What each gained is in
+# benchmarks/LOG.md, by section.
 LEGAL: dict[tuple[Layout, Schedule, Storage], str] = {
     (
         Layout.CLASS_LANES,
@@ -78,7 +80,7 @@ LEGAL: dict[tuple[Layout, Schedule, Storage], str] = {
 
 
 class Strategy(NamedTuple):
-    """What is chosen for some extents: what a kernel is compiled for, and numbers as in ``PLANNED``."""
+    """What is chosen for given extents: what a kernel is compiled for, and numbers as in ``argument_block.Planned``."""
 
     layout: Layout
     schedule: Schedule
@@ -101,16 +103,16 @@ class Traits(NamedTuple):
     splits: bool
     stores: bool
     pairs: bool
-    overlaps: bool  # panels
-    pipelines_small: bool  # rows in a cache
-    pipelines_large: bool
+    overlaps: bool  # overlaps panels
+    pipelines_small: bool  # software-pipelines rows in a cache
+    pipelines_large: bool  # software-pipelines rows past the caches
     unrounded: bool  # the logits are stored in the precision of the arithmetic
 
 
 class Plan:
-    """How the rows are walked over: `Planned` numbers for the argument block, ``axes``, what a kernel is compiled for.
+    """How the rows are walked over: `Planned` numbers for the argument block, ``axes``, and the variant of the kernel.
 
-    Made for each shape that was not met before, so it is made in few steps. It never changes.
+    A plan is made for each new shape, so making one takes few steps. It never changes.
     """
 
     __slots__ = ("axes", "elements", "fields", "most_chunks", "n_chunks", "n_units", "planned", "table", "variant")
@@ -121,7 +123,7 @@ class Plan:
         self.variant, self.planned, self.axes = variant, planned, axes
         self.fields = planned._asdict()  # of the argument block
         self.n_units, self.n_chunks, self.elements = n_units, n_chunks, elements
-        # Of the phase that has most of them: the check of the class indices, or all else.
+        # The most chunks of any phase: that which checks the class indices, or one of the others.
         self.most_chunks = max(n_chunks, n_checks(planned.n_rows)) if variant.labelled else n_chunks
         self.table = (ctypes.c_int64 * (5 * len(axes)))(*chain.from_iterable(axes))  # the axes as the kernels read them
 
@@ -131,14 +133,17 @@ class Plan:
         return ITEMSIZE[self.variant.logits]
 
     def is_non_temporal(self, x: int, g: int) -> bool:
-        """May a large gradient at address g, of logits at x, be written by non-temporal stores? In place its lines are in the
-        caches already, but not those of panels in flight. And all rows have to begin where an element may."""
+        """Return whether non-temporal stores may write a large gradient at address g, for logits at address x.
+
+        In place, the cache lines of the gradient are in the caches already, except with overlapped panels. Every row must
+        begin at a multiple of the element's size.
+        """
         apart = g != x or self.variant.schedule == Schedule.PANELS_OVERLAPPED
         return apart and g % self.itemsize == 0 and all(axis.g % self.itemsize == 0 for axis in self.axes)
 
 
 class Axis(NamedTuple):
-    """One axis of the rows: extent, and bytes from one to the next in logits, gradient, probabilities; rows by number."""
+    """One axis of the rows: its extent, its strides in bytes in logits, gradient and probabilities, and in row numbers."""
 
     extent: int
     x: int
@@ -148,7 +153,7 @@ class Axis(NamedTuple):
 
 
 def row_axes(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int) -> list[Axis]:
-    """The axes but the class axis, innermost first, neighbours merged where all operands allow it."""
+    """Return the axes except the class axis, innermost first; adjacent axes are merged where all operands allow it."""
     axes: list[Axis] = []
     row = 1
     x, g, t = strides
@@ -165,22 +170,26 @@ def row_axes(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis:
 
 
 def over(a: float, b: float) -> float:
-    """a / b, and nan for b = 0: a mean over nothing, or over rows that all weigh nothing, and its gradient."""
+    """Return a / b, or nan for b = 0: a mean over no rows, or over rows whose weights are all 0, and its gradient."""
     return a / b if b else math.nan
 
 
 def uses_class_lanes(n_rows: int, n_classes: int, size: int, tight: bool) -> bool:
-    """Are the lanes classes of one row? ``size``: bytes of a logit; tight: the classes lie side by side in all operands."""
+    """Return whether the lanes are classes of one row.
+
+    ``size``: bytes of a logit; ``tight``: the classes are contiguous in all operands.
+    """
     most_tiled = MOST_TILED_LARGE if n_rows * n_classes * size >= LARGE else MOST_TILED
     return tight and n_classes > (most_tiled if n_rows >= LANES else FEW_CLASSES)
 
 
 @lru_cache
 def traits_of(task: str, logits: str, target: str | None, capped: bool) -> Traits:
-    """``logits``, ``target``: how they are stored."""
+    """Return the traits of a task; ``logits`` and ``target`` say how these are stored."""
     traits, single = TASKS[task], precision(logits, target) == "f32"
-    # Past the caches in any float32 arithmetic, but for gradients in bfloat16: rounding to it takes what overlapping would
-    # gain. In the caches with AVX-512: there a row waits longer for the sums of the row before than for arithmetic units.
+    # Rows past the caches are software-pipelined in all float32 arithmetic, except for gradients in bfloat16: rounding to
+    # bfloat16 costs what pipelining would gain. Rows in the caches are software-pipelined with AVX-512: there a row waits
+    # longer for the sums of the previous row than for arithmetic units.
     pipelines = traits.pipelines and single and not (traits.stores and capped)
     return Traits(
         splits=traits.splits,
@@ -197,15 +206,18 @@ def strategy(
     class_lanes: bool,
     n_rows: int,
     n_classes: int,
-    extent: int,  # of the innermost row axis, along which the lanes go if they are rows
+    extent: int,  # of the innermost row axis, along which row lanes run
     size: int,
     tight: bool,
     contiguous_rows: bool,
     consecutive_rows: bool,
     traits: Traits,
 ) -> Strategy:
-    """The choice itself: one of `LEGAL`, and its numbers. It takes and gives numbers only, and needs nothing else of Python, so
-    that machine code can make it for calls that differ in their extents only: see ``family``."""
+    """Return the choice: one of `LEGAL`, and its numbers.
+
+    It takes and returns only numbers and needs nothing else of Python, so that it can be compiled for calls that differ only in
+    their extents: see ``_fastpath.front_end.strategy``.
+    """
     past_caches = n_rows * n_classes * size >= LARGE
     split = False
     segment = n_segments = panel = 1
@@ -224,7 +236,7 @@ def strategy(
         units_per_line = -(-extent // LANES)
         if n_classes > (MOST_TILED_LARGE if past_caches else MOST_TILED):
             layout = Layout.ROW_LANES if contiguous_rows else Layout.STRIDED_ROWS
-        elif contiguous_rows:  # whole panels, the last of which may have empty units
+        elif contiguous_rows:  # a line is padded to whole panels, the last of which may have empty units
             layout = Layout.PANEL
             panel = -(-units_per_line // -(-units_per_line // PANEL))
             units_per_line = -(-units_per_line // panel) * panel
@@ -234,10 +246,10 @@ def strategy(
         per_unit = n_classes * LANES
     large = past_caches and not split and layout != Layout.STRIDED_ROWS and layout != Layout.GATHERED_TILE
 
-    # Chunks do not depend on the task, that a loss has the same bits with its gradient and without.
+    # Chunks do not depend on the task, so that a loss has the same bits with its gradient and without.
     paired = layout == Layout.TRANSPOSED_TILE and n_classes <= (MOST_PAIRED_LARGE if large else MOST_PAIRED)
     chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
-    together = 2 if paired else panel  # units that belong into one chunk
+    together = 2 if paired else panel  # units that must be in the same chunk
     chunk = -(-chunk // together) * together
 
     fits = n_vectors <= MOST_STORED or layout != Layout.CLASS_LANES
@@ -264,17 +276,17 @@ def strategy(
 
 
 def number_of(s: Strategy | Variant) -> int:
-    """Of the kernel among those of a family."""
+    """Return the number of the kernel among those of a family."""
     return s.layout + s.schedule * 8 + s.storage * 64 + s.consecutive_rows * 256 + s.large * 512
 
 
 def n_checks(n_rows: int) -> int:
-    """Chunks of the phase that checks the class indices."""
+    """Return the number of chunks of the phase that checks the class indices."""
     return -(-n_rows // (CHECKED * CHECKS))
 
 
 def useful_threads(n_chunks: int, elements: int) -> int:
-    """How many threads have something to do."""
+    """Return how many threads have work that is worth their cost."""
     return min(n_chunks, 1 + elements // WORTH_A_THREAD)
 
 
@@ -290,9 +302,9 @@ def make_plan(
     smooth: bool = False,
     capped: bool = False,
 ) -> Plan:
-    """Plan a walk of ``task`` over ``shape`` with the class axis ``axis``; ``strides`` of logits, gradient and probabilities.
+    """Plan how ``task`` walks over ``shape`` with the class axis ``axis``; ``strides``: of logits, gradient, probabilities.
 
-    The choice depends on shapes, strides, dtypes and options only, never on threads: that is why their number changes no bit.
+    The choice depends only on shapes, strides, dtypes and options, never on threads, so the number of threads changes no bit.
     """
     sizes = (ITEMSIZE[logits], ITEMSIZE[logits], ITEMSIZE[target or logits])
     n_classes = shape[axis]
@@ -308,7 +320,7 @@ def make_plan(
     if class_lanes:
         steps = tuple(LANES * size for size in sizes)
     else:
-        # Lanes go along the axis whose rows lie side by side, or else the longest.
+        # Row lanes run along the axis whose rows are contiguous in all operands, else along the longest axis.
         innermost = axes[0]
         if len(axes) > 1:
             innermost = max(axes, key=lambda a: ((a.x, a.g, a.t) == sizes, a.extent))
@@ -332,7 +344,7 @@ def make_plan(
 
 @lru_cache(maxsize=4096)
 def pointwise_plan(n: int, logits: str, target: str, differentiate: bool = False) -> Plan:
-    """Plan a walk over n elements, each by itself."""
+    """Plan a pointwise task over n elements."""
     n_units = -(-n // POINTS)
     planned = Planned(n, 2, 1, n_units, n_units, 1, POINTS_CHUNK, 1, 1, 0, 0, 0, 0)
     variant = Variant(logits, target, differentiate=differentiate)

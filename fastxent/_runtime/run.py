@@ -1,13 +1,13 @@
 """Runs a task on the host's OpenMP pool, on a thread pool, or serially.
 
-A compiled function, ``launch``, takes one argument block, runs the kernels that it names, one after the other, and works until
-the block's counters say that nothing is left. So the three ways to run it differ in who calls it: ``GOMP_parallel`` calls it in
-every thread of the team that PyTorch uses too; threads of our own call it where there is no libgomp; or the caller alone calls
-it, and no parallel runtime is entered at all: small work, one thread, and any forked child (libgomp hangs after fork).
-Calls that are known and not large do the first or the last of these without Python: see ``_fastpath``.
+A compiled function, ``launch``, takes one argument block, runs the kernels that it names, one after the other, and returns when
+the block's counters say that no chunk is left. So the three ways to run a task differ only in who calls ``launch``. With
+libgomp, ``GOMP_parallel`` calls it in every thread of the team that PyTorch uses too. Without libgomp, threads of our own call
+it. For small work, for one thread, and in any forked child (libgomp hangs after fork), only the caller calls it, and no
+parallel runtime is entered. Stored calls that are not large take the first or the last way without Python: see ``_fastpath``.
 
 ``prange`` is not used: it resets ``torch.get_num_threads()``, freezes multiprocessing's start method, aborts when two threads
-call it and kills forked children (DESIGN.md, section 5).
+call it and kills forked children.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from fastxent._runtime.threads import MOST_THREADS, MOST_THREADS_A_CPU
 
 
 class _State:
-    # Who is calling now. add, discard and len are atomic, and unlike a counter and its lock they lose nothing when a signal
+    # The calls in flight. add, discard and len are atomic; unlike a counter with a lock, the set stays right when a signal
     # handler raises in between.
     calls: ClassVar[set[object]] = set()
     forked = False
-    # The task that machine code runs without the GIL, one more call in flight: its address, or 0.
+    # The address of the task that machine code runs without the GIL, which is one more call in flight, or 0.
     released: ClassVar[ctypes.c_int64] = ctypes.c_int64(0)
-    tiles: ClassVar[list[tuple[np.ndarray[Any, Any], int]]] = []  # that no call is using; their addresses
+    tiles: ClassVar[list[tuple[np.ndarray[Any, Any], int]]] = []  # not in use by a call, with their addresses
     jobs: SimpleQueue[Callable[[], None]] | None = None
 
 
-# Looked up once: a small call is a few microseconds.
+# These attributes are looked up once, since a small call takes only a few microseconds.
 _start, _start_alone = abi.START.pack_into, abi.START_ALONE.pack_into
 _set_totals, _totals_of = abi.TOTAL.pack_into, abi.TOTAL.unpack_from
 _AT_TOTAL = abi.BLOCK.size
@@ -59,9 +59,9 @@ _rounds = itertools.count(abi.PHASES, abi.PHASES)
 
 
 def run(name: str, plan: Plan, n_threads: int | None = None, **arguments: Any) -> tuple[float, float, float]:
-    """Run task ``name`` over ``plan``; arguments as in `argument_block`.
+    """Run task ``name`` over ``plan``; ``arguments`` are those of `argument_block`.
 
-    Returns the sum, whether a class index is out of range (then nothing has been written), and the divisor.
+    Return the sum, whether a class index is out of range (then nothing has been written), and the divisor.
     """
     tiles = _take_tiles()
     try:
@@ -73,18 +73,18 @@ def run(name: str, plan: Plan, n_threads: int | None = None, **arguments: Any) -
 
 
 def tiles_for(n_threads: int) -> tuple[np.ndarray[Any, Any], int]:
-    """Memory for so many tiles, and where the first begins: on a cache line, but not where large arrays begin in a page.
+    """Return memory for ``n_threads`` tiles, and the address of the first: on a cache line, 1 KB from the start of a page.
 
-    A load waits for a store that is 4 KB, or a multiple of that, from it.
+    Large arrays begin elsewhere in a page. A load waits for a store whose address differs by a multiple of 4 KB (4K aliasing).
     """
     tiles = np.empty(n_threads * TILE + 4096, np.uint8)
     return tiles, tiles.ctypes.data + (1024 - tiles.ctypes.data) % 4096
 
 
 def _take_tiles() -> tuple[np.ndarray[Any, Any], int]:
-    """A tile for each thread that may ever work at one call. Not on the threads' stacks: those may be as small as 64 KB.
+    """Return tiles for all the threads that may ever work on one call, one for each.
 
-    What is not written to takes no memory.
+    The tiles are not on the threads' stacks, which may be as small as 64 KB. Pages that are never written take no memory.
     """
     try:
         return _State.tiles.pop()
@@ -93,14 +93,14 @@ def _take_tiles() -> tuple[np.ndarray[Any, Any], int]:
 
 
 def argument_block(name: str, plan: Plan, *, divisor: float = 1.0, **given: float) -> ctypes.Array[ctypes.c_char]:
-    """What a task reads: addresses and numbers as in ``argument_block``, and behind them room for its sums.
+    """Return the block that a task reads: addresses and numbers as in ``_abi.argument_block``, then room for its sums.
 
-    ``divisor`` 0, a mean over nothing, is nan. With class indices and ``average`` the task makes it.
+    A ``divisor`` of 0, for a mean over no rows, becomes nan. With class indices and ``average`` the task computes the divisor.
     """
     variant = plan.variant
     segments = plan.n_units if variant.schedule == Schedule.SPLIT else 0
     block = ctypes.create_string_buffer(HEAD_OF_BLOCK + abi.LINE * (1 + plan.most_chunks + segments))
-    block.plan = plan  # type: ignore[attr-defined]  # owns the axes' table, whose address is in the block
+    block.plan = plan  # type: ignore[attr-defined]  # keeps the table of axes alive, whose address is in the block
     at_total, at_taken = ctypes.addressof(block) + _AT_TOTAL, ctypes.addressof(block) + _first_chunk(block)
     fields = abi.DEFAULTS.copy()  # in the order of the block
     fields.update(plan.fields)
@@ -119,27 +119,27 @@ def argument_block(name: str, plan: Plan, *, divisor: float = 1.0, **given: floa
 
 
 def kernels_of(name: str, variant: Variant) -> tuple[int, int]:
-    """Addresses of the kernels that reduce the segments of split rows, or 0, and that do the work of task ``name``."""
+    """Return the addresses of the kernel that reduces the segments of split rows, or 0, and of the kernel of task ``name``."""
     save = registry.kernel("save_segment", variant).address if variant.schedule == Schedule.SPLIT else 0
     return save, registry.kernel(name, variant).address
 
 
 def _first_chunk(block: ctypes.Array[ctypes.c_char]) -> int:
-    """Where in a block its chunks begin: at a cache line."""
+    """Return the offset in a block at which its chunks begin, on a cache line."""
     return HEAD_OF_BLOCK + -(ctypes.addressof(block) + HEAD_OF_BLOCK) % abi.LINE
 
 
 @lru_cache
 def _sched_yield() -> int:
-    """Where the system's function is by which a thread that waits lets others run; 0: it has to do without."""
+    """Return the address of the system's ``sched_yield``, by which a waiting thread lets others run, or 0 if there is none."""
     try:
         return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
-    except (TypeError, OSError, AttributeError):  # Windows: another thread runs when its time has come
+    except (TypeError, OSError, AttributeError):  # Windows: a waiting thread spins until its time slice ends
         return 0
 
 
 class PackedTask:
-    """A task that is called again and again: all but the operands is packed once, and of an operand whether there is one."""
+    """A task that is called repeatedly: all but the operands' addresses is packed once, including which operands exist."""
 
     def __init__(self, name: str, plan: Plan, **arguments: Any) -> None:
         self.name, self.plan, self.arguments, self.launch = name, plan, arguments, registry.kernel("launch")
@@ -147,7 +147,7 @@ class PackedTask:
         self.direct = plan.elements * plan.itemsize <= MOST_DIRECT and not plan.variant.large
         self.alone = _is_for_one_thread(plan)
         self.useful = 1 if self.alone else _useful(plan)
-        self.blocks: list[tuple[ctypes.Array[ctypes.c_char], int]] = []  # those that no thread is using; their addresses
+        self.blocks: list[tuple[ctypes.Array[ctypes.c_char], int]] = []  # not in use by a thread, with their addresses
 
     def new_block(self, tiles: int = 0) -> ctypes.Array[ctypes.c_char]:
         return argument_block(self.name, self.plan, tiles=tiles, **self.arguments)
@@ -155,7 +155,7 @@ class PackedTask:
     def __call__(
         self, x: int, g: int, y: int, n_threads: int | None = None, t: int = 0, w: int = 0, u: int = 0, loss: int = 0
     ) -> tuple[float, float, float]:
-        """As `run`."""
+        """Run the task and return what `run` returns."""
         try:
             block, at = self.blocks.pop()
         except IndexError:
@@ -169,7 +169,7 @@ class PackedTask:
             else:
                 _launch(self.launch, block, self.plan, n_threads)
             totals = _totals_of(block, _AT_TOTAL)
-            if not totals[1]:  # else the block keeps that
+            if not totals[1]:  # a block with the out-of-range flag set is not used again
                 self.blocks.append((block, at))
             return totals
         finally:
@@ -187,7 +187,7 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
     call = object()
     try:
         _State.calls.add(call)
-        # Calls in flight at once share the cores.
+        # Calls in flight at the same time divide the cores among them.
         team = _allowed(min(_useful(plan), max(1, (n_threads or threads.get_num_threads()) // _in_flight())))
         openmp = threads._openmp()
         if team == 1:
@@ -202,27 +202,32 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
 
 
 def _in_flight() -> int:
-    """How many calls there are now that may start a team."""
+    """Return how many calls that may start a team are in flight."""
     return len(_State.calls) + (_State.released.value != 0)
 
 
 def released_at() -> int:
-    """Where the address of the task is that machine code runs without the GIL."""
+    """Return the address of the variable that holds the address of the task that machine code runs without the GIL."""
     return ctypes.addressof(_State.released)
 
 
 def _useful(plan: Plan) -> int:
-    """How many threads have something to do."""
+    """Return how many threads have work, at most ``MOST_THREADS``."""
     return min(useful_threads(plan.n_chunks, plan.elements), MOST_THREADS)
 
 
 def _allowed(team: int) -> int:
-    """At most so many; a team so small that it is allowed anywhere spares asking the system."""
+    """Return the size of a team, limited by the CPUs; a team small enough for one CPU saves a system call."""
     return team if team <= MOST_THREADS_A_CPU else min(team, MOST_THREADS_A_CPU * threads.available_cpus())
 
 
+<<<<<<< HEAD
 def team_at_once(n_threads: int | None, openmp: ctypes.CDLL | None) -> int:
     """Threads for a call that a builtin runs, on this OpenMP runtime; 0: it has to go the longer way."""
+=======
+def team_at_once(n_threads: int | None) -> int:
+    """Return the number of threads for a call that a builtin runs, or 0 if the call must be run from Python."""
+>>>>>>> h-words3
     if _State.forked:
         return 1
     return 0 if _in_flight() or openmp is None else _allowed(n_threads or threads.get_num_threads())
@@ -234,7 +239,7 @@ def _alone(task: Kernel, block: ctypes.Array[ctypes.c_char]) -> None:
 
 
 def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, team: int) -> None:
-    """By the caller and helping threads. None of them works on after this has ended, be it by Ctrl-C."""
+    """Run a task on the caller's thread and on helping threads; none works on it after this ends, even by Ctrl-C."""
     entered: list[None] = []
     left: list[None] = []
     over: list[None] = []
@@ -244,14 +249,14 @@ def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan
 
     def help_out() -> None:
         entered.append(None)
-        if not over:  # else this comes too late: the block may be in use for the next task
+        if not over:  # a late helper must not touch the block: the next task may be using it
             task.call(block)
         left.append(None)
         wake.put(None)
 
     interrupt: KeyboardInterrupt | None = None
     try:
-        with suppress(RuntimeError):  # the interpreter is ending and starts no more threads: the caller does it alone
+        with suppress(RuntimeError):  # Python is exiting and starts no more threads: the caller works alone
             for _ in range(team - 1):
                 _jobs().put(help_out)
         task.call(block)
@@ -271,7 +276,7 @@ def _run_on_threads(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan
 
 
 def _leave_nothing(block: ctypes.Array[ctypes.c_char], plan: Plan, this_round: int) -> None:
-    """Take all chunks of all phases, so that nobody works on, and say that they are over, so that nobody waits."""
+    """Mark all chunks of all phases as taken, so that no thread works on, and all phases as over, so that none waits."""
     words = abi.LINE // 8
     chunks = (ctypes.c_int64 * (words * plan.most_chunks)).from_buffer(block, _first_chunk(block))
     chunks[::words] = [this_round + abi.PHASES - 1] * plan.most_chunks
@@ -280,7 +285,10 @@ def _leave_nothing(block: ctypes.Array[ctypes.c_char], plan: Plan, this_round: i
 
 
 def _jobs() -> SimpleQueue[Callable[[], None]]:
-    """What the helping threads take their work from. An executor's locks would not survive Ctrl-C; this queue's are in C."""
+    """Return the queue from which the helping threads take their jobs.
+
+    The locks of an executor would not survive Ctrl-C; those of this queue are in C.
+    """
     if _State.jobs is None:
         jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
 

@@ -1,4 +1,4 @@
-"""How many threads a call uses, and the OpenMP runtime that the process has."""
+"""Decides how many threads a call uses, and finds the OpenMP runtime of the process."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-MOST_THREADS_A_CPU = 4  # whatever a caller asks for: a system refuses thousands, and the OpenMP runtime then ends the process
+MOST_THREADS_A_CPU = 4  # a limit on any request: a system refuses thousands, and the OpenMP runtime then ends the process
 
-MOST_THREADS = MOST_THREADS_A_CPU * (os.cpu_count() or 1)  # of all CPUs, whichever are allowed now
+MOST_THREADS = MOST_THREADS_A_CPU * (os.cpu_count() or 1)  # counts all CPUs, even those not allowed now
 
 
 class _State:
-    setting: int | None = None  # set_num_threads
+    setting: int | None = None  # set by `set_num_threads`
 
 
 def _openmp() -> ctypes.CDLL | None:
-    """The process's libgomp: PyTorch's, once that is loaded, so that both share one pool; else the system's; else None."""
+    """Return the process's libgomp: PyTorch's once that is loaded, so that both use one pool; else the system's; else None."""
     return _find_openmp("torch" in sys.modules)
 
 
 @lru_cache(maxsize=3)
 def entries_of(openmp: ctypes.CDLL | None) -> tuple[int, int]:
-    """Where its functions are that run another in a team, and that tell a thread its number there; zeros for no runtime, which
-    is the third there may be: see ``_find_openmp``."""
+    """Return the addresses of the runtime's functions that run a function in a team, and that return a thread's number there.
+
+    Both are 0 without a runtime. The cache has three entries: two runtimes (see ``_find_openmp``) and None.
+    """
     if openmp is None:
         return 0, 0
     parallel, number = (ctypes.cast(f, ctypes.c_void_p).value for f in (openmp.GOMP_parallel, openmp.omp_get_thread_num))
@@ -38,7 +40,7 @@ def entries_of(openmp: ctypes.CDLL | None) -> tuple[int, int]:
 def _find_openmp(with_torch: bool) -> ctypes.CDLL | None:
     candidates: list[str | None] = ["libgomp.so.1"]
     if with_torch:
-        candidates.insert(0, None)  # what the process has loaded for all to see, as PyTorch does with its libgomp
+        candidates.insert(0, None)  # symbols that the process has loaded globally, as PyTorch loads its libgomp
     for name in candidates:
         try:
             library = ctypes.CDLL(name)
@@ -58,7 +60,7 @@ class _DlInfo(ctypes.Structure):
 
 
 def openmp_path() -> str:
-    """The file of the libgomp in use."""
+    """Return the file of the libgomp in use."""
     info = _DlInfo()
     function = ctypes.cast(_openmp().GOMP_parallel, ctypes.c_void_p)  # type: ignore[union-attr]
     found = ctypes.CDLL(None).dladdr(function, ctypes.byref(info))
@@ -66,16 +68,16 @@ def openmp_path() -> str:
 
 
 def available_cpus() -> int:
-    """Cores that this process may use: affinity mask and cgroup quota respected."""
+    """Return the number of cores that this process may use, by its affinity mask and its cgroup quota."""
     cpus = os.cpu_count() or 1
-    with suppress(AttributeError, OSError):  # not on macOS and Windows; and a sandbox may forbid it
+    with suppress(AttributeError, OSError):  # macOS and Windows lack it, and a sandbox may forbid it
         cpus = len(os.sched_getaffinity(0))
     return max(1, math.ceil(min(cpus, _cgroup_quota())))
 
 
 @lru_cache(maxsize=1)
 def _cgroup_quota() -> float:
-    """CPUs that the process's control group, and those above it, may use: of version 2, else of version 1, else infinity."""
+    """Return the CPUs that the process's control group and its parents allow, by cgroup version 2 or 1; else infinity."""
     root = Path("/sys/fs/cgroup")
     quotas, own = [], Path("/")
     with suppress(OSError, ValueError, StopIteration):
@@ -91,16 +93,20 @@ def _cgroup_quota() -> float:
 
 
 def _cpus(quota: str, period: str) -> float:
-    """No limit is "max", which is no number, in version 2, and -1 in version 1; what makes no sense is none either."""
+    """Return a quota in CPUs, or infinity if there is no limit or the values make no sense.
+
+    No limit is -1 in version 1, and in version 2 "max", which is no number: it raises, and the caller ignores that quota.
+    """
     allowed, of = float(quota), float(period)
     return allowed / of if 0 < allowed < math.inf and 0 < of < math.inf else math.inf
 
 
 def get_num_threads() -> int:
-    """Number of threads that a call uses unless it says otherwise.
+    """Return the number of threads that a call uses by default.
 
-    What `set_num_threads` set; else the limit of the OpenMP runtime that PyTorch uses too (``OMP_NUM_THREADS``,
-    ``torch.set_num_threads``, threadpoolctl), but not more than the cores that the process may use.
+    This is what `set_num_threads` set; else the limit of the OpenMP runtime that PyTorch uses too (``OMP_NUM_THREADS``,
+    ``torch.set_num_threads``, threadpoolctl), but not more than the cores that the process may use, unless ``OMP_NUM_THREADS``
+    is set.
 
     Returns
     -------
@@ -127,17 +133,17 @@ def get_num_threads() -> int:
 
 @lru_cache(maxsize=1)
 def _is_told() -> bool:
-    """Is the limit of the OpenMP runtime a user's? The runtime, too, has looked only once."""
+    """Return whether a user set the OpenMP runtime's limit; cached, since the runtime reads the environment once, too."""
     return "OMP_NUM_THREADS" in os.environ
 
 
 def setting() -> int | None:
-    """What `set_num_threads` set."""
+    """Return what `set_num_threads` set."""
     return _State.setting
 
 
 def set_num_threads(n: int | None) -> None:
-    """Set the number of threads of later calls; None undoes it.
+    """Set the number of threads of later calls; None restores the default.
 
     Parameters
     ----------
@@ -163,7 +169,7 @@ def set_num_threads(n: int | None) -> None:
 
 
 def check_threads(n: object, name: str) -> int:
-    """``n`` as a number of threads, or an error that names it."""
+    """Return ``n`` as a number of threads, or raise an error that names the argument."""
     if isinstance(n, bool) or not hasattr(n, "__index__"):
         raise TypeError(f"{name} must be an integer or None, got {type(n).__name__}")
     count = int(n.__index__())

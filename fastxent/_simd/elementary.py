@@ -117,7 +117,7 @@ def _itself(x, base):
 
 def reduce_argument(x, shift):
     """Return ``(r, 2**(k + UP))``, from which ``exp_reduced`` computes ``exp(x - m) * 2**UP``: see ``exp_scaled``."""
-    raise TypeError("reduce is for kernels")
+    raise TypeError("reduce_argument is for kernels")
 
 
 @overload(reduce_argument, jit_options=INLINE)
@@ -139,7 +139,7 @@ def _reduce_argument(x, shift):
 
 def exp_reduced(r, power):
     """Return ``power e^r``, |r| <= ln(2)/2."""
-    raise TypeError("exp_of is for kernels")
+    raise TypeError("exp_reduced is for kernels")
 
 
 @overload(exp_reduced, jit_options=INLINE)
@@ -201,7 +201,7 @@ def sech_squared(x):
 
 def exp_scale(like):
     """Return what ``exp_scaled`` returns for ``exp(0) = 1``: the factor 2**UP of ``like``'s kind (a Vec or a Ptr)."""
-    raise TypeError("up is for kernels")
+    raise TypeError("exp_scale is for kernels")
 
 
 @overload(exp_scale, jit_options=INLINE)
@@ -313,7 +313,7 @@ def log1p(e):
 
 def exp_negative(x):
     """Return ``exp(x)``, x <= 0: with no maximum to subtract exactly, it takes some operations less than `exp_scaled`."""
-    raise TypeError("exp_down is for kernels")
+    raise TypeError("exp_negative is for kernels")
 
 
 @overload(exp_negative, jit_options=INLINE)

@@ -5,7 +5,7 @@ without the passes for features that no kernel uses, compiling a kernel takes 3.
 """
 
 from llvmlite import binding
-from numba import njit, types
+from numba import njit
 from numba.core.codegen import CPUCodeLibrary
 from numba.core.compiler import CompilerBase
 from numba.core.compiler_lock import global_compiler_lock
@@ -82,24 +82,6 @@ def c_function(function, signature):
 # ----------------------------------------------------------------------------------------------------
 # Kernel functions that choose their code at compile time
 # ----------------------------------------------------------------------------------------------------
-
-
-def by_kind(none, **named):
-    """Return a decorator of kernel functions that puts ``none`` in their place where the second argument is None.
-
-    No code is generated for an argument that is absent. ``named`` has replacements for named tuples, by their type's name.
-    """
-
-    def decorate(function):
-        def choose(task, second, *more):
-            if isinstance(second, types.NoneType):
-                return none
-            return named.get(second.instance_class.__name__, function) if isinstance(second, types.BaseNamedTuple) else function
-
-        overload(function, jit_options=INLINE, strict=False)(choose)
-        return function
-
-    return decorate
 
 
 def as_needed(choose):

@@ -2,22 +2,22 @@
 
     from fastxent.torch import cross_entropy        # instead of torch.nn.functional's
 
-An adapter: shapes, dtypes and autograd are PyTorch's, the maths is in ``fastxent._kernels.inputs``. Here are the functions that
-people call; read ``_dispatch`` next. Who does what:
+This package is an adapter: shapes, dtypes and autograd are PyTorch's, the maths is in ``fastxent._kernels.losses``. The public
+functions are in this module; read ``_dispatch`` next. The other modules:
 
-* ``_callcache`` looks calls up that were met before, by the keys of ``_keys``, and runs what is stored of them: ``_calls``.
-  ``_fastpath`` leaves that out where it is turned off.
-* ``_dispatch`` sorts the calls. What the kernels take goes on; all else (other devices, odd dtypes, wrong shapes) goes to
-  PyTorch itself, whose result or error the caller then gets.
-* ``_watched`` knows who looks at operators: then ours are called as such.
-* ``_bridge`` runs the kernels: tensors -> addresses.
-* ``_autograd`` is the autograd node of eager mode. mean and sum: the forward makes the gradient, the backward returns it.
-  none: the backward makes it, for only then each row's grad_output is known; it enters as a sample weight.
-* ``_operators``: ``torch.ops.fastxent`` is what ``torch.compile``, ``torch.export`` and dispatch modes see.
-* ``_decomposition`` says the same in PyTorch's operators. It serves what must be differentiated further: double backward,
+* ``_callcache`` looks up stored calls by the keys of ``_keys`` and runs them (``_calls``). ``_fastpath`` skips the call cache
+  where it is turned off.
+* ``_dispatch`` routes the calls. It passes on what the kernels take; everything else (other devices, odd dtypes, wrong shapes)
+  goes to PyTorch itself, whose result or error the caller then gets.
+* ``_watched`` tells whether a compiler, a tracer or a dispatch mode observes operators: then ours are called as operators.
+* ``_bridge`` turns tensors into addresses and runs the kernels.
+* ``_autograd`` is the autograd node of eager mode. For mean and sum, the forward computes the gradient and the backward
+  returns it. For none, the backward computes it, since only then each row's grad_output, a sample weight, is known.
+* ``_operators`` defines ``torch.ops.fastxent``, which ``torch.compile``, ``torch.export`` and dispatch modes see.
+* ``_decomposition`` computes the loss with PyTorch's operators. It serves what must be differentiated further: double backward,
   forward-mode AD, ``torch.func``, probabilities that require a gradient.
 * ``_policy`` is `log_prob_and_entropy`, from the operator to the backward.
-* ``_install`` puts all this in PyTorch's place for the whole process.
+* ``_install`` replaces PyTorch's cross-entropy in the whole process.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    r"""``torch.nn.functional.cross_entropy``, with some options more.
+    r"""``torch.nn.functional.cross_entropy``, with some additional options.
 
     .. math::
         l_n = u_n \left[-\sum_c q_{nc} \log p_{nc} + z\, \mathrm{lse}_n^2\right], \qquad
@@ -67,14 +67,15 @@ def cross_entropy(
     weight, ignore_index, reduction, label_smoothing, size_average, reduce
         As in PyTorch.
     inplace : bool
-        The gradient overwrites the logits, when one is needed: no memory of their size is taken. Their version counter goes up,
-        so autograd raises where they are needed elsewhere. Under ``torch.compile`` a permission that is not used.
+        Permission for the gradient, when one is needed, to overwrite the logits: no second array of their size is allocated.
+        Their version counter is incremented, so autograd raises where they are needed elsewhere. ``torch.compile`` does not use
+        the permission.
     sample_weight : Tensor, shape of the rows, optional
         Sample weights u. For "mean" the divisor is the sum of u w_y (class indices) or of u (class probabilities).
     z_loss : float
-        z: pulls the log-normaliser to 0; not multiplied by ``weight``.
+        z, which pulls the log-normaliser lse to 0; not multiplied by ``weight``.
     softcap : float, optional
-        Use softcap * tanh(x / softcap) for x.
+        Use softcap * tanh(x / softcap) in place of x.
 
     Returns
     -------
@@ -118,7 +119,7 @@ def cross_entropy(
             return loss
         return route(input, target, weight, sample_weight, options, inplace)
     except (AttributeError, TypeError, struct.error):
-        # Is an argument of a wrong type? PyTorch's parser says which one, if it is one of its own.
+        # If an argument that PyTorch has too is of a wrong type, PyTorch's parser raises an error that names it.
         torch._C._nn.cross_entropy_loss(input, target, weight, number, ignore_index, label_smoothing)  # type: ignore[arg-type]
         for name, option in {"z_loss": z_loss, "softcap": softcap or 0.0}.items():
             if not hasattr(option, "__float__"):
@@ -141,7 +142,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     IndexError, RuntimeError, TypeError, ValueError
         As in `cross_entropy`.
     NotImplementedError
-        In ``torch.jit.script``, with z_loss or softcap. What is scripted or traced is made of PyTorch's operators.
+        In ``torch.jit.script``, with z_loss or softcap. A scripted or traced module consists of PyTorch's operators.
 
     Examples
     --------
@@ -169,7 +170,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.inplace, self.z_loss, self.softcap = inplace, z_loss, softcap
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # what it saves must run without us
+        if torch.jit.is_scripting():  # what TorchScript saves must run without fastxent
             capped = False
             if self.softcap is not None:
                 capped = self.softcap != 0.0

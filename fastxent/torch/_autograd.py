@@ -15,17 +15,20 @@ from fastxent.torch._decomposition import differentiable_backward
 from fastxent.torch._operators import gradient_of_rows
 from fastxent.torch._watched import is_seen_by_a_mode
 
-# What a node has besides tensors: the options, was the gradient written where the logits were, the call if it is stored.
+# What a node holds besides tensors: the options, whether the gradient has overwritten the logits, the stored call or None.
 Kept = tuple[Options, bool, Any]
 
 
 class _Eager(torch.autograd.Function):
-    """The node of eager mode. Its gradient is no saved tensor: the first backward hands it over."""
+    """The node of eager mode. Its gradient is not a saved tensor: the first backward hands it over."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, made: tuple[Tensor, Tensor | None, tuple[Tensor | None, ...], Kept]) -> Tensor:
-        """``made``: the loss, its gradient (None for reduction none), the tensors to be saved, the rest. One argument, since
-        each costs autograd a check. Only the logits are differentiated here."""
+        """Return the loss; only the logits are differentiated.
+
+        ``made``: the loss, its gradient (None for reduction none), the tensors to save, and `Kept`. They are one argument,
+        since autograd checks each argument, which takes time.
+        """
         loss, ctx.grad, ctx.to_save, ctx.kept = made
         ctx.materialize_grads = False
         return loss
@@ -39,18 +42,18 @@ class _Eager(torch.autograd.Function):
         if ours:
             ctx.grad = None
         if _len_torch_dispatch_stack() > 0 or _is_tracing() or type(grad_output) is not Tensor or is_dual(grad_output):
-            return _times(grad, grad_output), None  # its value is not for us to ask for
+            return _times(grad, grad_output), None  # its value must not be read
         try:
             factor = grad_output.item()
-        except RuntimeError:  # asked afterwards, for it is rare: does it stand for another, or others?
+        except RuntimeError:  # perhaps a wrapper tensor, which has no value; tested only now, since it is rare
             if not (_stands_for_others(grad_output) or is_seen_by_a_mode()):
                 raise
             return _times(grad, grad_output), None
-        if factor == 1.0:  # kept for another backward, it must not become somebody's .grad, which is added to in place
+        if factor == 1.0:  # if another backward needs grad, it must not become a .grad, which is accumulated in place
             return (grad if ours else grad.clone()), None
         options, inplace, _ = ctx.kept
         if grad.element_size() == 2 and not inplace:
-            # Half precision: a gradient that has been rounded once, perhaps to 0, cannot be scaled up any more.
+            # Half precision: the gradient has been rounded once, perhaps to 0, so it is computed again instead of scaled.
             input, target, weight, sample_weight = _saved(ctx)
             check_operands(input, target, weight, sample_weight)
             out = grad if ours else None
@@ -59,7 +62,7 @@ class _Eager(torch.autograd.Function):
 
 
 def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
-    """What the forward has not prepared: gradients of reduction none, and those that are to be differentiated again."""
+    """Return a gradient that the forward has not computed: for reduction none, or one to be differentiated again."""
     if grad_output is None:
         return None
     options, inplace, call = ctx.kept
@@ -87,9 +90,9 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
 
 
 def _new_gradient_of_rows(saved: list[Any], options: Options, grad_output: Tensor, out: Tensor | None) -> Tensor:
-    """Of a call that is not stored."""
+    """Return the gradient of reduction none for a call that is not stored."""
     input, target, weight, sample_weight = saved
-    if grad_output._is_zerotensor():  # it has no memory
+    if grad_output._is_zerotensor():  # a zero tensor has no memory
         grad_output = torch.zeros(grad_output.shape, dtype=grad_output.dtype, device="cpu")
     elif grad_output.layout != torch.strided:
         grad_output = grad_output.to_dense()
@@ -106,16 +109,17 @@ def _differentiable(ctx: Any, grad_output: Tensor) -> Tensor:
     return differentiable_backward(_saved(ctx), options, grad_output)
 
 
-# What stands in the graph: the engine calls the backward itself, not a method that looks for it; and slots spare a dict.
+# The class of the nodes in the graph: the engine calls `_Eager.backward` directly, without PyTorch's method that looks it up,
+# and slots save a dict.
 _Eager._backward_cls = type(
     "CrossEntropyBackward", (_Eager._backward_cls,), {"__slots__": ("grad", "kept"), "apply": _Eager.backward}
 )
-# Function.apply without its look for functorch's tensors: `route` has sent those elsewhere.
+# Function.apply without its test for functorch's tensors: `route` has sent those elsewhere.
 apply = super(torch.autograd.Function, _Eager).apply
 
 
 def attach(input: Tensor, loss: Tensor, grad: Tensor | None, others: tuple[Tensor | None, ...], kept: Kept) -> Tensor:
-    """The loss, with its node. ``grad``: None for reduction none; ``others``: target, weight, sample weights."""
+    """Return the loss with its node. ``grad``: None for reduction none; ``others``: target, weight, sample weights."""
     if grad is not None and kept[1]:
         torch.autograd.graph.increment_version(input)
         return apply(input, (loss, grad, (), kept))
@@ -123,7 +127,7 @@ def attach(input: Tensor, loss: Tensor, grad: Tensor | None, others: tuple[Tenso
 
 
 def _saved(ctx: Any) -> list[Any]:
-    """The logits, target, weight, sample weights."""
+    """Return the logits, target, weight and sample weights."""
     saved = ctx.saved_tensors
     return [*saved, *[None] * (4 - len(saved))]
 
@@ -134,10 +138,10 @@ def _times(grad: Tensor, grad_output: Tensor) -> Tensor:
 
 
 def is_dual(t: Tensor) -> bool:
-    """Has it a tangent of forward AD?"""
+    """Return whether a tensor has a tangent of forward-mode AD."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
 def _stands_for_others(t: Tensor) -> bool:
-    """Is it a tensor of ``torch.func``, as of vmap (batched gradients: ``is_grads_batched``)?"""
+    """Return whether a tensor is a wrapper of ``torch.func``, such as vmap's (batched gradients: ``is_grads_batched``)."""
     return torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)

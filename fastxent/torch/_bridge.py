@@ -1,4 +1,4 @@
-"""Runs the kernels: tensors -> addresses, plans, and the tasks of small calls that come again."""
+"""Runs the kernels: checks tensors, and turns them into addresses and plans."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PAST_ALL_CLASSES = 2**63 - 1
 
 
 class Options(NamedTuple):
-    """All but the tensors; in the order of the operators' schema."""
+    """All options but the tensors, in the order of the operators' schema."""
 
     reduction: int
     ignore_index: int
@@ -34,7 +34,7 @@ class Options(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Checked tensors as the kernels take them; they must outlive the addresses."""
+    """Checked tensors in the form that the kernels take; they must outlive the addresses."""
 
     x: Tensor
     axis: int
@@ -44,13 +44,13 @@ class Call(NamedTuple):
     t: Tensor | None
     w: Tensor | None  # float64, contiguous
     u: Tensor | None  # float64, contiguous
-    divisor: float  # of the mean, with t; with y, the task makes it
+    divisor: float  # of the mean, for class probabilities; for class indices the task computes it
     n_threads: int
     acc: torch.dtype
 
 
 def misfit(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> Exception | None:
-    """Why do these not go together? None if they do."""
+    """Return an error that says why these tensors do not fit together, or None if they do."""
     for name, t in (("input", input), ("target", target), ("weight", weight), ("sample_weight", sample_weight)):
         if t is not None and not (t.is_cpu and t.layout == torch.strided and not t.is_nested):
             return RuntimeError(f"Expected {name} to be a dense tensor on the CPU, got one of {t.layout} on {t.device}")
@@ -72,7 +72,7 @@ def misfit(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: 
 
 
 def check_operands(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> None:
-    """For calls that `route` has not sorted: a graph that was traced, or a hook on saved tensors, may hand over anything."""
+    """Check the tensors of a call that `route` has not seen: a traced graph or a hook on saved tensors may pass anything."""
     if (error := misfit(input, target, weight, sample_weight)) is not None:
         raise error
 
@@ -112,7 +112,7 @@ def n_threads_now() -> int:
 
 
 def check_memory(*tensors: Tensor | None) -> None:
-    """PyTorch lets the memory of a tensor be freed under it, or cut short."""
+    """Raise an error if a tensor's memory has been freed or cut short, which PyTorch allows."""
     for t in tensors:
         if t is None or t.numel() == 0:
             continue
@@ -123,26 +123,26 @@ def check_memory(*tensors: Tensor | None) -> None:
 
 
 def is_there(t: Tensor, nbytes: int) -> bool:
-    """Are so many bytes from a tensor's first element on in its memory?"""
+    """Return whether a tensor's memory has ``nbytes`` bytes from the tensor's first element on."""
     return t.data_ptr() != 0 and t.untyped_storage().nbytes() >= t.storage_offset() * t.itemsize + nbytes
 
 
 def reach(t: Tensor) -> int:
-    """Bytes from a tensor's first element to the end of its last."""
+    """Return the number of bytes from a tensor's first element to the end of its last."""
     if t.numel() == 0:
         return 0
     return int(1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
 
 
 def as_float64(t: Tensor) -> Tensor:
-    """As the kernels take weights."""
+    """Return weights in the form that the kernels take: contiguous float64."""
     t = t.detach() if t.requires_grad else t
     t = (t.resolve_neg() if t.is_neg() else t).double()
     return t if t.is_contiguous() else t.contiguous()
 
 
 def as_int64(target: Tensor) -> Tensor:
-    """Class indices as int64. What does not fit stays out of bounds, and must not wrap around to an ignore_index."""
+    """Return class indices as int64. Those that do not fit stay out of bounds and do not wrap around to an ignore_index."""
     y = target.to(torch.int64)
     return torch.where(y < 0, _PAST_ALL_CLASSES, y) if target.dtype == torch.uint64 else y
 
@@ -158,7 +158,7 @@ def address(tensor: Tensor | None) -> int:
 
 
 def walkable(x: Tensor, axis: int) -> bool:
-    """May a kernel take x as it lies? Else lanes would be gathered for many classes: a copy is faster."""
+    """Return whether a kernel can take x in place; otherwise it would gather lanes for many classes, and a copy is faster."""
     return x.shape[axis] <= FEW_CLASSES or any(s == 1 and n > 1 for n, s in zip(x.shape, x.stride(), strict=True))
 
 
@@ -174,7 +174,7 @@ def plan_of(
     smooth: bool,
     capped: bool,
 ) -> Plan:
-    """``make_plan`` for tensors: their strides count elements."""
+    """Return the plan for tensors, whose strides count elements: see `make_plan`."""
     sizes = (dtype.itemsize, dtype.itemsize, (probabilities or dtype).itemsize)
     x, g, t = (tuple(s * size for s in stride) for stride, size in zip(strides, sizes, strict=True))
     target = None if probabilities is None else STORAGE[probabilities]
@@ -182,7 +182,7 @@ def plan_of(
 
 
 def _run(name: str, call: Call, g: Tensor, options: Options, factor: float = 1.0) -> Tensor:
-    """Run a task; its loss, reduced."""
+    """Run a task and return its loss, reduced."""
     loss = torch.zeros(call.rows, dtype=call.acc, device="cpu") if options.reduction == NONE else None
     x, t = call.x, call.t
     strides = (x.stride(), g.stride(), (x if t is None else t).stride())
@@ -203,26 +203,26 @@ def _run(name: str, call: Call, g: Tensor, options: Options, factor: float = 1.0
 def _scalar(value: float, dtype: torch.dtype) -> Tensor:
     try:
         return torch.scalar_tensor(value, dtype=dtype, device="cpu")
-    except RuntimeError:  # it refuses what float32 rounds to infinity; torch.tensor does not, but takes twice the time
+    except RuntimeError:  # scalar_tensor refuses what float32 rounds to infinity; torch.tensor takes it, in twice the time
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def numbers(options: Options, n_classes: int) -> dict[str, float]:
-    """The options as the tasks know them."""
+    """Return the options as fields of the argument block."""
     return fields_of(n_classes, *options[1:])
 
 
 def lies_well(g: Tensor, x: Tensor, axis: int) -> bool:
-    """Do the lanes of the gradient lie as those of the logits do?"""
+    """Return whether the lanes of the gradient are laid out as those of the logits."""
     return x.shape[axis] <= FEW_CLASSES or (g.stride(axis) == 1) == (x.stride(axis) == 1)
 
 
 def may_be_overwritten(x: Tensor, *others: Tensor | None) -> bool:
-    """Has every logit a place of its own, in which its gradient can lie?"""
+    """Return whether the gradient can overwrite the logits: no two of them, and no other tensor, have memory in common."""
     memory = x.untyped_storage().data_ptr()
     if x.is_neg() or any(t is not None and t.untyped_storage().data_ptr() == memory for t in others):
         return False
-    reach = 0  # from the first element to the last, over the axes seen so far
+    reach = 0  # elements from the first to the last, over the axes seen so far
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach:
             return False
@@ -233,7 +233,7 @@ def may_be_overwritten(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def value(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
-    """The loss. That the tensors go together has been asked: see `misfit`."""
+    """Return the loss. The caller has checked that the tensors fit together: see `misfit`."""
     call = prepare(input, target, weight, sample_weight)
     return _run("value", call, call.x, options)
 
@@ -247,7 +247,7 @@ def value_and_grad(
     out: Tensor | None = None,
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Loss, and ``factor`` times its gradient, in ``out`` if given; that may be ``input``. The tensors are as in `value`."""
+    """Return the loss and ``factor`` times its gradient, in ``out`` if given, which may be ``input``; tensors as in `value`."""
     call = prepare(input, target, weight, sample_weight)
     result = gradient_like(input) if out is None else out
     g = result if lies_well(result, call.x, call.axis) else torch.empty_like(call.x)
@@ -258,13 +258,13 @@ def value_and_grad(
 
 
 def gradient_like(input: Tensor) -> Tensor:
-    """``torch.empty_like``, in recycled memory and huge pages where that counts."""
+    """Return ``torch.empty_like``; a large tensor is in recycled memory with huge pages."""
     nbytes = input.numel() * input.element_size()
     contiguous = input.is_contiguous()
     if nbytes < buffers.SMALLEST or not (contiguous or torch.ops.aten.is_non_overlapping_and_dense(input)):
         return torch.empty_like(input)
     dtype = input.dtype
     g = torch.from_numpy(buffers.empty(input.shape if contiguous else (input.numel(),), _NUMPY[dtype]))
-    if g.dtype != dtype:  # NumPy does not have it
+    if g.dtype != dtype:  # NumPy lacks it
         g = g.view(dtype)
     return g if contiguous else g.as_strided(input.shape, input.stride())

@@ -1,4 +1,4 @@
-"""The same in PyTorch's operators: for what must be differentiated further, and for what the kernels do not take."""
+"""The loss in PyTorch's operators: for what must be differentiated further, and for what the kernels do not take."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 from fastxent.torch._bridge import MEAN, NONE, STORAGE, SUM, Options, as_int64
 
-library: torch.library.Library | None = None  # what `install` has put into PyTorch's dispatcher
+library: torch.library.Library | None = None  # `install`'s registration in PyTorch's dispatcher
 
 
 def stock(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    """PyTorch's own function, also while `install` has ours in its place."""
+    """Return PyTorch's own cross-entropy, even while `install` has replaced it by ours."""
     op = torch.ops.aten.cross_entropy_loss.default
     arguments = (input, target, weight, options.reduction, options.ignore_index, options.label_smoothing)
     return op(*arguments) if library is None else op.decompose(*arguments)
 
 
 def formula(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
-    """The loss as an expression of differentiable operators, in float32 at least."""
+    """Return the loss as an expression of differentiable operators, in float32 at least."""
     dim = 0 if input.dim() == 1 else 1
     x = input.to(torch.promote_types(input.dtype, torch.float32))
     w = None if weight is None else weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -30,7 +30,7 @@ def formula(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight:
     if target.dtype not in STORAGE:
         target = as_int64(target)
         kept = target != options.ignore_index
-        x = torch.where(kept.unsqueeze(dim), x, 0.0)  # nothing of an ignored row leaks into its gradient
+        x = torch.where(kept.unsqueeze(dim), x, 0.0)  # an ignored row's nan or inf must not reach its gradient
     loss = stock(x, target, w, options._replace(reduction=NONE))
     if options.z_loss:
         z_loss = options.z_loss * torch.logsumexp(x, dim).square()
@@ -41,7 +41,7 @@ def formula(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight:
         counted = torch.ones_like(loss) if sample_weight is None else sample_weight
         if kept is not None:
             if w is not None:
-                classes = torch.where(kept, target, 0).unsqueeze(0)  # a tensor without axes, as index, would be read by vmap
+                classes = torch.where(kept, target, 0).unsqueeze(0)  # vmap would have to read the value of a 0-d index
                 counted = counted * w[classes].squeeze(0)
             counted = torch.where(kept, counted, 0.0)
         loss = loss.sum() / counted.sum()
@@ -51,7 +51,7 @@ def formula(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight:
 
 
 def differentiable_backward(tensors: Sequence[Tensor], options: Options, grad_output: Tensor) -> Tensor:
-    """The gradient as a function of logits and grad_output that can be differentiated again."""
+    """Return the gradient as a function of logits and grad_output that can be differentiated again."""
     input, target, weight, sample_weight = tensors
     with torch.enable_grad():
         loss = formula(input, target, weight, sample_weight, options).to(grad_output.dtype)
@@ -60,7 +60,10 @@ def differentiable_backward(tensors: Sequence[Tensor], options: Options, grad_ou
 
 
 def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
-    """PyTorch's: that of the logits; probabilities and their weights are promoted with it; float32 at least under autocast."""
+    """Return PyTorch's dtype of the loss.
+
+    It is that of the logits, promoted with that of class probabilities and of their weights; under autocast at least float32.
+    """
     dtype = input.dtype
     if target.dtype in STORAGE:
         dtype = torch.promote_types(dtype, target.dtype)

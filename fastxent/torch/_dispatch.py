@@ -1,4 +1,4 @@
-"""Who computes a call: the kernels (eagerly, or through an operator), the formula, or PyTorch itself."""
+"""Routes a call to the kernels (eagerly or through an operator), to the decomposition, or to PyTorch itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastxent.torch._watched import is_traced, is_watched, stands_for_another
 def route(
     input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, numbers: tuple[Any, ...], inplace: bool
 ) -> Tensor:
-    """``numbers``: those of `Options`."""
+    """Return the loss, computed by the kernels, the decomposition or PyTorch; ``numbers``: the fields of `Options`."""
     _require_tensors(input, target, weight, sample_weight)
     options = Options(*numbers)
     if options.label_smoothing < 0.0:
@@ -51,7 +51,7 @@ def route(
 
 
 def _require_tensors(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> None:
-    """What has a dtype and a shape need not be one: arrays of NumPy and JAX have them too."""
+    """Raise an error if an argument is not a tensor: arrays of NumPy and JAX have a dtype and a shape too."""
     named = {"input": input, "target": target, "weight": weight, "sample_weight": sample_weight}
     for nth, (name, t) in enumerate(named.items(), 1):
         if not (isinstance(t, Tensor) or (nth > 2 and t is None)):
@@ -59,11 +59,11 @@ def _require_tensors(input: Tensor, target: Tensor, weight: Tensor | None, sampl
 
 
 def takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> bool:
-    """Is this a call for the kernels? Else PyTorch computes it, or says what is wrong with it."""
+    """Return whether the kernels take this call; otherwise PyTorch computes it, or says what is wrong with it."""
     if misfit(input, target, weight, sample_weight) is not None or input.numel() == 0:
         return False
     if not is_watched() and any([t is not None and stands_for_another(t) for t in (input, target, weight, sample_weight)]):
-        return False  # it has no memory of its own
+        return False  # a wrapper tensor has no memory of its own
     if not options.label_smoothing <= 1.0:
         return False
     if target.dtype in STORAGE:
@@ -72,13 +72,13 @@ def takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: T
 
 
 def _by_pytorch(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
-    """What the kernels do not take, PyTorch computes, or says what is wrong with it."""
+    """Return the loss of a call that the kernels do not take, in PyTorch's operators, which may raise PyTorch's error."""
     if target.dtype != torch.int64 and target.dtype in INTEGERS and target.shape != input.shape:
         target = as_int64(target)
     if sample_weight is None and options.z_loss == 0.0 and options.softcap == 0.0:
         return stock(input, target, weight, options)
     with torch.no_grad():
-        stock(input, target, weight, options)  # it refuses what it would refuse without our options
+        stock(input, target, weight, options)  # raises what PyTorch raises without our options
     dim = 0 if input.dim() == 1 else 1
     rows = (*input.shape[:dim], *input.shape[dim + 1 :])
     if sample_weight is not None and (sample_weight.layout != torch.strided or sample_weight.is_nested):
@@ -89,7 +89,7 @@ def _by_pytorch(input: Tensor, target: Tensor, weight: Tensor | None, sample_wei
 
 
 def must_be_formula(input: Tensor, *others: Tensor | None) -> bool:
-    """Is more asked of the result than a first derivative with respect to the logits?"""
+    """Return whether the call needs the decomposition: more than a first derivative with respect to the logits is asked for."""
     if torch._C._are_functorch_transforms_active():
         return True
     if torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""fastxent in PyTorch's place, for the whole process."""
+"""Replaces PyTorch's cross-entropy by fastxent's in the whole process."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fastxent.torch._bridge import MEAN
 from fastxent.torch._dispatch import route
 from fastxent.torch._fastpath import lookup
 
-_CACHE_TAG = f" fastxent {__version__}"  # Inductor's cache on disk must tell our code for F.cross_entropy from PyTorch's
+_CACHE_TAG = f" fastxent {__version__}"  # separates our code for F.cross_entropy from PyTorch's in Inductor's disk cache
 
 
 def install() -> None:
     """Route every cross-entropy on the CPU in this process through fastxent; `uninstall` undoes it.
 
-    It takes the place of ``aten::cross_entropy_loss`` in PyTorch's dispatcher, for CPU tensors. So it reaches
-    ``nn.CrossEntropyLoss``, functions imported by name, other libraries, and code compiled from now on; other devices are
+    It replaces ``aten::cross_entropy_loss`` in PyTorch's dispatcher, under the dispatch keys of the CPU. So it reaches
+    ``nn.CrossEntropyLoss``, functions imported by name, other libraries, and code compiled afterwards; other devices are
     untouched. The formula is that of `cross_entropy`.
 
     Examples
@@ -42,7 +42,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Give PyTorch its own cross-entropy back.
+    """Restore PyTorch's own cross-entropy.
 
     Examples
     --------
@@ -58,7 +58,7 @@ def uninstall() -> None:
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """`install` for the length of a ``with`` block; what was installed before stays so.
+    """Install fastxent for the duration of a ``with`` block; an earlier `install` stays in effect afterwards.
 
     Examples
     --------
@@ -92,7 +92,7 @@ def _in_place_of_aten(
 
 
 def _forget_compiled_code() -> None:
-    """What torch.compile made of the other cross-entropy is compiled again when it is called."""
-    torch.ops.aten.cross_entropy_loss.default._dispatch_cache.clear()  # which kernel a tracer takes
+    """Discard what torch.compile made of the other cross-entropy; it is compiled again when it is called."""
+    torch.ops.aten.cross_entropy_loss.default._dispatch_cache.clear()  # holds the kernel that a tracer takes
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""The operators ``torch.ops.fastxent``: what tracers see."""
+"""The operators ``torch.ops.fastxent``, which tracers see."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ARGUMENTS = f"Tensor input, Tensor target, {schema('weight', 'sample_weight', *
 
 
 def _of_nothing(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
-    """No row, or no class."""
+    """Return the loss of logits without rows or without classes."""
     loss = formula(input, target, weight, sample_weight, options)
     return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
@@ -58,7 +58,7 @@ def _value_and_grad_fake(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor
 
 
 def _operator_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
-    """Of both operators. The second one has made the gradient already."""
+    """Save what the backward of either operator needs; the second one has computed the gradient already."""
     *tensors, ctx.options = *inputs[:4], Options(*inputs[4:])
     grad = None
     if isinstance(output, tuple):
@@ -68,7 +68,7 @@ def _operator_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[
 
 
 def gradient_of_rows(tensors: Sequence[Any], options: Options, grad_output: Tensor) -> Tensor:
-    """Of reduction none."""
+    """Return the gradient of reduction none, from ``grad_output`` for each row."""
     input, target, weight, sample_weight = tensors
     rows = grad_output if sample_weight is None else grad_output * sample_weight
     _, grad = value_and_grad_op(input, target, weight, rows, *options._replace(reduction=SUM))

@@ -1,7 +1,7 @@
-"""``log_prob_and_entropy`` of tensors: an operator, its backward, and the same in PyTorch's operators.
+"""``log_prob_and_entropy`` of tensors: an operator, its backward, and its decomposition into PyTorch's operators.
 
-A call goes to ``torch.ops.fastxent.log_prob_and_entropy``, which eager mode, compilers and dispatch modes all see; what must be
-differentiated further, and what the kernels do not take, is computed by `formula`.
+A call goes to ``torch.ops.fastxent.log_prob_and_entropy``, which eager mode, compilers and dispatch modes all see. The
+decomposition, `formula`, computes what must be differentiated further, and what the kernels do not take.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def log_prob_and_entropy(
         \frac{\partial \log p_y}{\partial x_c} = \frac{[c = y] - p_c}{T}, \qquad
         \frac{\partial H}{\partial x_c} = -\frac{p_c (\log p_c + H)}{T}
 
-    It stands for ``log_softmax``, ``gather``, and a sum over ``exp`` times ``log_softmax``, and makes none of their arrays of
-    the size of the logits; the backward makes one, the gradient.
+    It replaces ``log_softmax``, ``gather``, and a sum over ``exp`` times ``log_softmax``, and allocates none of their arrays of
+    the size of the logits; the backward allocates one, the gradient.
 
     Parameters
     ----------
     input : Tensor, shape (C,), (N, C) or (N, C, d1, ...)
-        Logits x; float16, bfloat16, float32 or float64, any strides. May hold -inf, whose share of the entropy is 0.
+        Logits x; float16, bfloat16, float32 or float64, any strides. May hold -inf, which adds 0 to the entropy.
     target : Tensor of any integer dtype, shape (), (N,) or (N, d1, ...)
         Class indices y.
     temperature : float > 0
@@ -90,7 +90,7 @@ def log_prob_and_entropy(
         raise TypeError("log_prob_and_entropy(): target holds class probabilities; it takes class indices")
     options = Options(NONE, ignore_index, 0.0, 0.0, 0.0)
     taken = not is_traced() and takes(input, target, None, None, options)
-    if not taken:  # PyTorch refuses what it would refuse of cross_entropy
+    if not taken:  # raises what PyTorch's cross_entropy raises
         with torch.no_grad():
             stock(input, as_int64(target) if target.dtype in INTEGERS else target, None, options)
     if not taken or must_be_formula(input, target):
@@ -101,12 +101,12 @@ def log_prob_and_entropy(
 
 
 def formula(input: Tensor, target: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Both as expressions of differentiable operators, in float32 at least."""
+    """Return both as expressions of differentiable operators, in float32 at least."""
     dim = 0 if input.dim() == 1 else 1
     y = as_int64(target)
     kept = y != ignore_index
     x = input.to(torch.promote_types(input.dtype, torch.float32)) / temperature
-    x = torch.where(kept.unsqueeze(dim), x, 0.0)  # nothing of an ignored row leaks into its gradient
+    x = torch.where(kept.unsqueeze(dim), x, 0.0)  # an ignored row's nan or inf must not reach its gradient
     log_p = torch.log_softmax(x, dim)
     log_prob = log_p.gather(dim, torch.where(kept, y, 0).unsqueeze(dim)).squeeze(dim)
     terms = log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)
@@ -123,7 +123,7 @@ Arguments = tuple[Tensor, Tensor, float, int]  # input, target, temperature, ign
 
 
 def _run(task: str, call: _bridge.Call, temperature: float, ignore_index: int, g: Tensor | None = None, **more: Any) -> None:
-    """Run a task, whose ``more`` arguments are those of the argument block."""
+    """Run a task; ``more`` holds further fields of the argument block."""
     x = call.x
     strides = (x.stride(), (x if g is None else g).stride(), x.stride())
     plan = _bridge.plan_of(task, x.shape, strides, call.axis, x.dtype, None, labelled=True, smooth=False, capped=False)
@@ -147,7 +147,7 @@ def _value(input: Tensor, target: Tensor, temperature: float, ignore_index: int)
 def _gradient(
     of_log_prob: Tensor, of_entropy: Tensor, input: Tensor, target: Tensor, temperature: float, ignore_index: int
 ) -> Tensor:
-    """What comes back for both, as a gradient of the input."""
+    """Return the gradient with respect to the input, given the gradients with respect to both results."""
     result = _bridge.gradient_like(input)
     if input.numel() == 0:
         return result
@@ -188,7 +188,7 @@ def _backward(ctx: Any, of_log_prob: Tensor, of_entropy: Tensor) -> tuple[Tensor
 
 
 def _differentiable(gradients: Sequence[Tensor], input: Tensor, target: Tensor, *options: Any) -> Tensor:
-    """The gradient as a function that can be differentiated again."""
+    """Return the gradient as a function that can be differentiated again."""
     with torch.enable_grad():
         results = [t.to(g.dtype) for t, g in zip(formula(input, target, *options), gradients, strict=True)]
         (grad,) = torch.autograd.grad(results, input, gradients, create_graph=True)

@@ -1,4 +1,4 @@
-"""Does somebody look at the operators that are called? Then ours have to be called as operators."""
+"""Tells whether a compiler, a tracer or a dispatch mode observes operators; if so, ours must be called as operators."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ PRE_DISPATCH = DispatchKey.PreDispatch
 
 
 def is_watched() -> bool:
-    """By a compiler, a dispatch mode (as those of fake tensors, proxies and functionalisation) or ``torch.jit.trace``.
+    """Return whether a compiler, a dispatch mode or ``torch.jit.trace`` observes operators.
 
-    Tensors that stand for others are another matter, and so are the transforms of ``torch.func``.
+    Dispatch modes include those of fake tensors, proxies and functionalisation. Wrapper tensors (see `stands_for_another`) and
+    the transforms of ``torch.func`` do not count.
     """
-    return is_compiling() or is_seen_by_a_mode()  # in that order: Dynamo must not look at the other
+    return is_compiling() or is_seen_by_a_mode()  # in that order: Dynamo must not trace the second
 
 
 def is_seen_by_a_mode() -> bool:
-    """Or ``torch.jit.trace``."""
+    """Return whether a dispatch mode or ``torch.jit.trace`` observes operators."""
     return (
         _len_torch_dispatch_stack() > 0
-        or _dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)  # modes there are on a stack of their own
+        or _dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)  # its modes have a stack of their own
         or _is_tracing()
     )
 
 
 def is_traced() -> bool:
-    """By ``torch.jit.trace``: what TorchScript keeps must run where we are not."""
+    """Return whether ``torch.jit.trace`` observes operators: what TorchScript saves must run without fastxent."""
     return not is_compiling() and _is_tracing()
 
 
 def stands_for_another(t: Tensor) -> bool:
-    """Has it no memory of its own?"""
+    """Return whether a tensor is a wrapper, or a zero tensor, without memory of its own."""
     return (
         type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
         or t._is_zerotensor()
