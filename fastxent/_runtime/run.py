@@ -221,13 +221,8 @@ def _allowed(team: int) -> int:
     return team if team <= MOST_THREADS_A_CPU else min(team, MOST_THREADS_A_CPU * threads.available_cpus())
 
 
-<<<<<<< HEAD
 def team_at_once(n_threads: int | None, openmp: ctypes.CDLL | None) -> int:
-    """Threads for a call that a builtin runs, on this OpenMP runtime; 0: it has to go the longer way."""
-=======
-def team_at_once(n_threads: int | None) -> int:
-    """Return the number of threads for a call that a builtin runs, or 0 if the call must be run from Python."""
->>>>>>> h-words3
+    """Return the number of threads for a call that a builtin runs on this OpenMP runtime, or 0 if Python must run the call."""
     if _State.forked:
         return 1
     return 0 if _in_flight() or openmp is None else _allowed(n_threads or threads.get_num_threads())
