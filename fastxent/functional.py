@@ -405,7 +405,7 @@ def _run(
     total, bad, divisor = run(
         name, plan, p.n_threads, x=address(p.x), t=address(p.t), y=address(p.y if labels is None else labels),
         w=address(p.w), u=address(p.u), divisor=p.divisor if average else 1.0, average=average,
-        **p.numbers, **more,
+        **p.fields, **more,
     )  # fmt: skip
     if p.y is not None and bad:
         raise out_of_range(p.y, p.x.shape[p.axis], p.ignore)

@@ -144,7 +144,7 @@ def store(
     plan = p.plan(name, g)
     if plan.variant.large:  # it has more to pack, and takes longer anyway
         return
-    task = PackedTask(name, plan, average=options[-1] == "mean", **p.numbers)
+    task = PackedTask(name, plan, average=options[-1] == "mean", **p.fields)
     calls.store(_exact_key(name, x, target, out, options), ExactCall(task, p.acc.type, x.nbytes, target.nbytes, p.axis))
     if task.direct and x.flags.c_contiguous and (g is None or g.flags.c_contiguous):
         _store_dense(task, plan, p, target, options)

@@ -12,8 +12,8 @@ from fastxent._simd.vector import splat, where, widen
 def two_sum(total, error, x):
     """Return the rounded total + x, and ``error`` plus the rounding error of that addition (Knuth's two-sum)."""
     rounded = total + x
-    there = rounded - total
-    return rounded, error + ((total - (rounded - there)) + (x - there))
+    x_rounded = rounded - total
+    return rounded, error + ((total - (rounded - x_rounded)) + (x - x_rounded))
 
 
 @njit(**INLINE)

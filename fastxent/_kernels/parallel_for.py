@@ -12,7 +12,7 @@ from fastxent._simd.memory import call, fetch_add, fetch_max, get, put, read_slo
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import lane, splat
 
-MOST = 1e300  # largest product of factors for which the log may still be postponed
+MOST_PRODUCT = 1e300  # largest product of factors for which the log may still be postponed
 SPINS = 100  # polls of a barrier before a waiting thread yields its core
 
 
@@ -32,7 +32,7 @@ EMPTY_SUM = Sum(0.0, 0.0, 1.0)
 def accumulate(task, sums, x, factor):
     """Return the sum with the number and the factor of one more unit."""
     product = sums.product
-    if product * factor > MOST:
+    if product * factor > MOST_PRODUCT:
         x, product = x + log_of(task, product), 1.0
     total, error = two_sum(sums.total, sums.error, x)
     return Sum(total, error, product * factor)

@@ -68,11 +68,11 @@ def panel_tile(task, tile, nth):
 
 
 @njit(**INLINE)
-def new_panel(task, tile, x, g, n, joins):
+def new_panel(task, tile, x, g, n, adjoins):
     """Return a panel whose logits are still to be loaded; its maxima are set to -inf."""
     for k in range(task.panel):
         store(row_numbers(task, tile, MAXIMA) + k * LANES * itemsize(tile), splat(tile, -INF))
-    return Panel(x, g, n, tile, head_length(task, g, n), joins)
+    return Panel(x, g, n, tile, head_length(task, g, n), adjoins)
 
 
 @njit(**INLINE)
@@ -94,7 +94,7 @@ def steps_per_plane(task):
 
 
 @njit(**INLINE)
-def load_part(task, panel, j, k, end):
+def load_vectors(task, panel, j, k, end):
     """Load the logits of class j, units k ... end - 1, into the tile, and update the rows' maxima."""
     vector, step = LANES * itemsize(panel.tile), LANES * itemsize(panel.x)
     line, place = panel.x + j * task.x_step, panel.tile + j * class_step(task, panel.tile)
@@ -160,7 +160,7 @@ def panel_gradient(task, panel, j, off, shifted, at):
 
 
 @njit(**INLINE)
-def store_part(task, before, panel, after, j, k, end):
+def store_vectors(task, before, panel, after, j, k, end):
     """Write the gradient of class j, vectors k ... end - 1, which are aligned vectors of g if its stores are non-temporal."""
     vector, step, size = LANES * itemsize(panel.tile), LANES * itemsize(panel.g), itemsize(panel.tile)
     p = panel.g + j * task.g_step
@@ -186,7 +186,7 @@ def store_part(task, before, panel, after, j, k, end):
 @njit(**INLINE)
 def store_head(task, before, panel, j, p, head):
     """Write the gradient before the first aligned vector of g, together with the elements of the panel before that share a
-    vector with it, if the panels adjoin: `store_part` has left those out."""
+    vector with it, if the panels adjoin: `store_vectors` has left those out."""
     vector, size = LANES * itemsize(p), itemsize(panel.tile)
     if not panel.adjoins:
         store_masked(p, panel_gradient(task, panel, j, 0, 0, 0), first_lanes(head))
@@ -205,14 +205,14 @@ def store_head(task, before, panel, j, p, head):
 def load_panel(task, panel):
     """Load the whole panel into its tile."""
     for j in range(task.n_vectors):
-        load_part(task, panel, j, 0, task.panel)
+        load_vectors(task, panel, j, 0, task.panel)
 
 
 @njit(**INLINE)
 def store_panel(task, before, panel, after):
     """Write the gradient of the whole panel."""
     for j in range(task.n_vectors):
-        store_part(task, before, panel, after, j, 0, task.panel)
+        store_vectors(task, before, panel, after, j, 0, task.panel)
 
 
 @njit(**INLINE)
@@ -221,8 +221,8 @@ def pipeline_step(task, pipeline, number):
     j, k = number // steps_per_plane(task), number % steps_per_plane(task) * VECTORS_A_STEP
     if j < task.n_vectors:
         if task.stores_exp:
-            store_part(task, pipeline.before, pipeline.pending, pipeline.here, j, k, k + VECTORS_A_STEP)
-        load_part(task, pipeline.ahead, j, k, k + VECTORS_A_STEP)
+            store_vectors(task, pipeline.before, pipeline.pending, pipeline.here, j, k, k + VECTORS_A_STEP)
+        load_vectors(task, pipeline.ahead, j, k, k + VECTORS_A_STEP)
 
 
 @njit(**INLINE)

@@ -17,7 +17,7 @@ from fastxent._simd.memory import (
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import LANES, all_lanes, every_lane, first_lanes, splat
 
-AHEAD = 4096  # vectors of the next row that are prefetched during the gradient: what half a second-level cache holds
+NEXT_ROW_AHEAD = 4096  # vectors of the next row that are prefetched during the gradient: what half a second-level cache holds
 
 
 @njit(**INLINE)
@@ -72,7 +72,7 @@ def prefetch_border(task, unit):
 def prefetch_next_row(task, unit, j):
     """Prefetch the next row while this row's gradient is computed, if the logits are larger than the caches."""
     if task.large and task.class_lanes and not task.stores_exp:
-        if j < AHEAD:
+        if j < NEXT_ROW_AHEAD:
             prefetch(task.x + unit.x, j * x_step(task) + fixed(task.axes, 8))
 
 
@@ -88,8 +88,8 @@ def is_non_temporal(task, unit):
         return task.non_temporal != 0
     if task.packed:
         return False
-    astray = (address(task.g + unit.g) | g_step(task)) % (LANES * itemsize(task.g))
-    return task.non_temporal != 0 and every_lane(unit.writes) and astray == 0
+    misaligned = (address(task.g + unit.g) | g_step(task)) % (LANES * itemsize(task.g))
+    return task.non_temporal != 0 and every_lane(unit.writes) and misaligned == 0
 
 
 @njit(**INLINE)

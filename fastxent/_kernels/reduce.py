@@ -190,15 +190,15 @@ def narrow_groups(task, unit, start, stop, m, shift, totals, overlap):
     """Add the sums of vectors start ... stop - 1, an even number, to the totals; return these and the maximum ahead.
 
     An exponential is a dependency chain of some 16 instructions, and a processor's out-of-order window holds some 130. So the
-    exponentials of up to ``lot`` vectors are computed in two loops of half the chain, whose constants fit the registers.
+    exponentials of up to ``batch`` vectors are computed in two loops of half the chain, whose constants fit the registers.
     """
     top = no_maximum(task)
     halves = scratch(m, HALVES)
     vector = LANES * itemsize(halves)
-    lot = 2 * GROUP if task.class_lanes else HALVES // 2
-    r, power = halves, halves + lot * vector
-    for begin in range(start, stop, lot):
-        end = min(begin + lot, stop)
+    batch = 2 * GROUP if task.class_lanes else HALVES // 2
+    r, power = halves, halves + batch * vector
+    for begin in range(start, stop, batch):
+        end = min(begin + batch, stop)
         for j in range(begin, end):
             at = (j - begin) * vector
             first_half(task, unit, j, shift, r + at, power + at)
@@ -252,12 +252,12 @@ def state_of(task, unit, start, stop, m, overlap):
         totals = add_sums(task, totals, vector_sums(task, unit, j, all_lanes(), finite, shift))
     for j in range(n_whole, stop):
         totals = add_sums(task, totals, vector_sums(task, unit, j, unit.reads, finite, shift))
-    s_top, s, q_sum, q_dot, e_dot = totals
-    s_top, s_beside = split_sum(task, s_top, s)
+    s_max, s, q_sum, q_dot, e_dot = totals
+    s_max, s_rest = split_sum(task, s_max, s)
     state = State(
         m,
-        s_top,
-        s_beside,
+        s_max,
+        s_rest,
         total_over_classes(task, q_sum) if task.dense else none,
         total_over_classes(task, q_dot) if task.dense else none,
         total_over_classes(task, e_dot) if task.entropic else none,

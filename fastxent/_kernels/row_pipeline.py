@@ -36,7 +36,7 @@ LEAD = 2 * GROUP if WIDE else GROUP
 SMALLEST = 2.0**-126  # smallest normal float32
 
 PART = 1024  # vectors of a part, or somewhat more: 64 KB of logits
-VECTORS_OF_NUMBERS = -(-MOST_STORED // (PART * LANES))  # vectors of scratch memory that hold one number for each part
+PART_VECTORS = -(-MOST_STORED // (PART * LANES))  # vectors of scratch memory that hold one number for each part
 
 Pipeline = namedtuple("Pipeline", "ahead pending")  # the unit that is read next; the `Pending` row, or part of it
 # A row, or a part of it, whose gradient is still to be written, INTERLEAVED vectors at a time. unit: the row from where g is
@@ -128,7 +128,7 @@ def row_part(task, unit, k, length):
 @njit(**INLINE)
 def part_numbers(task):
     """Return memory for one number for each part: m_k, and once the row is pending, the part's factor a exp(m_k - m)."""
-    return scratch(splat(task.w, 0.0), VECTORS_OF_NUMBERS)
+    return scratch(splat(task.w, 0.0), PART_VECTORS)
 
 
 @njit(**INLINE)

@@ -92,22 +92,22 @@ def value_and_grad_paired(loss):
         sums = EMPTY_SUM
         for number in range(first, stop, 2):
             a, b = two_units(task, tile, number, stop)
-            a_late, b_late = unscaled(task), unscaled(task)
+            a_tile_update, b_tile_update = unscaled(task), unscaled(task)
             if any_lane(a.kept | b.kept):
                 a_y, b_y = label(task, a), label(task, b)
                 a_state, b_state = span_state(task, a), span_state(task, b)
                 a_f = coefficients(task, a, a_state, a_y, to_row(task, number, a_state))
                 b_f = coefficients(task, b, b_state, b_y, to_row(task, number + 1, b_state))
-                a_late, b_late = write_gradient(task, a, a_f), write_gradient(task, b, b_f)
+                a_tile_update, b_tile_update = write_gradient(task, a, a_f), write_gradient(task, b, b_f)
                 a_loss, b_loss = put_loss(task, a, a_state, a_y), put_loss(task, b, b_state, b_y)
             else:
                 write_zeros(task, a)
                 write_zeros(task, b)
                 a_loss, b_loss = put_zero_loss(task, a), put_zero_loss(task, b)
-            write_tile(task, a, *a_late)
+            write_tile(task, a, *a_tile_update)
             sums = accumulate(task, sums, *a_loss)
             if number + 1 < stop:
-                write_tile(task, b, *b_late)
+                write_tile(task, b, *b_tile_update)
                 sums = accumulate(task, sums, *b_loss)
         return total_of(task, sums)
 
@@ -159,19 +159,21 @@ def by_panels(loss):
             for nth in range(n_units):
                 pipeline = PanelPipeline(ahead, here, behind, before, nth * steps_per_unit(task))
                 unit = locate(task, here.tile, begin + nth)
-                total, late = (0.0, 1.0), unscaled(task)
+                total, tile_update = (0.0, 1.0), unscaled(task)
                 if any_lane(unit.kept):
                     y = label(task, unit)
                     overlap = Overlap(panel_step, finish_panel_steps, pipeline)
                     state, _ = state_of(task, unit, 0, unit.stop, unit.m, overlap)
                     total = put_loss(task, unit, state, y)
                     if task.stores_exp:
-                        late = write_gradient(task, unit, coefficients(task, unit, state, y, to_row(task, begin + nth, state)))
+                        tile_update = write_gradient(
+                            task, unit, coefficients(task, unit, state, y, to_row(task, begin + nth, state))
+                        )
                 else:
                     finish_unit(task, pipeline, 0)
                     total = put_zero_loss(task, unit)
                     write_zeros(task, unit)
-                write_tile(task, unit, *late)
+                write_tile(task, unit, *tile_update)
                 sums = accumulate(task, sums, *total)
             finish_panel(task, PanelPipeline(ahead, here, behind, before, n_units * steps_per_unit(task)))
             if task.stores_exp:

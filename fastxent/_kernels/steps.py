@@ -41,18 +41,18 @@ def value_and_grad(loss):
     @njit(**INLINE)
     def visit(task, tile, number):
         unit = locate(task, tile, number)
-        total, late = (0.0, 1.0), unscaled(task)
+        total, tile_update = (0.0, 1.0), unscaled(task)
         if any_lane(unit.kept):
             y = row_label(task, unit, number)
             state = row_state(task, unit, number)
             if not task.split or unit.start == 0:
                 total = put_loss(task, unit, state, y)
-            late = write_gradient(task, unit, coefficients(task, unit, state, y, to_row(task, number, state)))
+            tile_update = write_gradient(task, unit, coefficients(task, unit, state, y, to_row(task, number, state)))
         else:
             if not task.split or unit.start == 0:
                 total = put_zero_loss(task, unit)
             write_zeros(task, unit)
-        write_tile(task, unit, *late)
+        write_tile(task, unit, *tile_update)
         return total
 
     return visit

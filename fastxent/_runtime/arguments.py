@@ -52,7 +52,7 @@ class Problem(NamedTuple):
         return accumulator(self.x.dtype) if self.t is None else accumulator(self.x.dtype, self.t.dtype)
 
     @property
-    def numbers(self) -> dict[str, float]:
+    def fields(self) -> dict[str, float]:
         """The options as fields of the argument block."""
         return fields_of(self.x.shape[self.axis], self.ignore, self.smoothing)
 

@@ -16,20 +16,20 @@ from fastxent.torch._operators import gradient_of_rows
 from fastxent.torch._watched import is_seen_by_a_mode
 
 # What a node holds besides tensors: the options, whether the gradient has overwritten the logits, the stored call or None.
-Kept = tuple[Options, bool, Any]
+NodeState = tuple[Options, bool, Any]
 
 
 class _Eager(torch.autograd.Function):
     """The node of eager mode. Its gradient is not a saved tensor: the first backward hands it over."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, made: tuple[Tensor, Tensor | None, tuple[Tensor | None, ...], Kept]) -> Tensor:
+    def forward(ctx: Any, input: Tensor, made: tuple[Tensor, Tensor | None, tuple[Tensor | None, ...], NodeState]) -> Tensor:
         """Return the loss; only the logits are differentiated.
 
-        ``made``: the loss, its gradient (None for reduction none), the tensors to save, and `Kept`. They are one argument,
+        ``made``: the loss, its gradient (None for reduction none), the tensors to save, and `NodeState`. They are one argument,
         since autograd checks each argument, which takes time.
         """
-        loss, ctx.grad, ctx.to_save, ctx.kept = made
+        loss, ctx.grad, ctx.to_save, ctx.state = made
         ctx.materialize_grads = False
         return loss
 
@@ -51,7 +51,7 @@ class _Eager(torch.autograd.Function):
             return _times(grad, grad_output), None
         if factor == 1.0:  # if another backward needs grad, it must not become a .grad, which is accumulated in place
             return (grad if ours else grad.clone()), None
-        options, inplace, _ = ctx.kept
+        options, inplace, _ = ctx.state
         if grad.element_size() == 2 and not inplace:
             # Half precision: the gradient has been rounded once, perhaps to 0, so it is computed again instead of scaled.
             input, target, weight, sample_weight = _saved(ctx)
@@ -65,7 +65,7 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
     """Return a gradient that the forward has not computed: for reduction none, or one to be differentiated again."""
     if grad_output is None:
         return None
-    options, inplace, call = ctx.kept
+    options, inplace, call = ctx.state
     if is_grad_enabled():
         return _differentiable(ctx, grad_output)
     if options.reduction != NONE:
@@ -103,7 +103,7 @@ def _new_gradient_of_rows(saved: list[Any], options: Options, grad_output: Tenso
 
 
 def _differentiable(ctx: Any, grad_output: Tensor) -> Tensor:
-    options, inplace, _ = ctx.kept
+    options, inplace, _ = ctx.state
     if inplace:
         raise RuntimeError("inplace=True has overwritten the logits: there is no double backward through it")
     return differentiable_backward(_saved(ctx), options, grad_output)
@@ -112,13 +112,13 @@ def _differentiable(ctx: Any, grad_output: Tensor) -> Tensor:
 # The class of the nodes in the graph: the engine calls `_Eager.backward` directly, without PyTorch's method that looks it up,
 # and slots save a dict.
 _Eager._backward_cls = type(
-    "CrossEntropyBackward", (_Eager._backward_cls,), {"__slots__": ("grad", "kept"), "apply": _Eager.backward}
+    "CrossEntropyBackward", (_Eager._backward_cls,), {"__slots__": ("grad", "state"), "apply": _Eager.backward}
 )
 # Function.apply without its test for functorch's tensors: `route` has sent those elsewhere.
 apply = super(torch.autograd.Function, _Eager).apply
 
 
-def attach(input: Tensor, loss: Tensor, grad: Tensor | None, others: tuple[Tensor | None, ...], kept: Kept) -> Tensor:
+def attach(input: Tensor, loss: Tensor, grad: Tensor | None, others: tuple[Tensor | None, ...], kept: NodeState) -> Tensor:
     """Return the loss with its node. ``grad``: None for reduction none; ``others``: target, weight, sample weights."""
     if grad is not None and kept[1]:
         torch.autograd.graph.increment_version(input)

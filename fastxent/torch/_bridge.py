@@ -193,7 +193,7 @@ def _run(name: str, call: Call, g: Tensor, options: Options, factor: float = 1.0
         name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=address(t),
         y=address(call.y), w=address(call.w), u=address(call.u), loss=address(loss), factor=factor,
         divisor=call.divisor if average else 1.0, average=average,
-        **numbers(options, x.shape[call.axis]),
+        **fields(options, x.shape[call.axis]),
     )  # fmt: skip
     if bad:
         raise out_of_bounds(call.target, x.shape[call.axis], options.ignore_index)
@@ -207,7 +207,7 @@ def _scalar(value: float, dtype: torch.dtype) -> Tensor:
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 
-def numbers(options: Options, n_classes: int) -> dict[str, float]:
+def fields(options: Options, n_classes: int) -> dict[str, float]:
     """Return the options as fields of the argument block."""
     return fields_of(n_classes, *options[1:])
 

@@ -100,7 +100,7 @@ def _call_of(input: Tensor, target: Tensor, weight: Tensor | None, options: Opti
     none, mean = options.reduction == NONE, options.reduction == MEAN
     there: dict[str, float] = {"t": not labelled, "w": weight is not None}  # their addresses come with each call
     there |= {"average": mean, "divisor": float(plan.planned.n_rows) if mean else 1.0}
-    there |= _bridge.numbers(options, input.shape[axis])
+    there |= _bridge.fields(options, input.shape[axis])
     tasks = Tasks(
         PackedTask("value", plan, loss=none, **there),
         PackedTask("value_and_grad", grad_plan, **there),

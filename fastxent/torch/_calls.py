@@ -20,7 +20,7 @@ from fastxent._fastpath.tasks import Family, Fixed, Task, family_of
 from fastxent._runtime.plan import MOST_DIRECT, WORTH_A_THREAD, Plan, over
 from fastxent._runtime.run import PackedTask
 from fastxent.torch import _bridge
-from fastxent.torch._autograd import Kept, apply, attach
+from fastxent.torch._autograd import NodeState, apply, attach
 from fastxent.torch._bridge import (
     NONE,
     Options,
@@ -82,7 +82,7 @@ class Call:
         )  # fmt: skip
         # Float32 class weights are widened where the task is run
         self.n_narrow = 0 if weight is None or weight.dtype != torch.float32 or not weight.is_contiguous() else weight.numel()
-        self.kept: Kept = (options, False, self)
+        self.state: NodeState = (options, False, self)
         self.key = key(input, target, weight, options, form)
         self.guards: dict[bool, Guard] = {}  # of logits that require a gradient, and of those that do not
 
@@ -192,7 +192,7 @@ class PlainCall(Call):
             grad = empty_like(input) if small else gradient_like(input)
             done = self.gradient(team, loss, input, grad, target)
             if done > 0:
-                return apply(input, (loss, grad, (input, target), self.kept))
+                return apply(input, (loss, grad, (input, target), self.state))
             which = "gradient"
         else:
             done = self.value(team, loss, input, input, target)

@@ -12,14 +12,16 @@ from fastxent.torch._bridge import MEAN, NONE, STORAGE, SUM, Options, as_int64
 library: torch.library.Library | None = None  # `install`'s registration in PyTorch's dispatcher
 
 
-def stock(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
+def aten_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
     """Return PyTorch's own cross-entropy, even while `install` has replaced it by ours."""
     op = torch.ops.aten.cross_entropy_loss.default
     arguments = (input, target, weight, options.reduction, options.ignore_index, options.label_smoothing)
     return op(*arguments) if library is None else op.decompose(*arguments)
 
 
-def formula(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
+def decomposition(
+    input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options
+) -> Tensor:
     """Return the loss as an expression of differentiable operators, in float32 at least."""
     dim = 0 if input.dim() == 1 else 1
     x = input.to(torch.promote_types(input.dtype, torch.float32))
@@ -31,7 +33,7 @@ def formula(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight:
         target = as_int64(target)
         kept = target != options.ignore_index
         x = torch.where(kept.unsqueeze(dim), x, 0.0)  # an ignored row's nan or inf must not reach its gradient
-    loss = stock(x, target, w, options._replace(reduction=NONE))
+    loss = aten_cross_entropy(x, target, w, options._replace(reduction=NONE))
     if options.z_loss:
         z_loss = options.z_loss * torch.logsumexp(x, dim).square()
         loss = loss + (z_loss if kept is None else torch.where(kept, z_loss, 0.0))
@@ -54,7 +56,7 @@ def differentiable_backward(tensors: Sequence[Tensor], options: Options, grad_ou
     """Return the gradient as a function of logits and grad_output that can be differentiated again."""
     input, target, weight, sample_weight = tensors
     with torch.enable_grad():
-        loss = formula(input, target, weight, sample_weight, options).to(grad_output.dtype)
+        loss = decomposition(input, target, weight, sample_weight, options).to(grad_output.dtype)
         (grad,) = torch.autograd.grad(loss, input, grad_output, create_graph=torch.is_grad_enabled())
     return grad
 

@@ -10,24 +10,24 @@ from torch.autograd import forward_ad
 
 from fastxent.torch._autograd import attach
 from fastxent.torch._bridge import INTEGERS, NONE, STORAGE, Options, as_int64, may_be_overwritten, misfit, value, value_and_grad
-from fastxent.torch._decomposition import formula, loss_dtype, stock
+from fastxent.torch._decomposition import aten_cross_entropy, decomposition, loss_dtype
 from fastxent.torch._fastpath import store
 from fastxent.torch._operators import value_and_grad_op, value_op
 from fastxent.torch._watched import is_traced, is_watched, stands_for_another
 
 
 def route(
-    input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, numbers: tuple[Any, ...], inplace: bool
+    input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, values: tuple[Any, ...], inplace: bool
 ) -> Tensor:
-    """Return the loss, computed by the kernels, the decomposition or PyTorch; ``numbers``: the fields of `Options`."""
+    """Return the loss, computed by the kernels, the decomposition or PyTorch; ``values``: the fields of `Options`."""
     _require_tensors(input, target, weight, sample_weight)
-    options = Options(*numbers)
+    options = Options(*values)
     if options.label_smoothing < 0.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
     if is_traced() or not takes(input, target, weight, sample_weight, options):
         return _by_pytorch(input, target, weight, sample_weight, options)
-    if must_be_formula(input, target, weight, sample_weight):
-        return formula(input, target, weight, sample_weight, options)
+    if needs_decomposition(input, target, weight, sample_weight):
+        return decomposition(input, target, weight, sample_weight, options)
     differentiate = torch.is_grad_enabled() and input.requires_grad
     if is_watched():
         if differentiate and options.reduction != NONE:
@@ -76,19 +76,19 @@ def _by_pytorch(input: Tensor, target: Tensor, weight: Tensor | None, sample_wei
     if target.dtype != torch.int64 and target.dtype in INTEGERS and target.shape != input.shape:
         target = as_int64(target)
     if sample_weight is None and options.z_loss == 0.0 and options.softcap == 0.0:
-        return stock(input, target, weight, options)
+        return aten_cross_entropy(input, target, weight, options)
     with torch.no_grad():
-        stock(input, target, weight, options)  # raises what PyTorch raises without our options
+        aten_cross_entropy(input, target, weight, options)  # raises what PyTorch raises without our options
     dim = 0 if input.dim() == 1 else 1
     rows = (*input.shape[:dim], *input.shape[dim + 1 :])
     if sample_weight is not None and (sample_weight.layout != torch.strided or sample_weight.is_nested):
         raise ValueError("sample_weight must be dense: one weight per row")
     if sample_weight is not None and sample_weight.shape != rows:
         raise ValueError(f"sample_weight has shape {tuple(sample_weight.shape)}; it must be {rows}: one weight per row")
-    return formula(input, target, weight, sample_weight, options)
+    return decomposition(input, target, weight, sample_weight, options)
 
 
-def must_be_formula(input: Tensor, *others: Tensor | None) -> bool:
+def needs_decomposition(input: Tensor, *others: Tensor | None) -> bool:
     """Return whether the call needs the decomposition: more than a first derivative with respect to the logits is asked for."""
     if torch._C._are_functorch_transforms_active():
         return True

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fastxent._runtime.options import schema
 from fastxent.torch._bridge import NONE, STORAGE, SUM, Options, check_operands, value, value_and_grad
-from fastxent.torch._decomposition import differentiable_backward, formula
+from fastxent.torch._decomposition import decomposition, differentiable_backward
 
 _ARGUMENTS = f"Tensor input, Tensor target, {schema('weight', 'sample_weight', *Options._fields)}"
 
 
 def _of_nothing(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
     """Return the loss of logits without rows or without classes."""
-    loss = formula(input, target, weight, sample_weight, options)
+    loss = decomposition(input, target, weight, sample_weight, options)
     return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
 

@@ -1,7 +1,7 @@
 """``log_prob_and_entropy`` of tensors: an operator, its backward, and its decomposition into PyTorch's operators.
 
 A call goes to ``torch.ops.fastxent.log_prob_and_entropy``, which eager mode, compilers and dispatch modes all see. The
-decomposition, `formula`, computes what must be differentiated further, and what the kernels do not take.
+decomposition, `decomposition`, computes what must be differentiated further, and what the kernels do not take.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fastxent._runtime import run
 from fastxent._runtime.options import schema
 from fastxent.torch import _bridge
 from fastxent.torch._bridge import INTEGERS, NONE, Options, as_float64, as_int64
-from fastxent.torch._decomposition import loss_dtype, stock
-from fastxent.torch._dispatch import must_be_formula, takes
+from fastxent.torch._decomposition import aten_cross_entropy, loss_dtype
+from fastxent.torch._dispatch import needs_decomposition, takes
 from fastxent.torch._watched import is_traced
 
 
@@ -92,15 +92,15 @@ def log_prob_and_entropy(
     taken = not is_traced() and takes(input, target, None, None, options)
     if not taken:  # raises what PyTorch's cross_entropy raises
         with torch.no_grad():
-            stock(input, as_int64(target) if target.dtype in INTEGERS else target, None, options)
-    if not taken or must_be_formula(input, target):
-        return formula(input, target, temperature, ignore_index)
+            aten_cross_entropy(input, as_int64(target) if target.dtype in INTEGERS else target, None, options)
+    if not taken or needs_decomposition(input, target):
+        return decomposition(input, target, temperature, ignore_index)
     log_prob, entropy = operator(input, target, temperature, ignore_index)
     dtype = loss_dtype(input, target, None)
     return log_prob.to(dtype), entropy.to(dtype)
 
 
-def formula(input: Tensor, target: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
+def decomposition(input: Tensor, target: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return both as expressions of differentiable operators, in float32 at least."""
     dim = 0 if input.dim() == 1 else 1
     y = as_int64(target)
@@ -190,7 +190,7 @@ def _backward(ctx: Any, of_log_prob: Tensor, of_entropy: Tensor) -> tuple[Tensor
 def _differentiable(gradients: Sequence[Tensor], input: Tensor, target: Tensor, *options: Any) -> Tensor:
     """Return the gradient as a function that can be differentiated again."""
     with torch.enable_grad():
-        results = [t.to(g.dtype) for t, g in zip(formula(input, target, *options), gradients, strict=True)]
+        results = [t.to(g.dtype) for t, g in zip(decomposition(input, target, *options), gradients, strict=True)]
         (grad,) = torch.autograd.grad(results, input, gradients, create_graph=True)
     return grad
 

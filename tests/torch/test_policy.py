@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastxent.torch import log_prob_and_entropy
-from fastxent.torch._policy import formula
+from fastxent.torch._policy import decomposition
 
 SHAPES = [(33, 10), (40, 1000), (2, 5, 4, 6)]
 
@@ -39,8 +39,8 @@ def test_no_worse_than_the_formula(shape, dtype):
         function(leaf, y, **options)
         for function, leaf, options in (
             (log_prob_and_entropy, ours, {"temperature": 0.7}),
-            (formula, stock, {"temperature": 0.7, "ignore_index": -100}),
-            (formula, truth, {"temperature": 0.7, "ignore_index": -100}),
+            (decomposition, stock, {"temperature": 0.7, "ignore_index": -100}),
+            (decomposition, truth, {"temperature": 0.7, "ignore_index": -100}),
         )
     ]
     for result in results:
@@ -57,7 +57,7 @@ def test_backward_through_one_of_the_two():
     for nth in range(2):
         ours, stock = (x.clone().requires_grad_() for _ in range(2))
         log_prob_and_entropy(ours, y)[nth].sum().backward()
-        formula(stock, y, 1.0, -100)[nth].sum().backward()
+        decomposition(stock, y, 1.0, -100)[nth].sum().backward()
         assert torch.allclose(ours.grad, stock.grad, rtol=1e-12, atol=1e-14)
 
 

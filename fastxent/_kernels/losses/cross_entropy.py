@@ -108,8 +108,8 @@ def coefficients(task, unit, state, y, to_row):
     shift = shift_by(state.m)
     s = s_of(state)
     inverse_s = where(unit.kept, splat(b, 1.0) / s, 0.0)  # with row lanes, an ignored row has s = 0
-    share_of_s = u * q_sum / s if task.double else u * q_sum * inverse_s  # float64 results would show the extra rounding
-    a = where(unit.kept, scaled(task, share_of_s) * rest, 0.0)
+    q_over_s = u * q_sum / s if task.double else u * q_sum * inverse_s  # float64 results would show the extra rounding
+    a = where(unit.kept, scaled(task, q_over_s) * rest, 0.0)
     g_y = q_y
     if task.labelled:
         e_y = widen(exp_scaled(transformed(task, y.raw_x_y), shift))

@@ -28,7 +28,7 @@ def hessian_vector(task, unit, j, mask, f, s_max, s_rest):
 def grad_hess(task, tile, number):
     """Write the gradient, and the Hessian diagonal with the gradient's strides."""
     unit = locate(task, tile, number)
-    zero, late = splat(task.x, 0.0), unscaled(task)
+    zero, tile_update = splat(task.x, 0.0), unscaled(task)
     if any_lane(unit.kept):
         state = span_state(task, unit)
         f = coefficients(task, unit, state, label(task, unit), to_row(task, number, state))
@@ -39,11 +39,11 @@ def grad_hess(task, tile, number):
             writes = all_lanes() if whole else unit.writes
             h = hessian_vector(task, unit, j, reads, f, s_max, s_rest)
             write(task, task.h + (unit.g + j * g_step(task)), unit.g_lanes, h, writes)
-        late = write_gradient(task, unit, f)
+        tile_update = write_gradient(task, unit, f)
     else:
         for j in range(unit.start, unit.stop):
             mask = all_lanes() if task.class_lanes and j < unit.full else unit.writes
             write(task, task.h + (unit.g + j * g_step(task)), unit.g_lanes, zero, mask)
         write_zeros(task, unit)
-    write_tile(task, unit, *late)
+    write_tile(task, unit, *tile_update)
     return 0.0, 1.0

@@ -20,7 +20,7 @@ def reads(unit, j):
 
 
 @njit(**INLINE)
-def no_total(task):
+def empty_total(task):
     """Return a sum of nothing and its rounding error."""
     nothing = widen(halve_lanes(task, splat(task.x, 0.0)))
     return nothing, nothing
@@ -46,7 +46,7 @@ def group_terms(constants):
 
 
 @njit(**INLINE)
-def group_size_of_terms(task):
+def group_size(task):
     """Return the number of vectors that ``group_terms`` takes."""
     return (2 if task.double else 4) if WIDE else 1
 
@@ -55,9 +55,9 @@ def group_size_of_terms(task):
 def entropy(task, tile, number):
     """Write -sum_c p_c log p_c, where the logits are probabilities p_c; 0 log 0 = 0."""
     unit = locate(task, tile, number)
-    total = no_total(task)
-    in_groups = unit.full // group_size_of_terms(task) * group_size_of_terms(task)
-    for j in range(0, in_groups, group_size_of_terms(task)):
+    total = empty_total(task)
+    in_groups = unit.full // group_size(task) * group_size(task)
+    for j in range(0, in_groups, group_size(task)):
         total = widen_add(task, total, group_terms(task, unit, j))
     for j in range(in_groups, unit.stop):
         total = widen_add(task, total, x_log_x(logits(task, unit, j, reads(unit, j))))
@@ -91,7 +91,7 @@ def logsumexp_of_products(task, tile, number):
     shift, down = shift_by(m), 1.0 / exp_scale(task.x)
     # exp(x - m) at x = m: 1, but inf where m = inf (inf - inf would be nan), and 0 where m = -inf (only exp(-inf) is 0).
     size = where(m == INF, m, where(m == -INF, splat(m, 0.0), 1.0))
-    top, rest = no_total(task), no_total(task)
+    top, rest = empty_total(task), empty_total(task)
     for j in range(unit.start, unit.stop):
         x, b = exponents(task, unit, j)
         is_top = x == m
