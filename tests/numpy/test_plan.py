@@ -22,7 +22,8 @@ from fastxent._abi.variant import (
     Schedule,
 )
 from fastxent._kernels import tasks
-from fastxent._runtime.plan import FEW_ROWS, LEGAL, make_plan, row_axes, traits_of
+from fastxent._runtime.plan import FEW_ROWS, make_plan, row_axes, traits_of
+from fastxent._runtime.strategies import LEGAL
 from fastxent._simd import host, vector
 
 pytestmark = pytest.mark.core
