@@ -30,8 +30,9 @@ OPTIONS = {
     "weights": "a weight a class",
     "ignored": "30 % of the rows have target ignore_index",
     "z-loss": "plus 1e-4 times the mean of lse^2",
+    "policy": "minus 0.01 times the mean entropy: the log-probability and the entropy of policy gradients",
 }
-SMOOTHING, IGNORED_SHARE, Z_LOSS = 0.1, 0.3, 1e-4
+SMOOTHING, IGNORED_SHARE, Z_LOSS, ENTROPY_BONUS = 0.1, 0.3, 1e-4, 0.01
 
 # Relative error that is right all the same, of a loss, and of a gradient measured by its size and by the mean size in its
 # row. Not a test of accuracy (that is what tests/ is for): peers that keep log-probabilities in half precision must pass. A
@@ -130,6 +131,10 @@ SHAPES = (
 VARIANTS = (
     *(replace(HEADLINE, dtype=dtype) for dtype in ("bfloat16", "float16")),
     *(replace(HEADLINE, option=option) for option in OPTIONS if option != "plain"),
+    *(
+        replace(case, dtype=dtype, option="policy")
+        for case, dtype in ((HEADLINE, "bfloat16"), (LARGE[1], "float32"), (LARGE[1], "bfloat16"))
+    ),
 )
 SMALL_VARIANTS = (replace(SMALL, dtype="bfloat16"), *(replace(SMALL, option=option) for option in ("probabilities", "weights")))
 CASES = (*SHAPES, *(replace(case, mode=LOSS) for case in LARGE), *VARIANTS, *SMALL_VARIANTS)
@@ -229,6 +234,10 @@ class Inputs:
         gradient = reference.cross_entropy_value_and_grad(x, target, reduction="sum", **options)[1]
         if case.option == "z-loss":
             gradient += 2 * Z_LOSS * reference.logsumexp(x, axis=-1, keepdims=True) * reference.softmax(x, axis=-1)
+        if case.option == "policy":
+            log_p = reference.log_softmax(x, axis=-1)
+            p = np.exp(log_p)
+            gradient += ENTROPY_BONUS * p * (log_p - (p * log_p).sum(axis=-1, keepdims=True))
         return Truth(loss, rows, gradient / self.divisor)
 
     def _loss_of_block(self, block: slice) -> float:
@@ -236,6 +245,10 @@ class Inputs:
         loss = float(reference.cross_entropy(x, target, reduction="sum", **self.options))
         if self.case.option == "z-loss":
             loss += Z_LOSS * float(np.square(reference.logsumexp(x, axis=self.case.axis)).sum())
+        if self.case.option == "policy":
+            loss -= ENTROPY_BONUS * float(
+                reference.entropy(reference.softmax(x, axis=self.case.axis), axis=self.case.axis).sum()
+            )
         return loss
 
 

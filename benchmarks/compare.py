@@ -1,7 +1,7 @@
 """``fastxent bench``: fastxent, its peers and the streaming floor, interleaved in one process.
 
-``python -m benchmarks.compare`` is the same command. Exit code: 0; 1 if a provider failed or was wrong; 130 if interrupted,
-and what was measured until then is shown and written.
+``python -m benchmarks.compare`` is the same command: its options are here. Exit code: 0; 1 if a provider failed or was wrong;
+130 if interrupted, and what was measured until then is shown and written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import fastxent as fx
 from benchmarks import UsageError, whole
 from benchmarks.bars import beside
-from benchmarks.cases import CASES, HEADLINE, LOSS, SHORT, SWEEP, Case, case_of
+from benchmarks.cases import CASES, HEADLINE, LOSS, SHORT, SWEEP, TOLERANCE, Case, case_of
 from benchmarks.measure import NORMAL, QUICK, THOROUGH, Effort, Group, Progress, run_group, threads
 from benchmarks.providers import PROVIDERS
 from benchmarks.report import COMPILED
@@ -33,13 +33,53 @@ BUSY = 1.0  # load average from which on others disturb
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from fastxent import cli
+    args = parser().parse_args(argv)
+    try:
+        return bench(args)
+    except UsageError as error:
+        print(f"fastxent bench: error: {error}", file=sys.stderr)
+        return 2
 
-    return cli.main(["bench", *(sys.argv[1:] if argv is None else argv)])
+
+def parser() -> argparse.ArgumentParser:
+    text = "Time fastxent, its peers and the memory roofline."
+    parser = argparse.ArgumentParser(prog="fastxent bench", description=text)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--shape", nargs="+", type=_shape, metavar="N,C", help="these shapes only; N,C,d1,... is channels first")
+    what.add_argument("--all", action="store_true", help="the whole table, and the bars; takes a quarter of an hour or more")
+    parser.add_argument("--quick", action="store_true", help="few rounds, and no torch.compile, which takes long to compile")
+    parser.add_argument("--dtype", choices=tuple(TOLERANCE), help="of the logits (float32)")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="for everyone (default: what fastxent takes)")
+    parser.add_argument("--provider", nargs="+", metavar="NAME", help="these only, beside the roofline; such as pytorch-eager")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and every sample")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time against C and N, as .png, .svg or .pdf")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    numbers = tuple(_positive(part) for part in text.split(","))
+    if len(numbers) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} has no number of classes: N,C")
+    return numbers
 
 
 def bench(args: argparse.Namespace) -> int:
     """What the command line asks for; see ``fastxent bench --help``."""
+    try:
+        return _bench(args)
+    except OSError as error:
+        if error.filename not in map(str, (args.json, args.plot)):
+            raise
+        raise UsageError(f"{error.filename}: {error.strerror}") from error
+
+
+def _bench(args: argparse.Namespace) -> int:
     if args.plot:
         from benchmarks.plot import check_file, draw
 

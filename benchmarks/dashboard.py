@@ -23,13 +23,14 @@ from pathlib import Path
 from string import Template
 
 from benchmarks.bars import OUT
-from benchmarks.history import RATIO, Commit, History, Regression, Series, read
+from benchmarks.published import RATIO, Commit, History, Regression, Series, commits_since, read
 from benchmarks.report import digits
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = Path(__file__).with_name("dashboard.html")
 LATEST = 10  # regressions that are listed
 NOISE = 1.15  # a smaller change from one commit to the next says nothing
+OLD = 10  # commits since the newest result from which on the page says that it is old
 
 # What asv's pages load from elsewhere: the file's name there, its package and its place in it.
 SCRIPTS = {
@@ -69,7 +70,8 @@ def build(repository: Path, site: Path) -> None:
     command = [sys.executable, "-m", "asv", "publish", "--html-dir", str(published)]
     subprocess.run(command, cwd=repository, check=True, stdout=subprocess.DEVNULL)
     leave_out_unmeasured(published)
-    (site / "index.html").write_text(page(read(published, repository)))
+    history = read(published, repository)
+    (site / "index.html").write_text(page(history, commits_since(history.newest, repository)))
 
 
 def leave_out_unmeasured(published: Path) -> None:
@@ -117,7 +119,8 @@ def _local(link: re.Match[str]) -> str:
 # ----------------------------------------------------------------------------------------------------
 
 
-def page(history: History) -> str:
+def page(history: History, n_since: int) -> str:
+    """``n_since`` is the number of commits that HEAD has and the newest result does not."""
     shapes = list(dict.fromkeys(s.shape for s in history.series))
     newest, machine = history.newest, history.machine
     facts = [machine.get("cpu"), f"{machine['num_cpu']} cores" if machine.get("num_cpu") else None, machine.get("os")]
@@ -126,6 +129,8 @@ def page(history: History) -> str:
         where=html.escape(", ".join(fact for fact in facts if fact)),
         newest=_commit_text(newest),
         date=f"{newest.date:%Y-%m-%d}",
+        machine=html.escape(machine["machine"]),
+        old=_old(newest, n_since) if n_since > OLD else "",
         n_commits=history.n_commits,
         tiles="\n".join(_tile(s) for shape in shapes for s in history.series if s.shape == shape),
         charts="\n".join(_chart([s for s in history.series if s.shape == shape], shape, history) for shape in shapes),
@@ -135,6 +140,13 @@ def page(history: History) -> str:
 
 def _commit_text(commit: Commit) -> str:
     return f"<code>{commit.short}</code> {html.escape(commit.subject)}"
+
+
+def _old(newest: Commit, n_since: int) -> str:
+    return (
+        f'<p class="old" data-since="{n_since}">These results are old: {n_since} commits came after '
+        f"<code>{newest.short}</code>. <code>python -m benchmarks.history --add</code> measures HEAD.</p>"
+    )
 
 
 def _tile(series: Series) -> str:

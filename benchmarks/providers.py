@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastxent as fx
-from benchmarks.cases import GRAD, LOSS, OPTIONS, Z_LOSS, Array, Case, Inputs, numpy_dtype
+from benchmarks.cases import ENTROPY_BONUS, GRAD, LOSS, OPTIONS, Z_LOSS, Array, Case, Inputs, numpy_dtype
 
 
 class Call(NamedTuple):
@@ -200,14 +200,30 @@ def _torch_options(inputs: Inputs) -> dict[str, Any]:
 
 def _torch_ours(in_place: bool) -> Callable[[Case, Inputs, int], Call]:
     def make(case: Case, inputs: Inputs, n_threads: int) -> Call:
-        from fastxent.torch import cross_entropy
+        from fastxent.torch import cross_entropy, log_prob_and_entropy
 
         options = _torch_options(inputs)
         if case.option == "z-loss":
             options["z_loss"] = Z_LOSS
+        if case.option == "policy":
+            return _torch_call(case, inputs, _policy_loss(log_prob_and_entropy))
         return _torch_call(case, inputs, lambda x, y: cross_entropy(x, y, inplace=in_place, **options), in_place)
 
     return make
+
+
+def _policy_loss(log_prob_and_entropy: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
+    def loss(x: Any, y: Any) -> Any:
+        log_prob, entropy = log_prob_and_entropy(x, y)
+        return -(log_prob + ENTROPY_BONUS * entropy).mean()
+
+    return loss
+
+
+def _log_prob_and_entropy(x: Any, y: Any) -> tuple[Any, Any]:
+    """As reinforcement learning writes it by hand."""
+    log_p = x.log_softmax(1)
+    return log_p.gather(1, y.unsqueeze(1)).squeeze(1), -(log_p.exp() * log_p).sum(1)
 
 
 def _stock(case: Case, inputs: Inputs) -> Callable[[Any, Any], Any]:
@@ -218,6 +234,8 @@ def _stock(case: Case, inputs: Inputs) -> Callable[[Any, Any], Any]:
     options = _torch_options(inputs)
     if case.option == "z-loss":
         return lambda x, y: F.cross_entropy(x, y) + Z_LOSS * torch.logsumexp(x, 1).square().mean()
+    if case.option == "policy":
+        return _policy_loss(_log_prob_and_entropy)
     return lambda x, y: F.cross_entropy(x, y, **options)
 
 
@@ -263,7 +281,8 @@ def _floor(which: str) -> Callable[[Case, Inputs, int], Call]:
 # All of them
 # ----------------------------------------------------------------------------------------------------
 
-BY_NUMPY = tuple(option for option in OPTIONS if option != "z-loss")
+BY_NUMPY = tuple(option for option in OPTIONS if option not in ("z-loss", "policy"))
+IN_PLACE = tuple(option for option in OPTIONS if option != "policy")
 FULL = ("float32", "float64")
 _ours, _ours_torch, _torch = _reason("fastxent"), _reason("fastxent.torch"), _reason("torch")
 _sklearn_there, _scipy_there = _reason("sklearn._loss.loss"), _reason("scipy.special")
@@ -273,7 +292,9 @@ PROVIDERS = (
     Provider("fastxent out=", "ours", _numpy_out, _ours, modes=(GRAD,), options=BY_NUMPY),
     Provider("fastxent in place", "ours", _numpy_in_place, _ours, "floor in place", modes=(GRAD,), options=BY_NUMPY),
     Provider("fastxent torch", "ours", _torch_ours(False), _ours_torch),
-    Provider("fastxent torch in place", "ours", _torch_ours(True), _ours_torch, "floor in place", modes=(GRAD,)),
+    Provider(
+        "fastxent torch in place", "ours", _torch_ours(True), _ours_torch, "floor in place", modes=(GRAD,), options=IN_PLACE
+    ),
     Provider("PyTorch eager", "peer", _eager, _torch),
     Provider("torch.compile", "peer", _compiled, _compiled_missing),
     Provider("scikit-learn", "peer", _sklearn, _sklearn_there, options=("plain",), dtypes=FULL, any_layout=False),

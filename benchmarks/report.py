@@ -1,7 +1,8 @@
-"""Results as text: ``python -m benchmarks.report FILE`` prints the README's tables, ``--into README.md`` writes them there.
+"""Results as tables: ``python -m benchmarks.report FILE`` prints them, ``--into TEXT ...`` writes them there.
 
-FILE is what ``python -m benchmarks.compare --json FILE`` wrote. The text between the two markers is replaced, so that no
-number in the README is typed by hand.
+FILE is what ``python -m benchmarks.compare --json FILE`` wrote. A text asks for a table by markers with its name; what
+stands between them is replaced, so that no number in a README is typed by hand. Each table names FILE, so that a test can make
+it again. The tables are ``speed``, the small one of the front page, ``times``, of all shapes, and ``bars``.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bars import IN_PLACE, OUT, TORCH, TORCH_IN_PLACE, Finding, Verdict, judge
-from benchmarks.cases import GRAD, SHAPES
+from benchmarks.bars import IN_PLACE, OUT, TORCH, TORCH_IN_PLACE, TORCH_PEERS, Finding, Verdict, judge
+from benchmarks.cases import GRAD, SHAPES, Case
 from benchmarks.measure import Group, Spread, ratio, spread
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+ROOT = Path(__file__).resolve().parent.parent
 OTHERS = ("scikit-learn", "SciPy", "JAX")
-EAGER, COMPILED = "PyTorch eager", "torch.compile"
+EAGER, COMPILED = TORCH_PEERS
+OURS = (TORCH, TORCH_IN_PLACE, OUT, IN_PLACE)
+BEST_OTHER = "best other"
+COLUMNS = (EAGER, COMPILED, BEST_OTHER, *OURS, "floor out=", "floor in place")
+FRONT_COLUMNS = (EAGER, COMPILED, BEST_OTHER, TORCH, OUT, "floor out=")
+FRONT = ((32, 10), (1024, 1000), (65536, 10), (4096, 8192), (1024, 128256), (16, 150, 128, 128))  # shapes of the front page
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
 
 Document = Mapping[str, Any]
@@ -101,53 +107,51 @@ def head(document: Document) -> list[tuple[str, str]]:
 # ----------------------------------------------------------------------------------------------------
 
 
-def markdown(document: Document) -> str:
-    """The tables of the README."""
+def tables(document: Document, source: str) -> dict[str, str]:
+    """Each table under its name; ``source`` is the file that the results stand in."""
+    groups = {group["key"]: group for group in document["groups"]}
+    shapes = [case for case in SHAPES if case.key in groups]
+    verdicts = [verdict for verdict in judge(document["groups"]) if verdict.finding is not None]
     facts = dict(head(document))
-    lines = [
-        f"Loss and gradient of float32 logits, mean over the rows: medians of interleaved runs on {facts['machine']}, "
-        f"{document['threads']} threads, {document['started'][:10]} ({facts['versions']}). In brackets: times as fast as the "
-        "faster of PyTorch eager and torch.compile. Floor: the fastest loop that reads as much and writes as much.",
-        "",
-        *_times(document["groups"]),
-    ]
-    verdicts = [v for v in judge(document["groups"]) if v.finding is not None]
-    if verdicts:
-        lines += ["", "The bars of this project, met or not (median, quartiles):", "", *_bars(verdicts)]
-    return "\n".join(lines)
+    about = (
+        f"Measured on {facts['machine']}, {document['threads']} threads, {document['started'][:10]} ({facts['versions']}): "
+        f"`{source}`."
+    )
+    lines = {
+        "speed": _times([case for case in shapes if case.extents in FRONT], groups, FRONT_COLUMNS),
+        "times": _times(shapes, groups, COLUMNS),
+        "bars": _table(BAR_COLUMNS, [bar_cells(verdict) for verdict in verdicts]),
+    }
+    return {name: "\n".join([*table, "", about]) for name, table in lines.items()}
 
 
-def _times(groups: Sequence[Group]) -> list[str]:
-    by_key = {group["key"]: group for group in groups}
-    rows = []
-    for case in SHAPES:
-        if case.key not in by_key:
-            continue
-        entries = {entry["name"]: entry for entry in by_key[case.key]["entries"]}
-        other = min((entries[n] for n in OTHERS if n in entries), key=lambda e: spread(e["samples"]).median, default=None)
-        peers = [entries[name] for name in (EAGER, COMPILED) if name in entries]
-        rows.append([
-            case.shape,
-            *(amount(entries[name]) if name in entries else "-" for name in (EAGER, COMPILED)),
-            f"{amount(other)} ({other['name']})" if other else "-",
-            *(_against(entries.get(name), peers) for name in (TORCH, TORCH_IN_PLACE, OUT, IN_PLACE)),
-            " / ".join(amount(entries[name]) if name in entries else "-" for name in ("floor out=", "floor in place")),
-        ])  # fmt: skip
-    titles = ["shape", EAGER, COMPILED, "best other", TORCH, TORCH_IN_PLACE, OUT, IN_PLACE, "floor: out= / in place"]
-    return _table(titles, rows) if rows else [f"No {GRAD} case of the table was run."]
+def _times(cases: Sequence[Case], groups: Mapping[str, Group], columns: Sequence[str]) -> list[str]:
+    rows = [[case.shape, *_time_cells(groups[case.key], columns)] for case in cases]
+    return _table(("shape", *columns), rows) if rows else [f"No {GRAD} case of the table was run."]
 
 
-def _against(ours: Mapping[str, Any] | None, peers: Sequence[Mapping[str, Any]]) -> str:
-    if ours is None:
-        return "-"
+def _time_cells(group: Group, columns: Sequence[str]) -> list[str]:
+    """A line of a table of times."""
+    entries = {entry["name"]: entry for entry in group["entries"]}
+    peers = [entries[name] for name in TORCH_PEERS if name in entries]
+    others = [entries[name] for name in OTHERS if name in entries]
+    cells = {name: amount(entry) for name, entry in entries.items()}
+    cells |= {name: _against(entries[name], peers) for name in OURS if name in entries}
+    if others:
+        other = min(others, key=_median)
+        cells[BEST_OTHER] = f"{amount(other)} ({other['name']})"
+    return [cells.get(name, "-") for name in columns]
+
+
+def _against(ours: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> str:
     if not peers:
         return amount(ours)
-    best = min(peers, key=lambda e: spread(e["samples"]).median)
+    best = min(peers, key=_median)
     return f"{amount(ours)} ({digits(ratio(best['samples'], ours['samples']).median)} x)"
 
 
-def _bars(verdicts: Sequence[Verdict]) -> list[str]:
-    return _table(BAR_COLUMNS, [bar_cells(verdict) for verdict in verdicts])
+def _median(entry: Mapping[str, Any]) -> float:
+    return spread(entry["samples"]).median
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -155,25 +159,33 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
-def rewrite(text: str, tables: str) -> str:
-    """``text`` with ``tables`` between the markers, whatever was there."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"no {BEGIN} with {END} after it")
-    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
+def rewrite(text: str, blocks: Mapping[str, str]) -> str:
+    """``text`` with each block between its markers, whatever was there."""
+    found = 0
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, has_begin, rest = text.partition(begin)
+        _, has_end, after = rest.partition(end)
+        if has_begin and has_end:
+            text = f"{before}{begin}\n{block}\n{end}{after}"
+            found += 1
+    if not found:
+        raise ValueError(f"no <!-- NAME:begin --> with <!-- NAME:end --> after it, where NAME is one of {', '.join(blocks)}")
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Results as the tables of the README.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Results as tables of Markdown.")
     parser.add_argument("file", type=Path, metavar="FILE", help="what benchmarks.compare --json wrote")
-    parser.add_argument("--into", type=Path, metavar="README", help="write between the markers of this file")
+    parser.add_argument("--into", type=Path, nargs="+", metavar="TEXT", help="write between the markers of these files")
     args = parser.parse_args(argv)
-    tables = markdown(json.loads(args.file.read_text()))
+    file = args.file.resolve()
+    source = str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name
+    blocks = tables(json.loads(file.read_text()), source)
     if args.into is None:
-        print(tables)
-    else:
-        args.into.write_text(rewrite(args.into.read_text(), tables))
+        print("\n\n".join(blocks.values()))
+    for text in args.into or ():
+        text.write_text(rewrite(text.read_text(), blocks))
     return 0
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pytest
 
 from benchmarks import dashboard
-from benchmarks.history import read
+from benchmarks.published import read
 
 pytestmark = pytest.mark.slow
 

@@ -17,6 +17,7 @@ __all__ = [
     "functional",
     "get_num_threads",
     "kl_div",
+    "log_prob_and_entropy",
     "log_softmax",
     "logsumexp",
     "nll_loss",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         cross_entropy_value_and_grad,
         nll_loss,
     )
+    from fastxent.policy import log_prob_and_entropy
     from fastxent.special import entropy, kl_div, log_softmax, logsumexp, softmax
 
 
@@ -54,6 +56,7 @@ _HOME = {
     "_runtime.buffers": ("release_buffers", "set_buffer_limit"),
     "_runtime.threads": ("get_num_threads", "set_num_threads"),
     "binary": ("binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits_value_and_grad"),
+    "policy": ("log_prob_and_entropy",),
     "special": ("entropy", "kl_div", "log_softmax", "logsumexp", "softmax"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -61,7 +64,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """Import what a name stands for when it is first used (PEP 562)."""
-    modules = ("binary", "functional", "reference", "special", "torch")
+    modules = ("binary", "functional", "policy", "reference", "special", "torch")
     if name not in (*__all__, *modules):
         raise AttributeError(f"module 'fastxent' has no attribute {name!r}")
     import_module("fastxent._codegen.uninterrupted").imported("numpy")  # half imported, it could not be imported again

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from fastxent._abi.variant import LANES
-from fastxent._runtime.arguments import Array, accumulator, address, check_out, check_reduction, floating, storage
+from fastxent._runtime.arguments import Array, accumulator, address, check_out, floating, storage
+from fastxent._runtime.options import checked
 from fastxent._runtime.plan import pointwise_plan
 from fastxent._runtime.run import run
-from fastxent._runtime.threads import check_threads
 
 
 def binary_cross_entropy_with_logits(
@@ -127,13 +127,13 @@ def _binary(
     differentiate: bool,
     out: Array | None = None,
 ) -> tuple[Any, Array]:
-    check_reduction(reduction)
+    checked("reduction", reduction)
     x, t = floating(logits, "logits"), floating(target, "target")
     if t.shape != x.shape:
         raise ValueError(f"target has shape {t.shape}; it must be that of logits, {x.shape}")
     if out is not None:
         check_out(out, x)
-    threads = None if n_threads is None else check_threads(n_threads, "n_threads")
+    threads = checked("n_threads", n_threads)
     acc = accumulator(x.dtype, t.dtype)
     w, w_period = _periodic(weight, "weight", x.shape, acc)
     positive, u_period = _periodic(pos_weight, "pos_weight", x.shape, acc)

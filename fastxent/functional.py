@@ -13,22 +13,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastxent._fastpath.callcache import recall, remember
+from fastxent._runtime import fastpath
 from fastxent._runtime.arguments import (
     Array,
     Problem,
     address,
     check_classes,
     check_out,
-    check_reduction,
     like,
     new_gradient,
     out_of_range,
     problem,
     writable_place,
 )
+from fastxent._runtime.options import checked
 from fastxent._runtime.plan import Plan, over
 from fastxent._runtime.run import run
+
+if fastpath.ENABLED:
+    from fastxent._fastpath.array_calls import lookup, store
+else:
+    from fastxent._runtime.fastpath import lookup, store
 
 
 class CrossEntropyStats(NamedTuple):
@@ -118,13 +123,13 @@ def cross_entropy(
     array([0.417, 0.   ])
     """
     plain, options = weight is sample_weight is None, (axis, ignore_index, label_smoothing, reduction)
-    if plain and (met := recall("value", logits, target, None, options, n_threads)):
+    if plain and (met := lookup("value", logits, target, None, options, n_threads)):
         return met[0]
-    check_reduction(reduction)
+    checked("reduction", reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
     loss = _loss_of("value", p, reduction)
     if plain and reduction != "none":
-        remember("value", p, logits, target, None, None, options)
+        store("value", p, logits, target, None, None, options)
     return loss
 
 
@@ -185,16 +190,16 @@ def cross_entropy_value_and_grad(
            [ 0.125,  0.125,  0.125, -0.375]])
     """
     plain, options = weight is sample_weight is None, (axis, ignore_index, label_smoothing, reduction)
-    if plain and (met := recall("value_and_grad", logits, target, out, options, n_threads)):
+    if plain and (met := lookup("value_and_grad", logits, target, out, options, n_threads)):
         return met
-    check_reduction(reduction)
+    checked("reduction", reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
     if out is not None:
         check_out(out, p.x)
     g = new_gradient(p.x, p.axis) if out is None else writable_place(out, p.x, p.axis, (p.y, p.t, p.w, p.u))
     loss = _loss_of("value_and_grad", p, reduction, g)
     if plain and reduction != "none":
-        remember("value_and_grad", p, logits, target, out, g, options)
+        store("value_and_grad", p, logits, target, out, g, options)
     if out is None:
         return loss, g
     if g is not out:
@@ -249,7 +254,7 @@ def cross_entropy_stats(
     >>> stats.target_prob.round(4)
     array([0.8438, 0.2447])
     """
-    check_reduction(reduction)
+    checked("reduction", reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
     if p.x.shape[p.axis] == 0:
         raise ValueError(f"logits has shape {p.x.shape}: no class to predict")
@@ -310,7 +315,7 @@ def cross_entropy_grad_hess(
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads, float_labels=True)
     grad, hess = like(p.x, p.axis), like(p.x, p.axis)
     if p.x.size:
-        _run("grad_hess", p, p.plan(grad, may_split=False), g=address(grad), h=address(hess))
+        _run("grad_hess", p, p.plan("grad_hess", grad), g=address(grad), h=address(hess))
     return grad, hess
 
 
@@ -357,7 +362,7 @@ def nll_loss(
     >>> print(f"{fx.nll_loss(np.log([[0.1, 0.7, 0.2]]), [1]):.8f}")
     0.35667494
     """
-    check_reduction(reduction)
+    checked("reduction", reduction)
     p = problem(log_probs, target, axis, weight, None, ignore_index, 0.0, None, "log_probs")
     if p.y is None:
         raise TypeError("target holds class probabilities; nll_loss takes class indices")
@@ -379,7 +384,7 @@ def _loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labe
     rows = np.zeros(p.rows if reduction == "none" else 0, p.acc)
     total, divisor = 0.0, p.divisor
     if p.x.size:
-        plan = p.plan(g, may_split=name != "stats")
+        plan = p.plan(name, g)
         more |= {"g": address(g), "loss": address(rows) if reduction == "none" else 0}
         total, divisor = _run(name, p, plan, reduction == "mean", labels, **more)
     return _reduced(total, divisor, reduction, rows)

@@ -38,6 +38,7 @@ __all__ = [
     "cross_entropy_value_and_grad",
     "entropy",
     "kl_div",
+    "log_prob_and_entropy",
     "log_softmax",
     "logsumexp",
     "nll_loss",
@@ -372,6 +373,37 @@ def cross_entropy_stats(
     values = [np.where(r.keep, v, 0.0)[()] for v in (logsumexp(x, -1), entropies, np.take_along_axis(p, y, -1)[..., 0])]
     places = [np.where(r.keep, v, -1)[()] for v in (x.argmax(-1), rank)]
     return CrossEntropyStats(_reduce(_losses(r), r.divisor, reduction), *values, *places)
+
+
+@_formula
+def log_prob_and_entropy(
+    logits: npt.ArrayLike,
+    target: npt.ArrayLike,
+    *,
+    temperature: float = 1.0,
+    axis: int = -1,
+    ignore_index: int = -100,
+) -> tuple[Array, Array]:
+    """Of p = softmax(x / temperature): log p_y, and the entropy -sum_c p_c log p_c, in nats; 0 and 0 for an ignored row.
+
+    Parameters
+    ----------
+    logits, target, axis, ignore_index
+        As in `cross_entropy`; `target` holds class indices.
+    temperature : float > 0
+
+    Returns
+    -------
+    log_prob, entropy : ndarray, shape of `target`
+
+    Examples
+    --------
+    >>> log_prob, entropy = log_prob_and_entropy(np.log([[0.1, 0.7, 0.2]]), [2])
+    >>> print(log_prob.round(4), entropy.round(4))
+    [-1.6094] [0.8018]
+    """
+    stats = cross_entropy_stats(_wide(logits) / temperature, target, axis=axis, ignore_index=ignore_index)
+    return 0.0 - stats.loss, stats.entropy
 
 
 @_formula

@@ -12,10 +12,8 @@ from fastxent._runtime.arguments import (
     accumulator,
     address,
     as_array,
-    check_integer,
     check_logits,
     check_out,
-    check_reduction,
     floating,
     laid_out_as,
     like,
@@ -23,12 +21,11 @@ from fastxent._runtime.arguments import (
     walkable,
     writable_place,
 )
+from fastxent._runtime.options import REDUCTIONS, check_integer, check_reduction, checked
 from fastxent._runtime.plan import make_plan, over, pointwise_plan
 from fastxent._runtime.run import run
-from fastxent._runtime.threads import check_threads
 
 Axis = int | tuple[int, ...] | None
-SPLITTERS = ("softmax", "log_softmax", "logsumexp")  # kernels that know rows that are split
 
 
 def softmax(x: object, axis: Axis = None, *, out: Array | None = None, n_threads: int | None = None) -> Array:
@@ -163,7 +160,7 @@ def logsumexp(
     >>> print(f"{value:.6f} {sign:.0f}")
     0.693147 -1
     """
-    threads = None if n_threads is None else check_threads(n_threads, "n_threads")
+    threads = checked("n_threads", n_threads)
     if b is None:
         x = np.atleast_1d(floating(a, "a"))
         axes = _axes(axis, x.ndim)
@@ -263,7 +260,7 @@ def kl_div(input: object, target: object, *, reduction: str = "mean", log_target
     >>> bool(np.isclose(fx.entropy(p)[0] + kl, fx.cross_entropy(logits, p)))
     True
     """
-    check_reduction(reduction, ("none", "mean", "sum", "batchmean"))
+    check_reduction(reduction, allowed=(*REDUCTIONS, "batchmean"))
     x, t = floating(input, "input"), floating(target, "target")
     if x.shape != t.shape:
         raise ValueError(f"target has shape {t.shape}; it must be that of input, {x.shape}")
@@ -313,7 +310,7 @@ def _elementwise(name: str, x: object, axis: Axis, out: Array | None, n_threads:
     """softmax or log_softmax over any axes."""
     a = floating(x, "x")
     axes = _axes(axis, a.ndim)
-    threads = None if n_threads is None else check_threads(n_threads, "n_threads")
+    threads = checked("n_threads", n_threads)
     if out is not None:
         check_out(out, a)
     if a.ndim == 0:
@@ -346,9 +343,7 @@ def _run(
     if x.size == 0:
         return
     strides = tuple((x if a is None else a).strides for a in (None, g, t))
-    plan = make_plan(
-        x.shape, strides, axis, storage(x.dtype) or "", None if t is None else storage(t.dtype), may_split=name in SPLITTERS
-    )  # fmt: skip
+    plan = make_plan(name, x.shape, strides, axis, storage(x.dtype) or "", None if t is None else storage(t.dtype))
     run(name, plan, n_threads, x=address(x), g=address(g), t=address(t), **results)
 
 

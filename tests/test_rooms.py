@@ -68,6 +68,13 @@ def test_imports_go_round_in_no_circle():
     assert not imports
 
 
+def test_the_command_line_imports_the_benchmarks_and_not_they_the_command_line():
+    files = list((PACKAGE.parent / "benchmarks").rglob("*.py"))
+    assert files
+    for file in files:
+        assert not {name for name in imports_of(file) if name.startswith(("fastxent.cli", "fastxent._cli"))}, file
+
+
 def test_every_folder_is_a_room_that_introduces_itself():
     folders = {f.parent for f in PACKAGE.rglob("*.py")} - {PACKAGE}
     assert {f.name for f in folders if f.parent == PACKAGE} == {*ROOMS, "_cli", "torch"}

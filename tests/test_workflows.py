@@ -1,4 +1,4 @@
-"""The workflow files are valid, and what they run is there."""
+"""The workflow files are valid, and what they run is there; pre-commit runs the linters that .ci/run does."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ def test_what_is_not_valid_is_refused(tmp_path):
     assert validate(wrong).returncode == 1
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Setuptools is replacing distutils"
+)  # by finding pip, where a test before imported distutils
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
 def test_modules_files_and_extras_exist(file):
     text = file.read_text()
@@ -42,3 +45,13 @@ def test_modules_files_and_extras_exist(file):
         assert (ROOT / path).is_file(), path
     extras = set(re.findall(r'-e "\.\[(\w+)\]"', text))
     assert extras and all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)
+
+
+def test_pre_commit_runs_the_linters_of_ci():
+    """Those of the environment: hooks that come with versions of their own would drift from what .ci/run calls."""
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    commands = [entry.removesuffix(" --force-exclude") for entry in re.findall(r"entry: (.+)", hooks)]
+    assert commands == ["ruff check", "ruff format", "mypy"]
+    assert re.findall(r"repo: (.+)", hooks) == ["local"] and hooks.count("language: system") == len(commands)
+    steps = (ROOT / ".ci" / "run").read_text()
+    assert all(f'step ".venv/bin/{command}' in steps for command in commands)

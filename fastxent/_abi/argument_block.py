@@ -5,6 +5,7 @@
 """
 
 import struct
+from typing import NamedTuple
 
 # What is done one after the other: the class indices are checked, the statistics of split rows are taken, the work is done.
 CHECK, SEGMENTS, WORK = range(3)
@@ -35,22 +36,27 @@ OPERANDS = (
     ("loss", "acc"),  # (rows,) out
     ("tiles", "acc"),  # (threads, TILE bytes) scratch
 )
-# What the plan knows
-PLANNED = (
-    ("n_rows", "int"),
-    ("n_classes", "int"),
-    ("n_vectors", "int"),  # vectors of a unit: see _rows
-    ("n_units", "int"),  # a unit: one row, or up to 16 rows of one line of the innermost row axis, or a segment of a row
-    ("units_per_line", "int"),
-    ("panel", "int"),  # units that are copied to the tile together
-    ("chunk", "int"),  # units handed out at a time
-    ("segment", "int"),  # vectors of a segment, where long rows are split
-    ("n_segments", "int"),
-    ("n_axes", "int"),
-    ("x_step", "int"),  # bytes from a unit's vector j to vector j + 1 in x ...
-    ("g_step", "int"),
-    ("t_step", "int"),
-)
+
+
+class Planned(NamedTuple):
+    """What the plan knows."""
+
+    n_rows: int
+    n_classes: int
+    n_vectors: int  # of a unit: see ``addressing``
+    n_units: int  # a unit: one row, or up to 16 rows of one line of the innermost row axis, or a segment of a row
+    units_per_line: int
+    panel: int  # units that are copied to the tile together
+    chunk: int  # units handed out at a time
+    segment: int  # vectors of a segment, where long rows are split
+    n_segments: int
+    n_axes: int
+    x_step: int  # bytes from a unit's vector j to vector j + 1 in x ...
+    g_step: int
+    t_step: int
+
+
+PLANNED = tuple((name, "int") for name in Planned._fields)
 # What else one call knows
 CALLED = (
     ("check", "int"),  # address of the kernel that checks the class indices, or 0
@@ -61,6 +67,7 @@ CALLED = (
     ("taken", "i64"),  # (n_chunks,) in/out, LINE bytes apart: number of the last phase in which a thread took this chunk
     ("segments", "f64"),  # (n_units, 6) in/out, LINE bytes apart: statistics of the segments of split rows
     ("total", "f64"),  # (5,) out: sum of the kept rows' weights, of nothing, of the losses; in/out: see BAD, DIVISOR
+    ("v", "weight"),  # (rows,) in: what comes back for the entropy
     ("lse", "acc"),  # (rows,) out
     ("sign", "acc"),  # (rows,) out: of the sum whose logarithm lse is
     ("entropy", "acc"),  # (rows,) out
@@ -80,46 +87,17 @@ CALLED = (
     ("average", "int"),  # with class indices: is the gradient divided by the sum of the weights of the rows that are kept?
     ("z", "float"),  # factor of lse^2 in the loss
     ("cap", "float"),  # softcap
+    ("temperature", "float"),  # the logits are divided by it
     ("sched_yield", "int"),  # address of the system's function by which a thread that waits lets others run, or 0
 )
 FIELDS = RUN + OPERANDS + PLANNED + CALLED
+# Of a field that nobody gives a value
+DEFAULTS = dict.fromkeys((name for name, _ in FIELDS), 0) | {
+    "confidence": 1.0, "factor": 1.0, "temperature": 1.0, "w_period": 1, "u_period": 1,
+}  # fmt: skip
 FIRST_SLOT = 40
 SLOT = {name: FIRST_SLOT + nth for nth, (name, _) in enumerate(FIELDS)}
 _ZEROS = f"={8 * FIRST_SLOT}x"  # the counters begin at 0
 BLOCK = struct.Struct(_ZEROS + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))
 START, START_ALONE = struct.Struct(_ZEROS + "3q"), struct.Struct(_ZEROS + "3q9q")  # RUN; and the operands
 TOTAL = struct.Struct("=16x3d")  # sum of the losses, BAD, DIVISOR
-
-# A family: calls that differ in the extents of their arrays only, which are dense. Words of 8 bytes, all numbers; see
-# ``family``: number of axes; the class axis; do the classes lie innermost (else as in C order)?; bytes of a logit; are there
-# class probabilities?; is their loss averaged?; number of class weights, or 0; label smoothing, a float64; what the plan is
-# told besides; number of kernels; the row axes' table, of two axes at most; of each kernel its number, that of its segments,
-# itself
-N_AXES, CLASS_AXIS, INNERMOST, SIZE, SOFT, AVERAGED, N_WEIGHTS, SMOOTHING, CAPPED, UNROUNDED, SINGLE, N_KERNELS = range(12)
-AXES = 12
-KERNELS, MOST_KERNELS, KERNEL = AXES + 2 * 5, 16, 3
-FAMILY = KERNELS + MOST_KERNELS * KERNEL  # behind them comes the argument block
-ROOM = 1024  # chunks, and segments, that there is room for behind that
-
-# The table of calls that are known, and not large: words again; see ``fastcall``.
-MOST_ENTRIES = 256
-# Its head: number of entries; is a gradient written?; types of arrays and of options; ``launch``, functions of Python's and of
-# the OpenMP runtime's
-COUNT, WRITES, NDARRAY_TYPE, INT_TYPE, FLOAT_TYPE, STR_TYPE, LAUNCH, TO_FLOAT, TO_BOOL, TO_INT, FROM_INT, COMPARE = range(12)
-PARALLEL, THREAD_NUMBER = range(12, 14)
-HEAD = 14
-EQUAL = 2  # Py_EQ
-# An entry: the family; dtypes of logits and class indices; options
-FAMILY_AT, X_DTYPE, Y_DTYPE, OPTIONS, N_OPTIONS = 0, 1, 2, 3, 4
-ENTRY = OPTIONS + N_OPTIONS
-# Where tensors are run on there are no entries, but: bytes from a tensor's object to its handle; functions of PyTorch's C
-# interface, and where they write; None
-HANDLE, DATA_PTR, STORAGE_SIZE, STORAGE_OFFSET, DIM, TENSOR_SIZES, TENSOR_STRIDES, FOUND, NOTHING = range(HEAD, HEAD + 9)
-# And a call is: has it a family, else a block alone?; is its loss a float64?; how many class weights are float32, and where
-# they go as float64; of each operand its slot in the block, bytes that must be there, those of an element
-OF_FAMILY, IS_DOUBLE, N_NARROW, WIDE_AT, FIRST_OPERAND, OPERAND = 0, 1, 2, 3, 4, 3
-NOT_THERE, NOT_MET = -1, -2  # a tensor has not the memory or layout that it must have; no kernel of the family is for this
-# The word in which it is, in CPython's and NumPy's objects. ``table`` looks at a real array before anybody relies on it.
-TYPE, DATA, NDIM, DIMS, DTYPE, FLAGS = 1, 2, 3, 4, 7, 8
-CONTIGUOUS_AND_ALIGNED, WRITEABLE = 0x101, 0x400  # of an array's flags
-LOW_HALF = 0xFFFFFFFF  # of a word: a C int

@@ -1,5 +1,6 @@
-"""The command line's parts that are more than a few lines: ``evaluate`` and the ``files`` it reads, ``demo``.
+"""The command line's insides: ``parser`` knows the options, ``commands`` what each command does, ``output`` how it is shown.
 
-``cli`` parses the arguments and calls them. The public functions may be imported here, and no other room's insides but
-``_runtime``.
+``evaluate``, the ``files`` that it reads, and ``demo`` compute. The public functions may be imported here, and no other room's
+insides but ``_runtime``, ``_abi.dtypes`` and ``_codegen.patience``; the benchmarks by ``fastxent bench`` alone, and they import
+nothing of the command line. Begin with ``parser``.
 """

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from fastxent._abi.dtypes import NAMES
 from fastxent._cli.files import Array, FileArray, Index, InputError, is_bfloat16, is_float, open_array
 
 BLOCK_BYTES = 32 << 20  # of logits: enough to keep every core busy, little beside any machine's memory
 BLOCK_ROWS = 1 << 16  # so that the statistics of the rows stay in cache: at C = 10, 0.30 s, with four times as many 0.65 s
 BINS = 15  # of the calibration error
-FLOATS = "float16, bfloat16, float32 or float64"
+FLOATS = f"{', '.join(NAMES[:-1])} or {NAMES[-1]}"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
-"""Compiles a task of ``steps`` for a variant. Importing this module imports Numba."""
+"""Compiles a task for a variant. Importing this module imports Numba."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from types import FunctionType
 from typing import Any
 
 from llvmlite import binding
@@ -11,73 +10,46 @@ from numba import types
 from numba.core.registry import cpu_target
 
 from fastxent._abi import argument_block as abi
-from fastxent._abi.variant import BUILTINS, KEEPERS, PAIRERS, SYMBOL, Variant
-from fastxent._kernels import schedules, steps
-from fastxent._kernels.losses import pointwise, sums
-from fastxent._kernels.parallel_for import one_by_one
+from fastxent._abi.variant import BUILTINS, SYMBOL, Layout, Schedule, Storage, Variant
+from fastxent._kernels import entry, tasks
 from fastxent._simd import numba_backend, vector
 
-# What is not in ``steps``.
-_POINTWISE = {
-    "binary": pointwise.binary,
-    "divergence": pointwise.divergence,
-    "divergence_of_logs": pointwise.divergence_of_logs,
-}
-_OTHERS = _POINTWISE | {"entropy": sums.entropy, "logsumexp_of_products": sums.logsumexp_of_products}
-
-
-def pipelined(name: str, variant: Variant) -> bool:
-    """Does kernel ``name`` write one row, and read the next one, while it computes? (``row_pipeline``)
-
-    Past the cache, but for gradients in bfloat16: rounding to it takes what side by side would gain. In the cache with AVX-512:
-    there a row waits longer for the statistics of the one before than for the units of its processor.
-    """
-    if variant.overlapped:
-        return name in PAIRERS
-    kept = name == "value_and_grad" and variant.kept
-    if not variant.class_lanes or variant.split or variant.acc != "f32" or not (kept or name == "value"):
-        return False
-    if variant.large:
-        return not kept or variant.logits != "bf16"
-    return vector.WIDE and variant.logits == "f32"
+_TILES = Layout.TRANSPOSED_TILE, Layout.GATHERED_TILE, Layout.PANEL
 
 
 def task_type(name: str, variant: Variant) -> vector.Task:
     """The Numba type of the argument block: which slot is what, and what the compiler may take for granted."""
-    acc, stores_exp = variant.acc, variant.kept and name in KEEPERS
+    acc = variant.acc
     kinds: dict[str, Any] = {
         "int": "int",
         "float": "float",
         "i64": ("i64", "i64"),
         "f64": ("f64", "f64"),
         "acc": (acc, acc),
-        "weight": (acc, acc) if name in _POINTWISE else ("f64", "f64"),
+        "weight": (acc, acc) if name in tasks.POINTWISE else ("f64", "f64"),
         "x": (variant.logits, acc),
         "t": (variant.target or acc, acc),
     }
     fields = tuple((field, abi.FIRST_SLOT + slot, kinds[kind]) for slot, (field, kind) in enumerate(abi.FIELDS))
     constants = {
-        "class_lanes": variant.class_lanes,
-        "contiguous_lanes": variant.contiguous_lanes,
+        "class_lanes": variant.layout == Layout.CLASS_LANES,
+        "contiguous_lanes": variant.layout in (Layout.CLASS_LANES, Layout.ROW_LANES, Layout.PANEL),
+        "packed": variant.layout in _TILES,
+        "transposed": variant.layout == Layout.TRANSPOSED_TILE,
+        "consecutive_rows": variant.consecutive_rows,
         "labelled": variant.labelled,
         "soft": variant.target is not None,
         "dense": variant.smooth or variant.target is not None,
-        "entropic": name == "stats",
         "capped": variant.capped,
-        "packed": variant.packed,
-        "stores_exp": stores_exp,
-        "exp_in_gradient": stores_exp
-        and variant.class_lanes
-        and pipelined(name, variant)
-        and variant.large
-        and variant.logits == "f32",
-        "transposed": variant.transposed,
-        "paired": variant.paired,
-        "consecutive_rows": variant.consecutive_rows,
-        "split": variant.split,
+        "entropic": variant.entropic,
+        "tempered": variant.tempered,
+        "stores_exp": variant.storage != Storage.NONE,
+        "exp_in_gradient": variant.storage == Storage.GRADIENT and variant.schedule == Schedule.PIPELINED,
+        "split": variant.schedule == Schedule.SPLIT,
+        "paired": variant.schedule == Schedule.PAIRED,
+        "pipelined": variant.schedule in (Schedule.PIPELINED, Schedule.PANELS_OVERLAPPED),
         "large": variant.large,
         "double": acc == "f64",
-        "pipelined": pipelined(name, variant),
         "differentiate": variant.differentiate,
     }
     return vector.Task(fields, tuple(constants.items()))
@@ -90,19 +62,8 @@ def c_function(name: str, variant: Variant) -> tuple[Any, str]:
         return numba_backend.c_function(builtin, types.int64(types.int64, types.int64, types.int64))
     task = task_type(name, variant)
     if name == "launch":
-        return numba_backend.c_function(steps.launch, types.void(task))
-    function = steps.check
-    if name != "check":  # ``kernel``, with the function of this name as its ``work``
-        if variant.overlapped and pipelined(name, variant):
-            work = schedules.by_panels
-        elif pipelined(name, variant):
-            work = getattr(schedules, f"{name}_pipelined")
-        elif variant.paired:
-            work = getattr(schedules, f"{name}_paired")
-        else:
-            work = one_by_one(_OTHERS.get(name) or getattr(steps, name))
-        names = vars(steps) | {"work": work}
-        function = FunctionType(steps.kernel.__code__, names, name)
+        return numba_backend.c_function(entry.launch, types.void(task))
+    function = entry.check if name == "check" else entry.kernel(tasks.work_of(name, variant.schedule))
     return numba_backend.c_function(function, types.void(task, types.int64, types.int64))
 
 

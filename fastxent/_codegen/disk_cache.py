@@ -1,11 +1,12 @@
 """The disk cache of kernels: in which folders it may lie, who may write to them, and its files.
 
 The files are native code, which is run as it is found. So a folder, or a file, that another user could have written to is
-refused, by the rules that OpenSSH has for its keys (see Security in README.md); and a folder whose path is not absolute is
+refused, by the rules that OpenSSH has for its keys (see .github/SECURITY.md); and a folder whose path is not absolute is
 whichever folder the process happens to be in. Windows keeps users apart by other means: there, only the path is looked at.
 
 Nothing ever changes in a file: its name says all that its code depends on. So processes that compile at once write the same
-file, and each may read the other's. A file is a checksum, then the code.
+file, and each may read the other's. A file is a checksum, then the code. Where a folder has more than ``LIMIT`` bytes of them,
+whoever writes there removes those of other builds of fastxent, which are no longer asked for: the ones read last stay longest.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ class Folder(NamedTuple):
     mode: int  # that it is made with
     limit: str | None = None  # of the folders above it, the first that is not looked at
     owner: int | None = None  # beside root and this user, who else may own it
+
+
+SUFFIX = ".fastxent"
+LIMIT = 200_000_000  # bytes: some ten thousand kernels
 
 
 class _State:
@@ -197,6 +202,8 @@ def write(name: str, code: bytes) -> None:
             finally:
                 with suppress(OSError):
                     os.unlink(temporary)
+            with suppress(OSError):  # a folder may be written to, but not listed
+                _remove_other_builds(folder.path, name)
             return
         except OSError as reason:
             reasons.append(str(reason))
@@ -210,3 +217,28 @@ def _make(folder: str, mode: int) -> None:
         _make(os.path.dirname(folder), mode)
         with suppress(FileExistsError):
             os.mkdir(folder, mode)
+
+
+def _remove_other_builds(folder: str, name: str) -> None:
+    """Until no more than ``LIMIT`` is left, files of this user of another build than that of file ``name``."""
+    user = os.geteuid() if hasattr(os, "geteuid") else 0
+    total, others = 0, []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(OSError):  # another process may have removed it
+                state = entry.stat(follow_symlinks=False)
+                if entry.name.endswith(SUFFIX) and stat.S_ISREG(state.st_mode):
+                    total += state.st_size
+                    if _build_of(entry.name) != _build_of(name) and state.st_uid == user:
+                        others.append((state.st_atime, state.st_size, entry.path))
+    for _, size, path in sorted(others):
+        if total <= LIMIT:
+            break
+        with suppress(OSError):
+            Path(path).unlink(missing_ok=True)
+            total -= size
+
+
+def _build_of(name: str) -> str:
+    """``cache_key.file_name`` puts it between the name of the kernel and the rest."""
+    return name.rpartition("-")[0].rpartition("-")[2]

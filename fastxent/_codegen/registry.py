@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fastxent._abi.variant import PAIRERS, Variant
+from fastxent._abi.variant import Variant
 from fastxent._codegen import patience
 from fastxent._codegen.uninterrupted import imported, lock, uninterrupted
 
@@ -27,8 +27,6 @@ _ANY = Variant("f32")  # for those that read no logits
 
 def kernel(name: str, variant: Variant = _ANY) -> Kernel:
     """The compiled kernel ``name`` for ``variant``: from memory, from the disk cache, or compiled now."""
-    if (variant.paired or variant.overlapped) and name not in PAIRERS:  # one kernel for both
-        variant = variant._replace(paired=False, overlapped=False)
     try:
         return _kernels[name, variant]
     except KeyError:

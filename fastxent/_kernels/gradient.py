@@ -1,14 +1,35 @@
-"""Second trip through a unit's vectors: the gradient, from the exponentials that were kept, or made anew."""
+"""Second trip through a unit's vectors: the gradient, from the exponentials that were stored, or computed anew.
+
+Every loss has a gradient of one form. With e_c = exp(x_c - m), d_c = x_c - m and target weights q_c,
+    g_c = e_c (a + a1 d_c) - b q_c
+where a, a1, b are numbers of the row (``Coefficients``), which the loss makes of the row's sums: see ``losses``.
+"""
+
+from collections import namedtuple
 
 from numba import njit
 
-from fastxent._kernels.addressing import g_step, raw_logits, read, tile_step, write, write_out
+from fastxent._abi.argument_block import DIVISOR
+from fastxent._kernels.addressing import g_step, raw_logits, write, write_out
 from fastxent._kernels.inputs import logits, target_weights, through_cap
 from fastxent._kernels.prefetch import aligned, is_non_temporal, prefetch_next_row
-from fastxent._simd.elementary import exp_scaled
-from fastxent._simd.memory import itemsize, load, load_masked, put, store, store_masked, store_non_temporal
+from fastxent._kernels.stored_exponentials import exponentials
+from fastxent._simd.memory import get, itemsize, put, store_non_temporal
 from fastxent._simd.numba_backend import INLINE
-from fastxent._simd.vector import LANES, all_lanes, every_lane, lane, splat, where
+from fastxent._simd.vector import LANES, all_lanes, fma, lane, splat, where
+
+# Of a unit's rows: what exponentials are made with (``shift``), or what the stored ones are multiplied by (``power``); a, also
+# in float64 for parts of a row that have each another one; a1 and m, if the task takes the sum E; b, of q_c as
+# ``target_weights`` gives them; k, q_hot, e_hot: see ``losses.cross_entropy``; 1 / s; and the gradient at the class index y,
+# computed from registers in float64.
+Coefficients = namedtuple("Coefficients", "shift power a wide_a a1 m b k q_hot e_hot inverse_s g_y")
+
+
+@njit(**INLINE)
+def scaled(task, x):
+    """x factor / divisor; float64 logits notice that 1 / divisor would be rounded."""
+    divisor = get(task.total, DIVISOR)
+    return x * task.factor / divisor if task.double else x * (task.factor / divisor)
 
 
 @njit(**INLINE)
@@ -35,34 +56,10 @@ def put_label(task, unit, f):
 
 
 @njit(**INLINE)
-def store_exponentials(task, unit, j, e, mask):
-    """exp(x - m), vector j, to where the second trip looks for them: see ``exponentials``."""
-    if task.stores_exp:
-        if task.split:
-            write(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, e, mask)
-        elif task.exp_in_gradient:  # behind its last class is another row's first one
-            store_masked(unit.tile + j * tile_step(task, unit), e, mask)
-        else:
-            store(unit.tile + j * tile_step(task, unit), e)
-
-
-@njit(**INLINE)
-def exponentials(task, unit, j, mask, shift, power):
-    """exp(x - m), vector j: from where it was kept, or anew."""
-    if task.stores_exp:
-        if task.split:
-            return read(task, task.g + (unit.g + j * g_step(task)), unit.g_lanes, mask) * power
-        p = unit.tile + j * tile_step(task, unit)
-        if task.exp_in_gradient:
-            if not every_lane(mask):
-                return load_masked(p, mask)
-        return load(p)
-    return exp_scaled(logits(task, unit, j, mask), shift)
-
-
-@njit(**INLINE)
 def gradient_vector(task, unit, j, mask, f):
     e = exponentials(task, unit, j, mask, f.shift, f.power)
+    if task.entropic:  # e d is 0 where e is, also where d is -inf
+        return where(e == 0.0, e, e * fma(logits(task, unit, j, mask) - f.m, f.a1, f.a))
     g = e * f.a
     if task.dense:
         q = target_weights(task, unit, j, mask)

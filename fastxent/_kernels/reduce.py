@@ -1,30 +1,57 @@
-"""First trip through a unit's vectors: its statistics. The formulas are those of ``inputs``."""
+"""First trip through a unit's vectors: the sums of ``online_softmax``, of which the loss makes what it is."""
+
+from collections import namedtuple
 
 from numba import njit
 
 from fastxent._kernels.addressing import g_step, tile_step
-from fastxent._kernels.gradient import store_exponentials
-from fastxent._kernels.inputs import (
-    INF,
-    State,
-    empty,
-    full_logits,
-    logits,
-    merge,
-    rescale_to,
-    sums_of,
-    target_weights,
-    vector_max,
-)
+from fastxent._kernels.compensated_sums import halve_lanes, split_sum, total_over_classes, widen_add
+from fastxent._kernels.inputs import full_logits, logits, target_weights, vector_max
+from fastxent._kernels.online_softmax import INF, State, empty, merge, rescale_to, sums_of
 from fastxent._kernels.prefetch import block_length, prefetch_operands
-from fastxent._kernels.row_pipeline import GROUP, finish_overlapped, group_length, no_maximum, overlapped_step
-from fastxent._simd.elementary import Shift, exp_reduced, exp_scale, exp_scaled, reduce_argument, shift_by
-from fastxent._simd.lanes import add_halves, concat, max_across, repeat, sum_across, swap
+from fastxent._kernels.stored_exponentials import store_exponentials
+from fastxent._simd.elementary import Shift, exp_reduced, exp_scaled, reduce_argument, shift_by
+from fastxent._simd.lanes import concat, max_across, max_of_halves, repeat
 from fastxent._simd.memory import itemsize, load, scratch, store, store_each
-from fastxent._simd.numba_backend import INLINE, as_needed
+from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import LANES, WIDE, all_lanes, any_lane, splat, where, widen
 
 HALVES = 128  # vectors of scratch for what is halfway to its exponential, where the registers are few
+
+
+GROUP = 8  # vectors whose float32 terms are added up before they go to the float64 totals
+INTERLEAVED = GROUP if WIDE else 2  # vectors whose exponentials are computed interleaved
+
+# What is overlapped with the first trip: ``step(task, data, top, j)`` is called with each group of vectors j, ..., and
+# ``finish(task, data, top, stop)`` when that was done for all vectors below ``stop``. Both return a running maximum.
+Overlap = namedtuple("Overlap", "step finish data")
+NOTHING = Overlap(njit(**INLINE)(lambda task, data, top, j: top), njit(**INLINE)(lambda task, data, top, stop: top), None)
+
+
+@njit(**INLINE)
+def _itself(x):
+    return x
+
+
+@njit(**INLINE)
+def _twice(x):
+    return repeat(x, 2)
+
+
+# A running maximum takes one register, and becomes a vector in the end.
+in_register, from_register = (_itself, _itself) if WIDE else (max_of_halves, _twice)
+
+
+@njit(**INLINE)
+def no_maximum(task):
+    """The running maximum over nothing."""
+    return in_register(splat(task.x, -INF))
+
+
+@njit(**INLINE)
+def group_length(task):
+    """Vectors that are worked on between two steps of what is overlapped: fewer for a gradient, which does more."""
+    return INTERLEAVED if WIDE or task.stores_exp or not task.class_lanes else 2 * INTERLEAVED
 
 
 @njit(**INLINE)
@@ -84,55 +111,6 @@ def add_terms(a, b):
 
 
 @njit(**INLINE)
-def two_sum(total, error, x):
-    """total + x, and what its rounding has lost added to ``error`` (Knuth's two-sum)."""
-    rounded = total + x
-    there = rounded - total
-    return rounded, error + ((total - (rounded - there)) + (x - there))
-
-
-@njit(**INLINE)
-def compensated(total, error):
-    """The sum; of an inf or nan nothing was lost, and inf - inf is nan."""
-    return total + error if error == error else total
-
-
-@njit(**INLINE)
-def two_sum_across(total, error):
-    """The sum over the lanes, in each of them, and what all its roundings have lost."""
-    total, error = two_sum(total, error + swap(error, 8), swap(total, 8))
-    total, error = two_sum(total, error + swap(error, 4), swap(total, 4))
-    total, error = two_sum(total, error + swap(error, 2), swap(total, 2))
-    return two_sum(total, error + swap(error, 1), swap(total, 1))
-
-
-@as_needed
-def halve_lanes(constants):
-    """A vector's terms: of float32 classes two and two added, for that makes half as many float64 sums."""
-    if constants["class_lanes"] and not constants["double"]:
-        return lambda task, x: add_halves(x)
-    return lambda task, x: x
-
-
-@as_needed
-def sum_lanes(constants):
-    """The sum over the lanes if they are classes."""
-    if constants["class_lanes"]:
-        return lambda task, x: sum_across(x)
-    return lambda task, x: x
-
-
-@njit(**INLINE)
-def widen_add(task, total, x):
-    """A sum and what it has lost, with a vector's terms added; float32 terms lose nothing that counts."""
-    value, error = total
-    x = widen(halve_lanes(task, x))
-    if task.double:
-        return two_sum(value, error, x)
-    return value + x, error
-
-
-@njit(**INLINE)
 def add_sums(task, totals, sums):
     """The float64 totals with the sums of some vectors added."""
     top, s, q_sum, q_dot, e_dot = totals
@@ -148,11 +126,11 @@ def add_sums(task, totals, sums):
 
 
 @njit(**INLINE)
-def wide_groups(task, unit, start, stop, m, shift, totals, pipeline):
+def wide_groups(task, unit, start, stop, m, shift, totals, overlap):
     """The totals, with those of vectors start ... stop - 1, a multiple of eight; and the maximum ahead."""
     top = no_maximum(task)
     for j in range(start, stop, GROUP):
-        top = overlapped_step(task, pipeline, top, j)
+        top = overlap.step(task, overlap.data, top, j)
         totals = add_sums(task, totals, eight(task, unit, j, m, shift))
     return totals, top
 
@@ -191,12 +169,12 @@ def pair(task, unit, j, m, r, power):
 
 
 @njit(**INLINE)
-def narrow_group(task, unit, first, end, m, r, power, totals, top, pipeline):
+def narrow_group(task, unit, first, end, m, r, power, totals, top, overlap):
     """The totals, with those of vectors first ... end - 1, of which the first halves are done; and the maximum ahead."""
-    nothing = splat(m, 0.0)
-    sums = nothing, nothing, nothing, nothing, nothing
+    zero = splat(m, 0.0)
+    sums = zero, zero, zero, zero, zero
     for j in range(first, end, group_length(task)):  # sums of pairs lose fewer digits than a sum of all in a row
-        top = overlapped_step(task, pipeline, top, j)
+        top = overlap.step(task, overlap.data, top, j)
         at = (j - first) * LANES * itemsize(r)
         sums = add_terms(sums, pair(task, unit, j, m, r + at, power + at))
         if group_length(task) > 2:
@@ -206,7 +184,7 @@ def narrow_group(task, unit, first, end, m, r, power, totals, top, pipeline):
 
 
 @njit(**INLINE)
-def narrow_groups(task, unit, start, stop, m, shift, totals, pipeline):
+def narrow_groups(task, unit, start, stop, m, shift, totals, overlap):
     """The totals, with those of vectors start ... stop - 1, an even number; and the maximum ahead.
 
     An exponential is some 16 results, each waiting for the one before, and a processor looks ahead over some 130. So a lot of
@@ -223,11 +201,11 @@ def narrow_groups(task, unit, start, stop, m, shift, totals, pipeline):
             at = (j - begin) * vector
             first_half(task, unit, j, shift, r + at, power + at)
         if task.class_lanes:  # the lanes' rounding errors make up for each other
-            totals, top = narrow_group(task, unit, begin, end, m, r, power, totals, top, pipeline)
+            totals, top = narrow_group(task, unit, begin, end, m, r, power, totals, top, overlap)
         else:
             for first in range(begin, end, GROUP):
                 at, last = (first - begin) * vector, min(first + GROUP, end)
-                totals, top = narrow_group(task, unit, first, last, m, r + at, power + at, totals, top, pipeline)
+                totals, top = narrow_group(task, unit, first, last, m, r + at, power + at, totals, top, overlap)
     return totals, top
 
 
@@ -235,62 +213,33 @@ groups = wide_groups if WIDE else narrow_groups
 
 
 @njit(**INLINE)
-def total_over_classes(task, total):
-    """The sum over the vectors' classes."""
-    value, error = total
-    if task.double:  # of an inf or nan nothing was lost, and inf - inf is nan
-        value = where(error == error, value + error, value)
-    return sum_lanes(task, value)
-
-
-def _split_by_compensation(task, top, s):
-    """float64: what is beside 1 is what rounding lost when it was added to 1."""
-    value, error = s
-    if task.class_lanes:
-        value, error = two_sum_across(value, error)
-    one = exp_scale(task.x)
-    top = where((value >= one) & (value < 2.0 * one), splat(value, one), 0.0)
-    return top, (value - top) + error
-
-
-def _split_by_terms(task, top, s):
-    return sum_lanes(task, top[0]), sum_lanes(task, s[0])
-
-
-@as_needed
-def split_sum(constants):
-    """The sum over the classes as the two numbers of ``State``. ``s_max``, ``s``: lane by lane, and what each has lost."""
-    return _split_by_compensation if constants["double"] else _split_by_terms
-
-
-@njit(**INLINE)
 def block_max(task, unit, start, stop):
     """The maximum over vectors start ... stop - 1."""
-    if task.packed and not task.capped:  # the whole row, as it is stored: known already
+    if task.packed and not (task.capped or task.tempered):  # the whole row, as it is stored: known already
         return unit.m
     m = vector_max(task, unit, start, stop)
     return max_across(m) if task.class_lanes else m
 
 
 @njit(**INLINE)
-def state_of(task, unit, start, stop, m, pipeline):
+def state_of(task, unit, start, stop, m, overlap):
     """The statistics of vectors start ... stop - 1, seen from m, their maximum or a larger one; and the maximum ahead.
 
-    If there is a pipeline, start is 0."""
+    If something is overlapped, start is 0."""
     shift = shift_by(m)
     finite = where(m == -INF, splat(m, 0.0), m)
     none = splat(task.w, 0.0)
     zero = widen(halve_lanes(task, splat(task.x, 0.0)))
-    nothing = zero, zero
-    totals = nothing, nothing, nothing, nothing, nothing
+    none_so_far = zero, zero
+    totals = none_so_far, none_so_far, none_so_far, none_so_far, none_so_far
     top = no_maximum(task)
     n_whole = max(start, min(stop, unit.full))
     grouped = start
     near, is_near = Shift(None, shift.coarse, shift.fine, shift.lowest), not task.double and not any_lane(shift.base != 0.0)
     if is_near:
         grouped = start + (n_whole - start) // group_length(task) * group_length(task)
-        totals, top = groups(task, unit, start, grouped, finite, near, totals, pipeline)
-    top = finish_overlapped(task, pipeline, top, grouped)
+        totals, top = groups(task, unit, start, grouped, finite, near, totals, overlap)
+    top = overlap.finish(task, overlap.data, top, grouped)
     if WIDE and is_near:
         paired = grouped + (n_whole - grouped) // 2 * 2
         totals = wide_pairs(task, unit, grouped, paired, finite, near, totals)
@@ -317,13 +266,13 @@ def state_of(task, unit, start, stop, m, pipeline):
 def span_state(task, unit):
     """The statistics of the unit's vectors, in one trip through memory: twice through blocks that the nearest caches hold."""
     if task.packed or task.stores_exp:
-        state, _ = state_of(task, unit, unit.start, unit.stop, block_max(task, unit, unit.start, unit.stop), None)
+        state, _ = state_of(task, unit, unit.start, unit.stop, block_max(task, unit, unit.start, unit.stop), NOTHING)
         return state
     state = empty(task, splat(task.x, -INF))  # Numba wants one before the loop
     for at in range(unit.start, unit.stop, block_length(task)):
         end = min(unit.stop, at + block_length(task))
         m = block_max(task, unit, at, end)
         state = rescale_to(state, m) if at > unit.start else empty(task, m)
-        block, _ = state_of(task, unit, at, end, state.m, None)
+        block, _ = state_of(task, unit, at, end, state.m, NOTHING)
         state = merge(state, block)
     return state

@@ -6,34 +6,34 @@ all the time. A row's exponentials take the place of those of the row before, wh
 
 Past the cache, rows of very many classes are worked on in parts, of which part k is seen from m_k, the largest logit up to its
 end: then its logits, read for m_k, are in the second-level cache still when its exponentials are made. When m, that of the row,
-is known, a exp(m_k - m) is the factor of part k where a was: see ``Factors``.
+is known, a exp(m_k - m) is the factor of part k where a was: see ``Coefficients``.
 """
 
 from collections import namedtuple
 
 from numba import njit
 
-from fastxent._abi.variant import MOST_KEPT
+from fastxent._abi.variant import MOST_STORED
 from fastxent._kernels.addressing import g_step, unit_from_class, write
-from fastxent._kernels.gradient import exponentials, gradient_vector, put_label, store_exponentials
-from fastxent._kernels.inputs import INF, Factors, full_logits, rescale_stored, vector_max
-from fastxent._kernels.plane_tiles import finish_unit, pipeline_step
+from fastxent._kernels.gradient import Coefficients, gradient_vector, put_label
+from fastxent._kernels.inputs import full_logits, vector_max
+from fastxent._kernels.online_softmax import rescale_stored
 from fastxent._kernels.prefetch import aligned, is_non_temporal, prefetch_pipelined
+from fastxent._kernels.reduce import GROUP, INTERLEAVED, from_register, group_length, in_register, no_maximum
+from fastxent._kernels.stored_exponentials import exponentials, store_exponentials
 from fastxent._simd.elementary import shift_by
-from fastxent._simd.lanes import max_across, max_of_halves, repeat
+from fastxent._simd.lanes import max_across
 from fastxent._simd.memory import get, itemsize, put, scratch, store, store_non_temporal
-from fastxent._simd.numba_backend import INLINE, by_kind
+from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import LANES, WIDE, absolute, all_lanes, first_lanes, iota, lane, maximum, splat, where, widen
 
-GROUP = 8  # vectors whose float32 terms are added up before they go to the float64 totals
-INTERLEAVED = GROUP if WIDE else 2  # vectors whose exponentials are made beside each other
 # Vectors between the gradient that is written and the logits that are read at the same time. Rows are often 4 KB apart, or a
 # multiple of that; and a load waits for a store that is 4 KB away, for all that a processor looks at is the address in a page.
 LEAD = 2 * GROUP if WIDE else GROUP
 SMALLEST = 2.0**-126  # normal float32
 
 PART = 1024  # vectors of a part, or somewhat more: 64 KB of logits
-VECTORS_OF_NUMBERS = -(-MOST_KEPT // (PART * LANES))  # that hold a number for each part
+VECTORS_OF_NUMBERS = -(-MOST_STORED // (PART * LANES))  # that hold a number for each part
 
 Pipeline = namedtuple("Pipeline", "ahead pending")  # a unit, that is read next; and:
 # A row, or a part of it, whose gradient is still to be written, some vectors together: the row from where g is aligned on; up
@@ -41,32 +41,20 @@ Pipeline = namedtuple("Pipeline", "ahead pending")  # a unit, that is read next;
 Pending = namedtuple("Pending", "unit f stop y y_at")
 
 
+# What is overlapped with the first trip of a row, see ``reduce.Overlap``: for a loss ``running_max`` and ``max_ahead``; for a
+# gradient these and the row behind.
+
+
 @njit(**INLINE)
-def group_length(task):
-    """Vectors that are worked on between looks at what is ahead and behind: fewer for a gradient, which does more."""
-    return INTERLEAVED if WIDE or task.stores_exp or not task.class_lanes else 2 * INTERLEAVED
-
-
-def _panel_step(task, pipeline, top, j):
-    pipeline_step(task, pipeline, pipeline.first + j // INTERLEAVED)
-    return top
-
-
-def _finish_panel_steps(task, pipeline, top, stop):
-    finish_unit(task, pipeline, stop // INTERLEAVED)
-    return top
-
-
-@by_kind(none=lambda task, pipeline, top, j: top, PanelPipeline=_panel_step)
-def overlapped_step(task, pipeline, top, j):
-    """What is done beside the exponentials of vectors j, ...; the maximum ahead, so far."""
+def write_and_read(task, pipeline, top, j):
+    """With vectors j, ...: the gradient of the row behind is written; the maximum ahead, so far."""
     write_pending(task, pipeline.pending, j)
     return running_max(task, pipeline.ahead, top, j)
 
 
-@by_kind(none=lambda task, pipeline, top, stop: top, PanelPipeline=_finish_panel_steps)
-def finish_overlapped(task, pipeline, top, stop):
-    """What is left to do if ``overlapped_step`` was called for all vectors below ``stop``; the maximum ahead."""
+@njit(**INLINE)
+def finish_both(task, pipeline, top, stop):
+    """What is left to do if ``write_and_read`` was called for all vectors below ``stop``; the maximum ahead."""
     finish_pending(task, pipeline.pending, stop)
     return max_ahead(task, pipeline.ahead, top, stop)
 
@@ -74,26 +62,6 @@ def finish_overlapped(task, pipeline, top, stop):
 # ----------------------------------------------------------------------------------------------------
 # Ahead: the maximum
 # ----------------------------------------------------------------------------------------------------
-
-
-@njit(**INLINE)
-def _itself(x):
-    return x
-
-
-@njit(**INLINE)
-def _twice(x):
-    return repeat(x, 2)
-
-
-# A maximum so far takes one register, and becomes a vector in the end.
-in_register, from_register = (_itself, _itself) if WIDE else (max_of_halves, _twice)
-
-
-@njit(**INLINE)
-def no_maximum(task):
-    """The maximum over nothing."""
-    return in_register(splat(task.x, -INF))
 
 
 @njit(**INLINE)
@@ -178,7 +146,7 @@ def rescale_parts(task, unit, f, m, parts):
 def part_factors(f, parts, k):
     """Each is a number, and takes one register then."""
     a, b, g_y = splat(f.a, get(parts, k * itemsize(parts))), splat(f.b, lane(f.b, 0)), splat(f.g_y, lane(f.g_y, 0))
-    return Factors(f.shift, f.power, a, f.wide_a, b, f.k, f.q_hot, f.e_hot, f.inverse_s, g_y)
+    return Coefficients(f.shift, f.power, a, f.wide_a, f.a1, f.m, b, f.k, f.q_hot, f.e_hot, f.inverse_s, g_y)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -190,7 +158,8 @@ def part_factors(f, parts, k):
 def no_pending(task, unit):
     """Before the first row."""
     zero = splat(task.x, 0.0)
-    return Pending(unit, Factors(shift_by(zero), zero, zero, splat(task.w, 0.0), zero, zero, zero, zero, zero, zero), 0, -1, -1)
+    none = Coefficients(shift_by(zero), zero, zero, splat(task.w, 0.0), zero, zero, zero, zero, zero, zero, zero, zero)
+    return Pending(unit, none, 0, -1, -1)
 
 
 @njit(**INLINE)
@@ -237,7 +206,7 @@ def pending_part(task, row, parts, k, length):
     return pending
 
 
-@by_kind(none=lambda task, pending, j: None)
+@njit(**INLINE)
 def write_pending(task, pending, j):
     """Of the row behind, what is LEAD vectors further than vectors j, ..., whose exponentials take the place of its own."""
     at = j + LEAD
@@ -266,7 +235,7 @@ def store_full(task, unit, j, g):
         store(p, g)
 
 
-@by_kind(none=lambda task, pending, start: None)
+@njit(**INLINE)
 def finish_pending(task, pending, start):
     """What is left of the row behind, if ``call_kernel`` is the first vector with which ``write_pending`` was not called."""
     for j in range(start, pending.stop - LEAD, INTERLEAVED):

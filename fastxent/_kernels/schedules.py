@@ -1,14 +1,15 @@
-"""Loss, and loss with gradient, of units ``first`` ... ``stop - 1`` beside each other, where one by one they would wait.
+"""What is done with units ``first`` ... ``stop - 1`` interleaved or overlapped, where one by one they would wait; for any loss.
 
-What a kernel does with one unit is a chain: its maximum, its sums, its factors, its gradient. While a processor waits for a
-link of one unit's chain, it can work on another unit's, if that is near enough in the code.
+What a kernel does with one unit is a chain: its maximum, its sums, its coefficients, its gradient. While a processor waits for
+a link of one unit's chain, it can work on another unit's, if that is near enough in the code.
 """
 
 from numba import njit
 
 from fastxent._kernels.addressing import empty_unit, locate, panel_of, unscaled, write_tile
 from fastxent._kernels.gradient import write_gradient
-from fastxent._kernels.inputs import empty, factors, label, merge, rescale_to
+from fastxent._kernels.inputs import label
+from fastxent._kernels.online_softmax import empty, merge, rescale_to
 from fastxent._kernels.parallel_for import EMPTY_SUM, accumulate, total_of
 from fastxent._kernels.plane_tiles import (
     PanelPipeline,
@@ -18,14 +19,17 @@ from fastxent._kernels.plane_tiles import (
     finish_unit,
     load_panel,
     panel_tile,
+    pipeline_step,
     steps_per_unit,
     store_panel,
 )
 from fastxent._kernels.prefetch import block_length, prefetch_border, write_zeros
-from fastxent._kernels.reduce import span_state, state_of
+from fastxent._kernels.reduce import INTERLEAVED, Overlap, span_state, state_of
 from fastxent._kernels.row_pipeline import (
     Pipeline,
+    finish_both,
     finish_pending,
+    max_ahead,
     max_of,
     no_pending,
     part_numbers,
@@ -33,16 +37,17 @@ from fastxent._kernels.row_pipeline import (
     pending_row,
     row_part,
     row_parts,
+    running_max,
+    write_and_read,
 )
 from fastxent._kernels.row_tiles import next_tile
 from fastxent._kernels.split_rows import to_row
-from fastxent._kernels.steps import put_loss, put_zero_loss
 from fastxent._simd.memory import itemsize, put
 from fastxent._simd.numba_backend import INLINE
 from fastxent._simd.vector import LANES, any_lane, lane, splat, widen
 
 # ----------------------------------------------------------------------------------------------------
-# Short rows that are read whole, two units at a time
+# Paired: short rows that are transposed, two units at a time
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -55,52 +60,60 @@ def two_units(task, tile, number, stop):
     return unit, empty_unit(unit)
 
 
-@njit(**INLINE)
-def value_paired(task, tile, first, stop):
-    """Loss."""
-    sums = EMPTY_SUM
-    for number in range(first, stop, 2):
-        a, b = two_units(task, tile, number, stop)
-        if any_lane(a.kept | b.kept):
-            a_y, b_y = label(task, a), label(task, b)
-            a_state, b_state = span_state(task, a), span_state(task, b)
-            a_loss, b_loss = put_loss(task, a, a_state, a_y), put_loss(task, b, b_state, b_y)
-        else:
-            a_loss, b_loss = put_zero_loss(task, a), put_zero_loss(task, b)
-        sums = accumulate(task, sums, *a_loss)
-        if number + 1 < stop:
-            sums = accumulate(task, sums, *b_loss)
-    return total_of(task, sums)
+def value_paired(loss):
+    put_loss, put_zero_loss = loss.put_loss, loss.put_zero_loss
+
+    @njit(**INLINE)
+    def work(task, tile, first, stop):
+        sums = EMPTY_SUM
+        for number in range(first, stop, 2):
+            a, b = two_units(task, tile, number, stop)
+            if any_lane(a.kept | b.kept):
+                a_y, b_y = label(task, a), label(task, b)
+                a_state, b_state = span_state(task, a), span_state(task, b)
+                a_loss, b_loss = put_loss(task, a, a_state, a_y), put_loss(task, b, b_state, b_y)
+            else:
+                a_loss, b_loss = put_zero_loss(task, a), put_zero_loss(task, b)
+            sums = accumulate(task, sums, *a_loss)
+            if number + 1 < stop:
+                sums = accumulate(task, sums, *b_loss)
+        return total_of(task, sums)
+
+    return work
 
 
-@njit(**INLINE)
-def value_and_grad_paired(task, tile, first, stop):
-    """Loss and gradient."""
-    sums = EMPTY_SUM
-    for number in range(first, stop, 2):
-        a, b = two_units(task, tile, number, stop)
-        a_late, b_late = unscaled(task), unscaled(task)
-        if any_lane(a.kept | b.kept):
-            a_y, b_y = label(task, a), label(task, b)
-            a_state, b_state = span_state(task, a), span_state(task, b)
-            a_f = factors(task, a, a_state, a_y, to_row(task, number, a_state))
-            b_f = factors(task, b, b_state, b_y, to_row(task, number + 1, b_state))
-            a_late, b_late = write_gradient(task, a, a_f), write_gradient(task, b, b_f)
-            a_loss, b_loss = put_loss(task, a, a_state, a_y), put_loss(task, b, b_state, b_y)
-        else:
-            write_zeros(task, a)
-            write_zeros(task, b)
-            a_loss, b_loss = put_zero_loss(task, a), put_zero_loss(task, b)
-        write_tile(task, a, *a_late)
-        sums = accumulate(task, sums, *a_loss)
-        if number + 1 < stop:
-            write_tile(task, b, *b_late)
-            sums = accumulate(task, sums, *b_loss)
-    return total_of(task, sums)
+def value_and_grad_paired(loss):
+    put_loss, put_zero_loss, coefficients = loss.put_loss, loss.put_zero_loss, loss.coefficients
+
+    @njit(**INLINE)
+    def work(task, tile, first, stop):
+        sums = EMPTY_SUM
+        for number in range(first, stop, 2):
+            a, b = two_units(task, tile, number, stop)
+            a_late, b_late = unscaled(task), unscaled(task)
+            if any_lane(a.kept | b.kept):
+                a_y, b_y = label(task, a), label(task, b)
+                a_state, b_state = span_state(task, a), span_state(task, b)
+                a_f = coefficients(task, a, a_state, a_y, to_row(task, number, a_state))
+                b_f = coefficients(task, b, b_state, b_y, to_row(task, number + 1, b_state))
+                a_late, b_late = write_gradient(task, a, a_f), write_gradient(task, b, b_f)
+                a_loss, b_loss = put_loss(task, a, a_state, a_y), put_loss(task, b, b_state, b_y)
+            else:
+                write_zeros(task, a)
+                write_zeros(task, b)
+                a_loss, b_loss = put_zero_loss(task, a), put_zero_loss(task, b)
+            write_tile(task, a, *a_late)
+            sums = accumulate(task, sums, *a_loss)
+            if number + 1 < stop:
+                write_tile(task, b, *b_late)
+                sums = accumulate(task, sums, *b_loss)
+        return total_of(task, sums)
+
+    return work
 
 
 # ----------------------------------------------------------------------------------------------------
-# Short rows that are neighbours: see ``plane_tiles``
+# Panels overlapped: short rows that are contiguous class by class, see ``plane_tiles``
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -113,58 +126,81 @@ def panel_in_flight(task, tile, first, number, stop):
 
 
 @njit(**INLINE)
-def by_panels(task, tile, first, stop):
-    """Loss, with the gradient if exponentials are kept."""
-    sums = EMPTY_SUM
-    ahead = panel_in_flight(task, tile, first, first, stop)
-    load_panel(task, ahead)
-    here = behind = empty_panel(ahead)
-    begin = first
-    while begin < stop:
-        before, behind, here, ahead = behind, here, ahead, panel_in_flight(task, tile, first, begin + task.panel, stop)
-        n_units = (here.n + LANES - 1) // LANES
-        for nth in range(n_units):
-            pipeline = PanelPipeline(ahead, here, behind, before, nth * steps_per_unit(task))
-            unit = locate(task, here.tile, begin + nth)
-            loss, late = (0.0, 1.0), unscaled(task)
-            if any_lane(unit.kept):
-                y = label(task, unit)
-                state, _ = state_of(task, unit, 0, unit.stop, unit.m, pipeline)
-                loss = put_loss(task, unit, state, y)
-                if task.stores_exp:
-                    late = write_gradient(task, unit, factors(task, unit, state, y, to_row(task, begin + nth, state)))
-            else:
-                finish_unit(task, pipeline, 0)
-                loss = put_zero_loss(task, unit)
-                write_zeros(task, unit)
-            write_tile(task, unit, *late)
-            sums = accumulate(task, sums, *loss)
-        finish_panel(task, PanelPipeline(ahead, here, behind, before, n_units * steps_per_unit(task)))
-        if task.stores_exp:
-            align_row_numbers(task, here)
-        begin += task.panel
-    if task.stores_exp:
-        store_panel(task, behind, here, empty_panel(here))
-    return total_of(task, sums)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Long rows: see ``row_pipeline``
-# ----------------------------------------------------------------------------------------------------
+def panel_step(task, pipeline, top, j):
+    pipeline_step(task, pipeline, pipeline.first + j // INTERLEAVED)
+    return top
 
 
 @njit(**INLINE)
-def next_kept(task, tile, number, stop):
-    """The first row from ``number`` on that is not ignored, as number and unit; what is to be done for those before is done.
-    If there is none, the unit is of no class."""
-    unit = locate(task, tile, min(number, stop - 1))
-    while number < stop and not any_lane(unit.kept):
-        put_zero_loss(task, unit)
+def finish_panel_steps(task, pipeline, top, stop):
+    finish_unit(task, pipeline, stop // INTERLEAVED)
+    return top
+
+
+def by_panels(loss):
+    """The loss; and the gradient, if exponentials are stored."""
+    put_loss, put_zero_loss, coefficients = loss.put_loss, loss.put_zero_loss, loss.coefficients
+
+    @njit(**INLINE)
+    def work(task, tile, first, stop):
+        sums = EMPTY_SUM
+        ahead = panel_in_flight(task, tile, first, first, stop)
+        load_panel(task, ahead)
+        here = behind = empty_panel(ahead)
+        begin = first
+        while begin < stop:
+            before, behind, here, ahead = behind, here, ahead, panel_in_flight(task, tile, first, begin + task.panel, stop)
+            n_units = (here.n + LANES - 1) // LANES
+            for nth in range(n_units):
+                pipeline = PanelPipeline(ahead, here, behind, before, nth * steps_per_unit(task))
+                unit = locate(task, here.tile, begin + nth)
+                total, late = (0.0, 1.0), unscaled(task)
+                if any_lane(unit.kept):
+                    y = label(task, unit)
+                    overlap = Overlap(panel_step, finish_panel_steps, pipeline)
+                    state, _ = state_of(task, unit, 0, unit.stop, unit.m, overlap)
+                    total = put_loss(task, unit, state, y)
+                    if task.stores_exp:
+                        late = write_gradient(task, unit, coefficients(task, unit, state, y, to_row(task, begin + nth, state)))
+                else:
+                    finish_unit(task, pipeline, 0)
+                    total = put_zero_loss(task, unit)
+                    write_zeros(task, unit)
+                write_tile(task, unit, *late)
+                sums = accumulate(task, sums, *total)
+            finish_panel(task, PanelPipeline(ahead, here, behind, before, n_units * steps_per_unit(task)))
+            if task.stores_exp:
+                align_row_numbers(task, here)
+            begin += task.panel
         if task.stores_exp:
-            write_zeros(task, unit)
-        number += 1
+            store_panel(task, behind, here, empty_panel(here))
+        return total_of(task, sums)
+
+    return work
+
+
+# ----------------------------------------------------------------------------------------------------
+# Software-pipelined: long rows, see ``row_pipeline``
+# ----------------------------------------------------------------------------------------------------
+
+
+def next_kept_of(loss):
+    put_zero_loss = loss.put_zero_loss
+
+    @njit(**INLINE)
+    def next_kept(task, tile, number, stop):
+        """The first row from ``number`` on that is not ignored, as number and unit; the rows before it are done. If there is
+        none, the unit is of no class."""
         unit = locate(task, tile, min(number, stop - 1))
-    return number, unit if number < stop else empty_unit(unit)
+        while number < stop and not any_lane(unit.kept):
+            put_zero_loss(task, unit)
+            if task.stores_exp:
+                write_zeros(task, unit)
+            number += 1
+            unit = locate(task, tile, min(number, stop - 1))
+        return number, unit if number < stop else empty_unit(unit)
+
+    return next_kept
 
 
 @njit(**INLINE)
@@ -173,50 +209,61 @@ def next_part(task, unit, k, n_parts, length, next_unit):
     return row_part(task, unit, k, length) if k < n_parts else row_part(task, next_unit, 0, length)
 
 
-@njit(**INLINE)
-def value_pipelined(task, tile, first, stop):
-    """Loss, block by block."""
-    sums = EMPTY_SUM
-    length = block_length(task)
-    n_blocks = (task.n_vectors + length - 1) // length
-    number, unit = next_kept(task, tile, first, stop)
-    m = max_of(task, row_part(task, unit, 0, length))
-    while number < stop:
-        next_number, next_unit = next_kept(task, tile, number + 1, stop)
-        state = empty(task, splat(task.x, m))
-        for k in range(n_blocks):
-            block, ahead = row_part(task, unit, k, length), next_part(task, unit, k + 1, n_blocks, length, next_unit)
-            state = rescale_to(state, splat(task.x, m))
-            more, m = state_of(task, block, 0, block.stop, state.m, Pipeline(ahead, None))
-            state = merge(state, more)
-        sums = accumulate(task, sums, *put_loss(task, unit, state, label(task, unit)))
-        number, unit = next_number, next_unit
-    return total_of(task, sums)
+def value_pipelined(loss):
+    """Block by block."""
+    put_loss, next_kept = loss.put_loss, next_kept_of(loss)
+
+    @njit(**INLINE)
+    def work(task, tile, first, stop):
+        sums = EMPTY_SUM
+        length = block_length(task)
+        n_blocks = (task.n_vectors + length - 1) // length
+        number, unit = next_kept(task, tile, first, stop)
+        m = max_of(task, row_part(task, unit, 0, length))
+        while number < stop:
+            next_number, next_unit = next_kept(task, tile, number + 1, stop)
+            state = empty(task, splat(task.x, m))
+            for k in range(n_blocks):
+                block, ahead = row_part(task, unit, k, length), next_part(task, unit, k + 1, n_blocks, length, next_unit)
+                state = rescale_to(state, splat(task.x, m))
+                more, m = state_of(task, block, 0, block.stop, state.m, Overlap(running_max, max_ahead, ahead))
+                state = merge(state, more)
+            sums = accumulate(task, sums, *put_loss(task, unit, state, label(task, unit)))
+            number, unit = next_number, next_unit
+        return total_of(task, sums)
+
+    return work
 
 
-@njit(**INLINE)
-def value_and_grad_pipelined(task, tile, first, stop):
-    """Loss and gradient, part by part; behind is the same part of the row before."""
-    sums = EMPTY_SUM
-    (n_parts, length), parts = row_parts(task), part_numbers(task)
-    number, unit = next_kept(task, tile, first, stop)
-    m = max_of(task, row_part(task, unit, 0, length))
-    row = no_pending(task, unit)
-    while number < stop:
-        next_number, next_unit = next_kept(task, tile, number + 1, stop)
-        prefetch_border(task, unit)
-        y, state = label(task, unit), empty(task, splat(task.x, m))
-        for k in range(n_parts):
-            part, ahead = row_part(task, unit, k, length), next_part(task, unit, k + 1, n_parts, length, next_unit)
-            behind = pending_part(task, row, parts, k, length)
-            state = rescale_to(state, splat(task.x, m))
-            put(parts, k * itemsize(parts), lane(widen(state.m), 0))
-            more, m = state_of(task, part, 0, part.stop, state.m, Pipeline(ahead, behind))
-            state = merge(state, more)
-        sums = accumulate(task, sums, *put_loss(task, unit, state, y))
-        row = pending_row(task, unit, factors(task, unit, state, y, to_row(task, number, state)), state.m, parts)
-        number, unit = next_number, next_unit
-    if row.stop > 0:
-        for k in range(n_parts):
-            finish_pending(task, pending_part(task, row, parts, k, length), 0)
-    return total_of(task, sums)
+def value_and_grad_pipelined(loss):
+    """Part by part; behind is the same part of the row before."""
+    put_loss, coefficients, next_kept = loss.put_loss, loss.coefficients, next_kept_of(loss)
+
+    @njit(**INLINE)
+    def work(task, tile, first, stop):
+        sums = EMPTY_SUM
+        (n_parts, length), parts = row_parts(task), part_numbers(task)
+        number, unit = next_kept(task, tile, first, stop)
+        m = max_of(task, row_part(task, unit, 0, length))
+        row = no_pending(task, unit)
+        while number < stop:
+            next_number, next_unit = next_kept(task, tile, number + 1, stop)
+            prefetch_border(task, unit)
+            y, state = label(task, unit), empty(task, splat(task.x, m))
+            for k in range(n_parts):
+                part, ahead = row_part(task, unit, k, length), next_part(task, unit, k + 1, n_parts, length, next_unit)
+                behind = pending_part(task, row, parts, k, length)
+                state = rescale_to(state, splat(task.x, m))
+                put(parts, k * itemsize(parts), lane(widen(state.m), 0))
+                overlap = Overlap(write_and_read, finish_both, Pipeline(ahead, behind))
+                more, m = state_of(task, part, 0, part.stop, state.m, overlap)
+                state = merge(state, more)
+            sums = accumulate(task, sums, *put_loss(task, unit, state, y))
+            row = pending_row(task, unit, coefficients(task, unit, state, y, to_row(task, number, state)), state.m, parts)
+            number, unit = next_number, next_unit
+        if row.stop > 0:
+            for k in range(n_parts):
+                finish_pending(task, pending_part(task, row, parts, k, length), 0)
+        return total_of(task, sums)
+
+    return work

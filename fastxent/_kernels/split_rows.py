@@ -10,7 +10,8 @@ from numba import njit
 from fastxent._abi.argument_block import LINE
 from fastxent._kernels.addressing import locate
 from fastxent._kernels.gradient import holds_label
-from fastxent._kernels.inputs import INF, Label, State, empty, label, merge, rescale, rescale_stored
+from fastxent._kernels.inputs import Label, label
+from fastxent._kernels.online_softmax import INF, State, empty, merge, rescale, rescale_stored
 from fastxent._kernels.reduce import span_state
 from fastxent._simd.lanes import max_across, sum_across
 from fastxent._simd.memory import gather, get, put

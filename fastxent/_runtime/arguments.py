@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastxent._abi.dtypes import ACC, NAMES, STORAGE
 from fastxent._abi.variant import FEW_CLASSES
 from fastxent._runtime import buffers
+from fastxent._runtime.options import checked, fields_of, flags_of
 from fastxent._runtime.plan import Plan, make_plan
-from fastxent._runtime.threads import check_threads
 
 Array = np.ndarray[Any, Any]
-
-STORAGE = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 
 
 @lru_cache(maxsize=64)
@@ -29,10 +28,7 @@ def storage(dtype: np.dtype[Any]) -> str | None:
 @lru_cache(maxsize=64)
 def accumulator(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
     """dtype of the losses of such logits (and probabilities)."""
-    return np.dtype(np.float64 if any(dtype == np.float64 for dtype in dtypes) else np.float32)
-
-
-REDUCTIONS = ("none", "mean", "sum")
+    return np.dtype(np.float64 if "f64" in [ACC.get(storage(dtype) or "") for dtype in dtypes] else np.float32)
 
 
 class Problem(NamedTuple):
@@ -58,21 +54,20 @@ class Problem(NamedTuple):
     @property
     def numbers(self) -> dict[str, float]:
         """The options as the tasks know them."""
-        return {"ignore": self.ignore, "confidence": 1.0 - self.smoothing, "uniform": self.smoothing / self.x.shape[self.axis]}
+        return fields_of(self.x.shape[self.axis], self.ignore, self.smoothing)
 
-    def plan(self, g: Array | None = None, may_split: bool = True) -> Plan:
-        """How a kernel walks over this problem and writes ``g``."""
+    def plan(self, task: str, g: Array | None = None) -> Plan:
+        """How a task walks over this problem and writes ``g``."""
         x, t = self.x, self.t
         strides = (x.strides, (x if g is None else g).strides, (x if t is None else t).strides)
         return make_plan(
+            task,
             x.shape,
             strides if t is not None else (strides[0], strides[1], strides[0]),
             self.axis,
             storage(x.dtype) or "",
             None if t is None else storage(t.dtype),
-            labelled=self.y is not None,
-            smooth=self.y is not None and self.smoothing > 0,
-            may_split=may_split,
+            **flags_of(self.y is not None, self.ignore, self.smoothing),
         )
 
 
@@ -102,11 +97,11 @@ def problem(
     x, axis = check_logits(logits, axis, name)
     rows = x.shape[:axis] + x.shape[axis + 1 :]
     n_classes = x.shape[axis]
-    smoothing = check_fraction(label_smoothing, "label_smoothing")
-    ignore = check_integer(ignore_index, "ignore_index")
+    smoothing = checked("label_smoothing", label_smoothing)
+    ignore = checked("ignore_index", ignore_index)
     w = check_vector(weight, "weight", (n_classes,), "one weight per class")
     u = check_vector(sample_weight, "sample_weight", rows, "one weight per row")
-    threads = None if n_threads is None else check_threads(n_threads, "n_threads")
+    threads = checked("n_threads", n_threads)
     y, t = check_target(target, x, axis, ignore, float_labels)
     if y is not None:
         divisor = 0.0
@@ -162,7 +157,7 @@ def floating(a: object, name: str) -> Array:
     if array.dtype.kind in "iub":
         array = array.astype(np.float64)
     if storage(array.dtype) is None:
-        allowed = "float16, bfloat16, float32, float64 or integers"
+        allowed = f"{', '.join(NAMES)} or integers"
         raise TypeError(f"{name} has dtype {array.dtype}; it must hold {allowed}")
     return native(array)
 
@@ -177,7 +172,7 @@ def check_logits(logits: object, axis: int, name: str) -> tuple[Array, int]:
     x = floating(logits, name)
     if x.ndim == 0:
         raise ValueError(f"{name} is a number; it needs a class axis")
-    axis = check_integer(axis, "axis")
+    axis = checked("axis", axis)
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis = {axis} is outside [{-x.ndim}, {x.ndim}) for {name} of shape {x.shape}")
     axis %= x.ndim
@@ -309,32 +304,6 @@ def check_vector(values: object, name: str, shape: tuple[int, ...], what: str) -
     if a.shape != shape:
         raise ValueError(f"{name} has shape {a.shape}; it must be {shape}: {what}")
     return np.ascontiguousarray(a, dtype=np.float64).reshape(shape)
-
-
-def check_fraction(value: float, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} = {value} is outside [0, 1]")
-    return float(value)
-
-
-def check_integer(value: object, name: str) -> int:
-    if isinstance(value, (bool, np.bool_, np.ma.MaskedArray)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    try:
-        number = int(value.__index__())
-    except TypeError:  # an array of several numbers, or of floats
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if not -(2**63) <= number < 2**63:
-        raise ValueError(f"{name} = {number} does not fit 64 bits")
-    return number
-
-
-def check_reduction(reduction: str, allowed: tuple[str, ...] = REDUCTIONS) -> str:
-    if reduction not in allowed:
-        raise ValueError(f"reduction = {reduction!r} is not one of {', '.join(map(repr, allowed))}")
-    return reduction
 
 
 def check_out(out: object, x: Array) -> Array:

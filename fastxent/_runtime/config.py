@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from fastxent import __version__
-from fastxent._abi.variant import BUILTINS, ITEMSIZE, Variant
+from fastxent._abi.dtypes import ITEMSIZE, STORAGE
+from fastxent._abi.variant import BUILTINS, Variant
 from fastxent._codegen import disk_cache, patience, registry
 from fastxent._codegen.uninterrupted import imported
-from fastxent._runtime import threads
-from fastxent._runtime.arguments import STORAGE
+from fastxent._runtime import fastpath, threads
 from fastxent._runtime.plan import make_plan
 from fastxent._runtime.threads import available_cpus, get_num_threads
 
@@ -52,9 +52,9 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
     for dtype in dtypes:
         if dtype not in STORAGE:
             raise ValueError(f"dtypes holds {dtype!r}; allowed are {', '.join(STORAGE)}")
-    jobs = [(name, Variant("f32")) for name in ("launch", "check", *BUILTINS)]
+    jobs = [(name, Variant("f32")) for name in ("launch", "check", *(BUILTINS if fastpath.ENABLED else ()))]
     for dtype in dtypes:
-        jobs += [(name, _variant_for(shape, dtype)) for shape in _COMMON for name in ("value", "value_and_grad")]
+        jobs += [(name, _variant_for(name, shape, dtype)) for shape in _COMMON for name in ("value", "value_and_grad")]
     with patience.quietly():
         for done, (name, variant) in enumerate(jobs):
             if progress is not None:
@@ -64,10 +64,10 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
         progress(len(jobs), len(jobs), "done")
 
 
-def _variant_for(shape: tuple[int, ...], dtype: str) -> Variant:
+def _variant_for(task: str, shape: tuple[int, ...], dtype: str) -> Variant:
     """What a C-contiguous array, with the classes on the second axis, is compiled for."""
     strides = tuple(math.prod(shape[axis + 1 :]) * ITEMSIZE[STORAGE[dtype]] for axis in range(len(shape)))
-    return make_plan(shape, (strides,) * 3, 1, STORAGE[dtype], labelled=True).variant
+    return make_plan(task, shape, (strides,) * 3, 1, STORAGE[dtype], labelled=True).variant
 
 
 def show_config() -> dict[str, Any]:

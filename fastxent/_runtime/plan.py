@@ -1,4 +1,7 @@
-"""Shapes, strides and options -> how a kernel walks over them. Pure data: no array is touched, no kernel is run."""
+"""The strategy: shapes, strides, dtypes, options -> how a kernel walks over them. It is decided here, once, and nowhere else.
+
+Pure data: no array is touched, no kernel is run.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,31 @@ from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
+from fastxent._abi.argument_block import Planned
+from fastxent._abi.dtypes import ITEMSIZE, precision
+from fastxent._abi.tasks import TASKS
 from fastxent._abi.variant import (
     CHECKED,
     CHECKS,
     CHUNK,
     FEW_CLASSES,
     FEWEST_OVERLAPPED,
-    ITEMSIZE,
     LANES,
-    MOST_KEPT,
     MOST_PAIRED,
     MOST_PAIRED_LARGE,
+    MOST_STORED,
     MOST_TILED,
     MOST_TILED_LARGE,
     PANEL,
     POINTS,
     POINTS_CHUNK,
+    Layout,
+    Schedule,
+    Storage,
     Variant,
-    precision,
 )
+from fastxent._codegen.uninterrupted import imported
+from fastxent._simd import host
 
 # Fewer rows than this, and each longer than two segments: the row is split, or threads would have nothing to do.
 FEW_ROWS, SEGMENT = 64, 1024
@@ -36,22 +45,45 @@ MOST_SEGMENTS = 64
 LARGE, PIECES = 1 << 24, 128
 # Elements that pay for one more thread: a launch costs 2.5 us, an element about 0.2 ns.
 WORTH_A_THREAD = 16384
-# Bytes of the logits of a call that a builtin may run, which keeps the GIL: 0.2 ms on one thread, of two classes 2 ms.
+# Bytes of the logits of a call that a builtin may run.
 MOST_DIRECT = 1 << 22
 
 
-class Strategy(NamedTuple):
-    """What is chosen for some extents: a variant's properties that depend on them, and numbers as in ``PLANNED``."""
+# Every combination that a kernel exists for: layout, schedule, storage. What each gained is in benchmarks/LOG.md, by section.
+LEGAL: dict[tuple[Layout, Schedule, Storage], str] = {
+    (
+        Layout.CLASS_LANES,
+        Schedule.ONE_BY_ONE,
+        Storage.NONE,
+    ): "a loss in a cache; rows that are capped, or too long to store",
+    (Layout.CLASS_LANES, Schedule.ONE_BY_ONE, Storage.TILE): "a gradient in a cache, without AVX-512 or not in float32",
+    (Layout.CLASS_LANES, Schedule.PIPELINED, Storage.NONE): "the loss past the caches, or with AVX-512",
+    (Layout.CLASS_LANES, Schedule.PIPELINED, Storage.TILE): "a gradient in a cache with AVX-512; past the caches in float16",
+    (Layout.CLASS_LANES, Schedule.PIPELINED, Storage.GRADIENT): "a gradient past the caches: one trip through them less",
+    (Layout.CLASS_LANES, Schedule.SPLIT, Storage.NONE): "few long rows: a loss, or a gradient in half precision",
+    (Layout.CLASS_LANES, Schedule.SPLIT, Storage.GRADIENT): "few long rows: a gradient",
+    (Layout.ROW_LANES, Schedule.ONE_BY_ONE, Storage.NONE): "many classes, planes apart: 16 rows at a time where they lie",
+    (Layout.STRIDED_ROWS, Schedule.ONE_BY_ONE, Storage.NONE): "the same, of arrays whose strides do not agree",
+    (Layout.TRANSPOSED_TILE, Schedule.ONE_BY_ONE, Storage.NONE): "up to 320 classes in a row: the loss",
+    (Layout.TRANSPOSED_TILE, Schedule.ONE_BY_ONE, Storage.TILE): "the same: the gradient",
+    (Layout.TRANSPOSED_TILE, Schedule.PAIRED, Storage.NONE): "up to 112 classes in a row, 16 past the caches: the loss",
+    (Layout.TRANSPOSED_TILE, Schedule.PAIRED, Storage.TILE): "the same: the gradient",
+    (Layout.GATHERED_TILE, Schedule.ONE_BY_ONE, Storage.NONE): "few classes, strided in any way: the loss",
+    (Layout.GATHERED_TILE, Schedule.ONE_BY_ONE, Storage.TILE): "the same: the gradient",
+    (Layout.PANEL, Schedule.ONE_BY_ONE, Storage.NONE): "few classes, planes apart, in a cache: the loss",
+    (Layout.PANEL, Schedule.ONE_BY_ONE, Storage.TILE): "the same: the gradient",
+    (Layout.PANEL, Schedule.PANELS_OVERLAPPED, Storage.NONE): "the same past the caches, float32 arithmetic: the loss",
+    (Layout.PANEL, Schedule.PANELS_OVERLAPPED, Storage.TILE): "the same: the gradient",
+}
 
-    class_lanes: bool
-    contiguous_lanes: bool
-    packed: bool
-    transposed: bool
-    paired: bool
-    overlapped: bool
+
+class Strategy(NamedTuple):
+    """What is chosen for some extents: what a kernel is compiled for, and numbers as in ``PLANNED``."""
+
+    layout: Layout
+    schedule: Schedule
+    storage: Storage
     consecutive_rows: bool
-    split: bool
-    kept: bool
     large: bool
     n_vectors: int
     n_units: int
@@ -63,8 +95,20 @@ class Strategy(NamedTuple):
     n_chunks: int
 
 
+class Traits(NamedTuple):
+    """What the choice depends on besides extents: properties of the task, the dtypes, the options and the host."""
+
+    splits: bool
+    stores: bool
+    pairs: bool
+    overlaps: bool  # panels
+    pipelines_small: bool  # rows in a cache
+    pipelines_large: bool
+    unrounded: bool  # the logits are stored in the precision of the arithmetic
+
+
 class Plan:
-    """How the rows are walked over; ``planned`` are the values of ``argument_block.PLANNED``, ``axes`` the row axes' table.
+    """How the rows are walked over: `Planned` numbers for the argument block, ``axes``, what a kernel is compiled for.
 
     Made for each shape that was not met before, so it is made in few steps. It never changes.
     """
@@ -72,18 +116,24 @@ class Plan:
     __slots__ = ("axes", "elements", "most_chunks", "n_chunks", "n_units", "planned", "table", "variant")
 
     def __init__(
-        self, variant: Variant, planned: tuple[int, ...], axes: tuple[int, ...], n_units: int, n_chunks: int, elements: int
+        self, variant: Variant, planned: Planned, axes: tuple[Axis, ...], n_units: int, n_chunks: int, elements: int
     ) -> None:
         self.variant, self.planned, self.axes = variant, planned, axes
         self.n_units, self.n_chunks, self.elements = n_units, n_chunks, elements
         # Of the phase that has most of them: the check of the class indices, or all else.
-        self.most_chunks = max(n_chunks, n_checks(planned[0])) if variant.labelled else n_chunks
-        self.table = (ctypes.c_int64 * len(axes))(*axes)  # the axes as the kernels read them
+        self.most_chunks = max(n_chunks, n_checks(planned.n_rows)) if variant.labelled else n_chunks
+        self.table = (ctypes.c_int64 * (5 * len(axes)))(*chain.from_iterable(axes))  # the axes as the kernels read them
 
     @property
     def itemsize(self) -> int:
         """Bytes of one logit."""
         return ITEMSIZE[self.variant.logits]
+
+    def is_non_temporal(self, x: int, g: int) -> bool:
+        """May a large gradient at address g, of logits at x, be written by non-temporal stores? In place its lines are in the
+        caches already, but not those of panels in flight. And all rows have to begin where an element may."""
+        apart = g != x or self.variant.schedule == Schedule.PANELS_OVERLAPPED
+        return apart and g % self.itemsize == 0 and all(axis.g % self.itemsize == 0 for axis in self.axes)
 
 
 class Axis(NamedTuple):
@@ -124,6 +174,24 @@ def uses_class_lanes(n_rows: int, n_classes: int, size: int, tight: bool) -> boo
     return tight and n_classes > (most_tiled if n_rows >= LANES else FEW_CLASSES)
 
 
+@lru_cache
+def traits_of(task: str, logits: str, target: str | None, capped: bool) -> Traits:
+    """``logits``, ``target``: how they are stored."""
+    traits, single = TASKS[task], precision(logits, target) == "f32"
+    # Past the caches in any float32 arithmetic, but for gradients in bfloat16: rounding to it takes what overlapping would
+    # gain. In the caches with AVX-512: there a row waits longer for the sums of the row before than for arithmetic units.
+    pipelines = traits.pipelines and single and not (traits.stores and capped)
+    return Traits(
+        splits=traits.splits,
+        stores=traits.stores and not capped,
+        pairs=traits.interleaves,
+        overlaps=traits.interleaves and single and not capped,
+        pipelines_small=pipelines and logits == "f32" and host.is_wide(imported("llvmlite.binding")),
+        pipelines_large=pipelines and not (traits.stores and logits == "bf16"),
+        unrounded=logits == precision(logits, target),
+    )
+
+
 def strategy(
     class_lanes: bool,
     n_rows: int,
@@ -131,59 +199,72 @@ def strategy(
     extent: int,  # of the innermost row axis, along which the lanes go if they are rows
     size: int,
     tight: bool,
-    contiguous_lanes: bool,
+    contiguous_rows: bool,
     consecutive_rows: bool,
-    may_split: bool,
-    capped: bool,
-    unrounded: bool,  # the logits are stored in the precision of the arithmetic
-    single: bool,  # which is float32
+    traits: Traits,
 ) -> Strategy:
-    """The choice itself. It takes and gives numbers only, and needs nothing else of Python, so that machine code can make it
-    for calls that differ in their extents only: see ``family``."""
+    """The choice itself: one of `LEGAL`, and its numbers. It takes and gives numbers only, and needs nothing else of Python, so
+    that machine code can make it for calls that differ in their extents only: see ``family``."""
     past_caches = n_rows * n_classes * size >= LARGE
-    split = packed = transposed = False
+    split = False
     segment = n_segments = panel = 1
     if class_lanes:
+        layout = Layout.CLASS_LANES
         n_vectors = -(-n_classes // LANES)
         units_per_line = extent
-        split = may_split and n_rows < FEW_ROWS and n_vectors >= 2 * SEGMENT
+        split = traits.splits and n_rows < FEW_ROWS and n_vectors >= 2 * SEGMENT
         if split:
             segment = max(SEGMENT, -(-n_vectors // MOST_SEGMENTS))
             n_segments = -(-n_vectors // segment)
         n_units = n_rows * n_segments
         per_unit = n_classes // n_segments
     else:
-        packed = n_classes <= (MOST_TILED_LARGE if past_caches else MOST_TILED)
-        transposed = packed and not contiguous_lanes and tight
         n_vectors = n_classes
         units_per_line = -(-extent // LANES)
-        if packed and contiguous_lanes:  # whole panels, the last of which may have empty units
+        if n_classes > (MOST_TILED_LARGE if past_caches else MOST_TILED):
+            layout = Layout.ROW_LANES if contiguous_rows else Layout.STRIDED_ROWS
+        elif contiguous_rows:  # whole panels, the last of which may have empty units
+            layout = Layout.PANEL
             panel = -(-units_per_line // -(-units_per_line // PANEL))
             units_per_line = -(-units_per_line // panel) * panel
+        else:
+            layout = Layout.TRANSPOSED_TILE if tight else Layout.GATHERED_TILE
         n_units = units_per_line * (n_rows // extent)
         per_unit = n_classes * LANES
+    large = past_caches and not split and layout != Layout.STRIDED_ROWS and layout != Layout.GATHERED_TILE
 
-    # The exponentials of a split row are kept where its gradient will be.
-    kept = not capped and (packed or (class_lanes and (unrounded if split else n_vectors <= MOST_KEPT)))
-    large = past_caches and (contiguous_lanes or transposed) and not split
-    paired = transposed and n_classes <= (MOST_PAIRED_LARGE if large else MOST_PAIRED)
-    overlapped = large and packed and contiguous_lanes and kept and single
-    overlapped = overlapped and n_classes >= FEWEST_OVERLAPPED and units_per_line > panel
+    # Chunks do not depend on the task, that a loss has the same bits with its gradient and without.
+    paired = layout == Layout.TRANSPOSED_TILE and n_classes <= (MOST_PAIRED_LARGE if large else MOST_PAIRED)
     chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
     together = 2 if paired else panel  # units that belong into one chunk
     chunk = -(-chunk // together) * together
+
+    fits = n_vectors <= MOST_STORED or layout != Layout.CLASS_LANES
+    stored = traits.stores and layout != Layout.ROW_LANES and layout != Layout.STRIDED_ROWS
+    stored = stored and (traits.unrounded if split else fits)
+    schedule = Schedule.ONE_BY_ONE
+    if split:
+        schedule = Schedule.SPLIT
+    elif paired and traits.pairs:
+        schedule = Schedule.PAIRED
+    elif layout == Layout.PANEL and large and traits.overlaps and n_classes >= FEWEST_OVERLAPPED and units_per_line > panel:
+        schedule = Schedule.PANELS_OVERLAPPED
+    elif layout == Layout.CLASS_LANES and (traits.pipelines_large if large else traits.pipelines_small):
+        if stored or not traits.stores:
+            schedule = Schedule.PIPELINED
+    storage = Storage.NONE
+    if stored:
+        in_gradient = split or (schedule == Schedule.PIPELINED and large and traits.unrounded)
+        storage = Storage.GRADIENT if in_gradient else Storage.TILE
     return Strategy(
-        class_lanes, contiguous_lanes, packed, transposed, paired, overlapped, consecutive_rows, split, kept, large,
+        layout, schedule, storage, consecutive_rows, large,
         n_vectors, n_units, units_per_line, panel, chunk, segment, n_segments, -(-n_units // chunk),
     )  # fmt: skip
 
 
 def number_of(s: Strategy | Variant) -> int:
     """Of the kernel among those of a family."""
-    return (
-        s.class_lanes * 1 + s.contiguous_lanes * 2 + s.packed * 4 + s.transposed * 8 + s.paired * 16 + s.overlapped * 32
-        + s.consecutive_rows * 64 + s.split * 128 + s.kept * 256 + s.large * 512
-    )  # fmt: skip
+    return s.layout + s.schedule * 8 + s.storage * 64 + s.consecutive_rows * 256 + s.large * 512
 
 
 def n_checks(n_rows: int) -> int:
@@ -198,6 +279,7 @@ def useful_threads(n_chunks: int, elements: int) -> int:
 
 @lru_cache(maxsize=4096)
 def make_plan(
+    task: str,
     shape: tuple[int, ...],
     strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
     axis: int,
@@ -206,11 +288,10 @@ def make_plan(
     labelled: bool = False,
     smooth: bool = False,
     capped: bool = False,
-    may_split: bool = True,
 ) -> Plan:
-    """Plan a walk over ``shape`` with the class axis ``axis``; ``strides`` of logits, gradient and probabilities.
+    """Plan a walk of ``task`` over ``shape`` with the class axis ``axis``; ``strides`` of logits, gradient and probabilities.
 
-    The choice depends on shapes, strides and dtypes only, never on threads: that is why their number changes no bit.
+    The choice depends on shapes, strides, dtypes and options only, never on threads: that is why their number changes no bit.
     """
     sizes = (ITEMSIZE[logits], ITEMSIZE[logits], ITEMSIZE[target or logits])
     n_classes = shape[axis]
@@ -222,7 +303,7 @@ def make_plan(
         n_rows *= a.extent
 
     class_lanes = uses_class_lanes(n_rows, n_classes, sizes[0], tight)
-    contiguous_lanes, consecutive_rows = True, False
+    contiguous_rows = consecutive_rows = False
     if class_lanes:
         steps = tuple(LANES * size for size in sizes)
     else:
@@ -232,28 +313,26 @@ def make_plan(
             innermost = max(axes, key=lambda a: ((a.x, a.g, a.t) == sizes, a.extent))
             axes.remove(innermost)
             axes.insert(0, innermost)
-        contiguous_lanes, consecutive_rows = (innermost.x, innermost.g, innermost.t) == sizes, innermost.row == 1
-    acc = precision(logits, target)
+        contiguous_rows, consecutive_rows = (innermost.x, innermost.g, innermost.t) == sizes, innermost.row == 1
     s = strategy(
-        class_lanes, n_rows, n_classes, axes[0].extent, sizes[0], tight, contiguous_lanes, consecutive_rows, may_split, capped,
-        logits == acc, acc == "f32",
+        class_lanes, n_rows, n_classes, axes[0].extent, sizes[0], tight, contiguous_rows, consecutive_rows,
+        traits_of(task, logits, target, capped),
     )  # fmt: skip
-    planned = (
+    planned = Planned(
         n_rows, n_classes, s.n_vectors, s.n_units, s.units_per_line, s.panel, s.chunk, s.segment, s.n_segments,
         len(axes), *steps,
     )  # fmt: skip
     variant = Variant(
-        logits, target, labelled, smooth, class_lanes, contiguous_lanes, s.packed, s.transposed, s.paired, s.overlapped,
-        consecutive_rows, capped, s.split, s.kept, s.large,
+        logits, target, labelled, smooth, capped, TASKS[task].entropic, TASKS[task].tempered,
+        s.layout, s.schedule, s.storage, consecutive_rows, s.large,
     )  # fmt: skip
-    table = tuple(chain.from_iterable(axes))
-    return Plan(variant, planned, table, s.n_units, s.n_chunks, n_rows * n_classes)
+    return Plan(variant, planned, tuple(axes), s.n_units, s.n_chunks, n_rows * n_classes)
 
 
 @lru_cache(maxsize=4096)
 def pointwise_plan(n: int, logits: str, target: str, differentiate: bool = False) -> Plan:
     """Plan a walk over n elements, each by itself."""
     n_units = -(-n // POINTS)
-    planned = (n, 2, 1, n_units, n_units, 1, POINTS_CHUNK, 1, 1, 0, 0, 0, 0)
+    planned = Planned(n, 2, 1, n_units, n_units, 1, POINTS_CHUNK, 1, 1, 0, 0, 0, 0)
     variant = Variant(logits, target, differentiate=differentiate)
     return Plan(variant, planned, (), n_units, -(-n_units // POINTS_CHUNK), n)

@@ -4,7 +4,7 @@ A compiled function, ``launch``, takes one argument block, runs the kernels that
 the block's counters say that nothing is left. So the three ways to run it differ in who calls it: ``GOMP_parallel`` calls it in
 every thread of the team that PyTorch uses too; threads of our own call it where there is no libgomp; or the caller alone calls
 it, and no parallel runtime is entered at all: small work, one thread, and any forked child (libgomp hangs after fork).
-Calls that are known and not large do the first or the last of these without Python: see ``fastcall``.
+Calls that are known and not large do the first or the last of these without Python: see ``_fastpath``.
 
 ``prange`` is not used: it resets ``torch.get_num_threads()``, freezes multiprocessing's start method, aborts when two threads
 call it and kills forked children (DESIGN.md, section 5).
@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastxent._abi import argument_block as abi
-from fastxent._abi.variant import KEEPERS, TILE, Variant
+from fastxent._abi.variant import TILE, Schedule, Variant
 from fastxent._codegen import registry
 from fastxent._codegen.registry import Kernel
 from fastxent._runtime import threads
@@ -39,6 +39,8 @@ class _State:
     # handler raises in between.
     calls: ClassVar[set[object]] = set()
     forked = False
+    # The task that machine code runs without the GIL, one more call in flight: its address, or 0.
+    released: ClassVar[ctypes.c_int64] = ctypes.c_int64(0)
     tiles: ClassVar[list[tuple[np.ndarray[Any, Any], int]]] = []  # that no call is using; their addresses
     jobs: SimpleQueue[Callable[[], None]] | None = None
 
@@ -90,46 +92,42 @@ def _take_tiles() -> tuple[np.ndarray[Any, Any], int]:
         return tiles_for(MOST_THREADS)
 
 
-def argument_block(
-    name: str, plan: Plan, *,
-    x: int = 0, g: int = 0, h: int = 0, t: int = 0, y: int = 0, tiles: int = 0, w: int = 0, u: int = 0,
-    loss: int = 0, lse: int = 0, sign: int = 0, entropy: int = 0, target_prob: int = 0, prediction: int = 0,
-    target_rank: int = 0, ignore: int = 0, confidence: float = 1.0, uniform: float = 0.0, factor: float = 1.0,
-    divisor: float = 1.0, average: bool = False, z: float = 0.0, cap: float = 0.0, w_period: int = 1, u_period: int = 1,
-) -> ctypes.Array[ctypes.c_char]:  # fmt: skip
+def argument_block(name: str, plan: Plan, *, divisor: float = 1.0, **given: float) -> ctypes.Array[ctypes.c_char]:
     """What a task reads: addresses and numbers as in ``argument_block``, and behind them room for its sums.
 
     ``divisor`` 0, a mean over nothing, is nan. With class indices and ``average`` the task makes it.
     """
     variant = plan.variant
-    segments = plan.n_units if variant.split else 0
+    segments = plan.n_units if variant.schedule == Schedule.SPLIT else 0
     block = ctypes.create_string_buffer(HEAD_OF_BLOCK + abi.LINE * (1 + plan.most_chunks + segments))
     block.plan = plan  # type: ignore[attr-defined]  # owns the axes' table, whose address is in the block
     at_total, at_taken = ctypes.addressof(block) + _AT_TOTAL, ctypes.addressof(block) + _first_chunk(block)
-    at_partial, at_segments = at_taken + 8, at_taken + abi.LINE * plan.most_chunks
-    abi.BLOCK.pack_into(
-        block, 0, 0, 0, 0, x, g, h, t, y, w, u, loss, tiles, *plan.planned,
-        registry.kernel("check").address if variant.labelled else 0, *kernels_of(name, variant),
-        ctypes.addressof(plan.table), at_partial, at_taken, at_segments, at_total,
-        lse, sign, entropy, target_prob, prediction, target_rank,
-        w != 0, u != 0, w_period, u_period, loss != 0, _may_bypass(x, g, plan), ignore, confidence, uniform, factor, average,
-        z, cap, _give_way(),
-    )  # fmt: skip
+    save_segment, kernel = kernels_of(name, variant)
+    fields = abi.DEFAULTS | plan.planned._asdict() | given
+    fields |= {
+        "check": registry.kernel("check").address if variant.labelled else 0,
+        "save_segment": save_segment,
+        "kernel": kernel,
+        "axes": ctypes.addressof(plan.table),
+        "partial": at_taken + 8,
+        "taken": at_taken,
+        "segments": at_taken + abi.LINE * plan.most_chunks,
+        "total": at_total,
+        "weighted": fields["w"] != 0,
+        "sampled": fields["u"] != 0,
+        "store_loss": fields["loss"] != 0,
+        "non_temporal": plan.is_non_temporal(int(fields["x"]), int(fields["g"])),
+        "sched_yield": _sched_yield(),
+    }
+    abi.BLOCK.pack_into(block, 0, *fields.values())
     _set_totals(block, _AT_TOTAL, 0.0, 0.0, divisor or math.nan)
     return block
 
 
 def kernels_of(name: str, variant: Variant) -> tuple[int, int]:
-    """Addresses of the kernels that take the statistics of split rows, or 0, and that do the work of task ``name``."""
-    save = "keep_segment" if name in KEEPERS and variant.kept else "save_segment"
-    return registry.kernel(save, variant).address if variant.split else 0, registry.kernel(name, variant).address
-
-
-def _may_bypass(x: int, g: int, plan: Plan) -> bool:
-    """May a large gradient be written past the caches? In place its lines are there already, but not those of panels in hand
-    (see ``plane_tiles``). And all rows have to begin where an element may."""
-    steps = plan.axes[2::5]  # the row axes' strides in g
-    return (g != x or plan.variant.overlapped) and all(at % plan.itemsize == 0 for at in (g, *steps))
+    """Addresses of the kernels that reduce the segments of split rows, or 0, and that do the work of task ``name``."""
+    save = registry.kernel("save_segment", variant).address if variant.schedule == Schedule.SPLIT else 0
+    return save, registry.kernel(name, variant).address
 
 
 def _first_chunk(block: ctypes.Array[ctypes.c_char]) -> int:
@@ -138,7 +136,7 @@ def _first_chunk(block: ctypes.Array[ctypes.c_char]) -> int:
 
 
 @lru_cache
-def _give_way() -> int:
+def _sched_yield() -> int:
     """Where the system's function is by which a thread that waits lets others run; 0: it has to do without."""
     try:
         return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
@@ -196,7 +194,7 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
     try:
         _State.calls.add(call)
         # Calls in flight at once share the cores.
-        team = _allowed(min(_useful(plan), max(1, (n_threads or threads.get_num_threads()) // len(_State.calls))))
+        team = _allowed(min(_useful(plan), max(1, (n_threads or threads.get_num_threads()) // _in_flight())))
         openmp = threads._openmp()
         if team == 1:
             _alone(task, block)
@@ -207,6 +205,16 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
             _run_on_threads(task, block, plan, team)
     finally:
         _State.calls.discard(call)
+
+
+def _in_flight() -> int:
+    """How many calls there are now that may start a team."""
+    return len(_State.calls) + (_State.released.value != 0)
+
+
+def released_at() -> int:
+    """Where the address of the task is that machine code runs without the GIL."""
+    return ctypes.addressof(_State.released)
 
 
 def _useful(plan: Plan) -> int:
@@ -223,7 +231,7 @@ def team_at_once(n_threads: int | None) -> int:
     """Threads for a call that a builtin runs; 0: it has to go the longer way."""
     if _State.forked:
         return 1
-    return 0 if _State.calls or threads._openmp() is None else _allowed(n_threads or threads.get_num_threads())
+    return 0 if _in_flight() or threads._openmp() is None else _allowed(n_threads or threads.get_num_threads())
 
 
 def _alone(task: Kernel, block: ctypes.Array[ctypes.c_char]) -> None:
@@ -293,7 +301,7 @@ def _jobs() -> SimpleQueue[Callable[[], None]]:
 
 
 def _after_fork() -> None:
-    _State.forked, _State.jobs, _State.calls = True, None, set()
+    _State.forked, _State.jobs, _State.calls, _State.released.value = True, None, set(), 0
 
 
 if hasattr(os, "register_at_fork"):

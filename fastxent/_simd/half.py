@@ -4,10 +4,12 @@ from functools import partial
 
 from llvmlite import ir
 
+from fastxent._abi.dtypes import DTYPES
 from fastxent._simd.vector import FEATURES, I16, I32, I64, SCALAR, TRIPLE, call_llvm, lanes_of
 
-STORED = {"f16": I16, "bf16": I16, "f32": ir.FloatType(), "f64": ir.DoubleType(), "i64": I64}
-ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "i64": 8}
+# How a storage lies in memory: what is not computed with is bits.
+STORED = {"i64": I64} | {d.storage: SCALAR.get(d.storage, ir.IntType(8 * d.itemsize)) for d in DTYPES}
+ITEMSIZE = {"i64": 8} | {d.storage: d.itemsize for d in DTYPES}
 
 
 def shape_of(like, element):
@@ -65,6 +67,12 @@ def _bf16_by_hand(builder, x):
 HALF_IN_HARDWARE = not TRIPLE.startswith(("x86", "i686")) or "+f16c" in FEATURES
 
 
+def _f32_from_bf16(builder, raw):
+    ints = shape_of(raw, I32)
+    bits = builder.shl(builder.zext(raw, ints), constant(ints, 16))
+    return builder.bitcast(bits, shape_of(raw, SCALAR["f32"]))
+
+
 def _f32_from_f16(builder, raw):
     """By hand: the same bits further to the left are the number times 2^-112; of inf and nan the exponent is filled up."""
     floats, ints = shape_of(raw, SCALAR["f32"]), shape_of(raw, I32)
@@ -80,7 +88,7 @@ def _f32_from_f16(builder, raw):
     return builder.bitcast(builder.or_(builder.or_(bits, full), sign), floats)
 
 
-def _f16_from_f32(builder, x):
+def _f16_from_f32(builder, x, whole):
     """By hand: half an ulp less one, and the last bit kept, carry into it; a denormal gets 0.5 added, whose ulp is its own."""
     floats, ints, halves = shape_of(x, SCALAR["f32"]), shape_of(x, I32), shape_of(x, I16)
     if HALF_IN_HARDWARE:
@@ -100,16 +108,16 @@ def _f16_from_f32(builder, x):
     return builder.trunc(builder.or_(chosen, sign), halves)
 
 
+# Storages that are not computed with: how their bits are read and written.
+_TO_F32 = {"bf16": _f32_from_bf16, "f16": _f32_from_f16}
+_FROM_F32 = {"bf16": _bf16_from_f32, "f16": _f16_from_f32}
+
+
 def decode(builder, raw, ptr):
     """Stored bits -> numbers to compute with."""
-    if ptr.storage == "bf16":
-        ints = shape_of(raw, I32)
-        bits = builder.shl(builder.zext(raw, ints), constant(ints, 16))
-        x, have = builder.bitcast(bits, shape_of(raw, SCALAR["f32"])), "f32"
-    elif ptr.storage == "f16":
-        x, have = _f32_from_f16(builder, raw), "f32"
-    else:
-        x, have = raw, ptr.storage
+    x, have = raw, ptr.storage
+    if ptr.storage in _TO_F32:
+        x, have = _TO_F32[ptr.storage](builder, raw), "f32"
     if have == ptr.kind:
         return x
     return (builder.fpext if ptr.kind == "f64" else builder.fptrunc)(x, shape_of(raw, SCALAR[ptr.kind]))
@@ -119,7 +127,7 @@ def encode(builder, x, ptr, whole=True):
     """Numbers -> stored bits, rounded to nearest even; to half precision by way of float32, as PyTorch does."""
     if ptr.storage == ptr.kind:
         return x
-    if ptr.storage in ("f16", "bf16"):
+    if ptr.storage in _FROM_F32:
         f32 = builder.fptrunc(x, shape_of(x, SCALAR["f32"])) if ptr.kind == "f64" else x
-        return _bf16_from_f32(builder, f32, whole) if ptr.storage == "bf16" else _f16_from_f32(builder, f32)
+        return _FROM_F32[ptr.storage](builder, f32, whole)
     return (builder.fptrunc if ptr.kind == "f64" else builder.fpext)(x, shape_of(x, STORED[ptr.storage]))

@@ -33,8 +33,8 @@ def typed(builder, address, element):
 
 
 def _masked_name(ptr, lanes=LANES):
-    element = {"f16": "i16", "bf16": "i16"}.get(ptr.storage, ptr.storage)
-    return f"v{lanes}{element}"
+    element = STORED[ptr.storage]
+    return f"v{lanes}{element if isinstance(element, ir.IntType) else ptr.storage}"
 
 
 def _zeros(vector):

@@ -5,8 +5,8 @@
 An adapter: shapes, dtypes and autograd are PyTorch's, the maths is in ``fastxent._kernels.inputs``. Here are the functions that
 people call; read ``_dispatch`` next. Who does what:
 
-* ``_callcache`` recognises calls that were met before, and runs the task that was made for them; ``_stable_abi`` says how
-  machine code finds a tensor's memory.
+* ``_callcache`` looks calls up that were met before, by the keys of ``_keys``, and runs what is stored of them: ``_calls``.
+  ``_fastpath`` leaves that out where it is turned off.
 * ``_dispatch`` sorts the calls. What the kernels take goes on; all else (other devices, odd dtypes, wrong shapes) goes to
   PyTorch itself, whose result or error the caller then gets.
 * ``_watched`` knows who looks at operators: then ours are called as such.
@@ -16,6 +16,7 @@ people call; read ``_dispatch`` next. Who does what:
 * ``_operators``: ``torch.ops.fastxent`` is what ``torch.compile``, ``torch.export`` and dispatch modes see.
 * ``_decomposition`` says the same in PyTorch's operators. It serves what must be differentiated further: double backward,
   forward-mode AD, ``torch.func``, probabilities that require a gradient.
+* ``_policy`` is `log_prob_and_entropy`, from the operator to the backward.
 * ``_install`` puts all this in PyTorch's place for the whole process.
 """
 
@@ -27,11 +28,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastxent.torch._callcache import recall
 from fastxent.torch._dispatch import route
+from fastxent.torch._fastpath import lookup
 from fastxent.torch._install import install, installed, uninstall
+from fastxent.torch._policy import log_prob_and_entropy
 
-__all__ = ["CrossEntropyLoss", "cross_entropy", "install", "installed", "uninstall"]
+__all__ = ["CrossEntropyLoss", "cross_entropy", "install", "installed", "log_prob_and_entropy", "uninstall"]
 
 
 def cross_entropy(
@@ -112,7 +114,7 @@ def cross_entropy(
     number = nn._reduction.get_enum(reduction)
     options = (number, ignore_index, label_smoothing, z_loss, softcap or 0.0)
     try:
-        if sample_weight is None and (loss := recall(input, target, weight, options, inplace)) is not None:
+        if sample_weight is None and (loss := lookup(input, target, weight, options, inplace)) is not None:
             return loss
         return route(input, target, weight, sample_weight, options, inplace)
     except (AttributeError, TypeError, struct.error):

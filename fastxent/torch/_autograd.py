@@ -15,7 +15,7 @@ from fastxent.torch._decomposition import differentiable_backward
 from fastxent.torch._operators import gradient_of_rows
 from fastxent.torch._watched import is_seen_by_a_mode
 
-# What a node knows besides tensors: the options, was the gradient written where the logits were, the call if it is known.
+# What a node has besides tensors: the options, was the gradient written where the logits were, the call if it is stored.
 Kept = tuple[Options, bool, Any]
 
 
@@ -52,6 +52,7 @@ class _Eager(torch.autograd.Function):
         if grad.element_size() == 2 and not inplace:
             # Half precision: a gradient that has been rounded once, perhaps to 0, cannot be scaled up any more.
             input, target, weight, sample_weight = _saved(ctx)
+            check_operands(input, target, weight, sample_weight)
             out = grad if ours else None
             return value_and_grad(input, target, weight, sample_weight, options, out, factor)[1], None
         return (grad.mul_(factor) if ours else grad * factor), None
@@ -61,7 +62,7 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
     """What the forward has not prepared: gradients of reduction none, and those that are to be differentiated again."""
     if grad_output is None:
         return None
-    options, inplace, known = ctx.kept
+    options, inplace, call = ctx.kept
     if is_grad_enabled():
         return _differentiable(ctx, grad_output)
     if options.reduction != NONE:
@@ -72,7 +73,7 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
     saved = input, target, weight, _ = _saved(ctx)
     watched = type(grad_output) is not Tensor or is_seen_by_a_mode() or is_dual(grad_output)
     out = input.detach() if inplace else None
-    grad = None if known is None or watched else known.gradient_of_rows(input, target, weight, grad_output, out)
+    grad = None if call is None or watched else call.gradient_of_rows(input, target, weight, grad_output, out)
     if grad is None:
         if _stands_for_others(grad_output) or is_dual(grad_output):
             return _differentiable(ctx, grad_output)
@@ -86,13 +87,13 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
 
 
 def _new_gradient_of_rows(saved: list[Any], options: Options, grad_output: Tensor, out: Tensor | None) -> Tensor:
-    """Of a call that is not known."""
+    """Of a call that is not stored."""
     input, target, weight, sample_weight = saved
-    check_operands(input, target, weight, sample_weight)
     if grad_output._is_zerotensor():  # it has no memory
         grad_output = torch.zeros(grad_output.shape, dtype=grad_output.dtype, device="cpu")
     elif grad_output.layout != torch.strided:
         grad_output = grad_output.to_dense()
+    check_operands(input, target, weight, grad_output if sample_weight is None else sample_weight)
     check_memory(grad_output, sample_weight)
     rows = grad_output if sample_weight is None else grad_output * sample_weight
     return value_and_grad(input, target, weight, rows, options._replace(reduction=SUM), out)[1]

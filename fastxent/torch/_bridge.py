@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastxent._abi.dtypes import DTYPES
 from fastxent._abi.variant import FEW_CLASSES
 from fastxent._runtime import buffers, run, threads
+from fastxent._runtime.options import fields_of, flags_of
 from fastxent._runtime.plan import Plan, make_plan
 
-STORAGE = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
-_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
-    torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(np.int16),
-    torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64),
-}  # fmt: skip
+STORAGE: dict[torch.dtype, str] = {getattr(torch, d.name): d.storage for d in DTYPES}
+_NUMPY: dict[torch.dtype, np.dtype[Any]] = {getattr(torch, d.name): np.dtype(d.numpy) for d in DTYPES}
 INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64}
 NONE, MEAN, SUM = 0, 1, 2  # torch.nn._reduction's numbers
 _PAST_ALL_CLASSES = 2**63 - 1
@@ -34,7 +33,7 @@ class Options(NamedTuple):
     softcap: float  # 0: none
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """Checked tensors as the kernels take them; they must outlive the addresses."""
 
     x: Tensor
@@ -50,31 +49,35 @@ class _Call(NamedTuple):
     acc: torch.dtype
 
 
-def check_operands(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> None:
-    """Do these go together? `route` has sorted calls by that; but a graph that was traced, or a hook on saved tensors, may hand
-    over anything."""
-    given = {"input": input, "target": target, "weight": weight, "sample_weight": sample_weight}
-    for name, t in given.items():
+def misfit(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> Exception | None:
+    """Why do these not go together? None if they do."""
+    for name, t in (("input", input), ("target", target), ("weight", weight), ("sample_weight", sample_weight)):
         if t is not None and not (t.is_cpu and t.layout == torch.strided and not t.is_nested):
-            raise RuntimeError(f"Expected {name} to be a dense tensor on the CPU, got one of {t.layout} on {t.device}")
+            return RuntimeError(f"Expected {name} to be a dense tensor on the CPU, got one of {t.layout} on {t.device}")
     if input.dtype not in STORAGE:
-        raise NotImplementedError(f'"fastxent" not implemented for {input.dtype}')
+        return NotImplementedError(f'"fastxent" not implemented for {input.dtype}')
     if input.dim() == 0:
-        raise IndexError("Dimension specified as 0 but tensor has no dimensions")
+        return IndexError("Dimension specified as 0 but tensor has no dimensions")
     axis = 0 if input.dim() == 1 else 1
     rows, n_classes = input.shape[:axis] + input.shape[axis + 1 :], input.shape[axis]
     if target.shape != (input.shape if target.dtype in STORAGE else rows):
-        raise RuntimeError(f"size mismatch (got input: {list(input.shape)}, target: {list(target.shape)} of {target.dtype})")
+        return RuntimeError(f"size mismatch (got input: {list(input.shape)}, target: {list(target.shape)} of {target.dtype})")
     if target.dtype not in STORAGE and target.dtype not in INTEGERS:
-        raise RuntimeError(f"expected target of integers or floating point numbers, got {target.dtype}")
+        return RuntimeError(f"expected target of integers or floating point numbers, got {target.dtype}")
     if weight is not None and (weight.shape != (n_classes,) or weight.dtype not in STORAGE):
-        raise RuntimeError(f"weight must be {n_classes} floating point numbers, got {list(weight.shape)} of {weight.dtype}")
+        return RuntimeError(f"weight must be {n_classes} floating point numbers, got {list(weight.shape)} of {weight.dtype}")
     if sample_weight is not None and sample_weight.shape != rows:
-        raise RuntimeError(f"size mismatch (got rows: {list(rows)}, factors of the rows: {list(sample_weight.shape)})")
+        return RuntimeError(f"size mismatch (got rows: {list(rows)}, factors of the rows: {list(sample_weight.shape)})")
+    return None
 
 
-def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, ignore_index: int) -> _Call:
-    check_operands(input, target, weight, sample_weight)
+def check_operands(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> None:
+    """For calls that `route` has not sorted: a graph that was traced, or a hook on saved tensors, may hand over anything."""
+    if (error := misfit(input, target, weight, sample_weight)) is not None:
+        raise error
+
+
+def prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> Call:
     check_memory(input, target, weight, sample_weight)
     axis = 0 if input.dim() == 1 else 1
     rows = input.shape[:axis] + input.shape[axis + 1 :]
@@ -97,11 +100,11 @@ def _prepare(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight
             t = t.to(torch.float64)
         if n_classes > FEW_CLASSES and (t.stride(axis) == 1) != (x.stride(axis) == 1):
             t = torch.empty_like(x, dtype=t.dtype).copy_(t)
-        return _Call(x, axis, rows, target, None, t, w, u, float(math.prod(rows) if u is None else u.sum()), n_threads, acc)
+        return Call(x, axis, rows, target, None, t, w, u, float(math.prod(rows) if u is None else u.sum()), n_threads, acc)
     y = target.resolve_neg()
     if y.dtype != torch.int64 or not y.is_contiguous():
         y = as_int64(y).contiguous()
-    return _Call(x, axis, rows, target, y, None, w, u, 1.0, n_threads, acc)
+    return Call(x, axis, rows, target, y, None, w, u, 1.0, n_threads, acc)
 
 
 def n_threads_now() -> int:
@@ -161,6 +164,7 @@ def walkable(x: Tensor, axis: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def plan_of(
+    task: str,
     shape: torch.Size,
     strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
     axis: int,
@@ -174,16 +178,16 @@ def plan_of(
     sizes = (dtype.itemsize, dtype.itemsize, (probabilities or dtype).itemsize)
     x, g, t = (tuple(s * size for s in stride) for stride, size in zip(strides, sizes, strict=True))
     target = None if probabilities is None else STORAGE[probabilities]
-    return make_plan(tuple(shape), (x, g, t), axis, STORAGE[dtype], target, labelled, smooth, capped)
+    return make_plan(task, tuple(shape), (x, g, t), axis, STORAGE[dtype], target, labelled, smooth, capped)
 
 
-def _run(name: str, call: _Call, g: Tensor, options: Options, factor: float = 1.0) -> Tensor:
+def _run(name: str, call: Call, g: Tensor, options: Options, factor: float = 1.0) -> Tensor:
     """Run a task; its loss, reduced."""
     loss = torch.zeros(call.rows, dtype=call.acc, device="cpu") if options.reduction == NONE else None
     x, t = call.x, call.t
     strides = (x.stride(), g.stride(), (x if t is None else t).stride())
-    labelled, smooth = call.y is not None, call.y is not None and options.label_smoothing > 0
-    plan = plan_of(x.shape, strides, call.axis, x.dtype, None if t is None else t.dtype, labelled, smooth, options.softcap != 0)
+    flags = flags_of(call.y is not None, *options[1:])
+    plan = plan_of(name, x.shape, strides, call.axis, x.dtype, None if t is None else t.dtype, **flags)
     average = options.reduction == MEAN
     total, bad, divisor = run.run(
         name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=address(t),
@@ -205,10 +209,7 @@ def _scalar(value: float, dtype: torch.dtype) -> Tensor:
 
 def numbers(options: Options, n_classes: int) -> dict[str, float]:
     """The options as the tasks know them."""
-    return {
-        "ignore": options.ignore_index, "confidence": 1.0 - options.label_smoothing,
-        "uniform": options.label_smoothing / n_classes, "z": options.z_loss, "cap": options.softcap,
-    }  # fmt: skip
+    return fields_of(n_classes, *options[1:])
 
 
 def lies_well(g: Tensor, x: Tensor, axis: int) -> bool:
@@ -232,7 +233,8 @@ def may_be_overwritten(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def value(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
-    call = _prepare(input, target, weight, sample_weight, options.ignore_index)
+    """The loss. That the tensors go together has been asked: see `misfit`."""
+    call = prepare(input, target, weight, sample_weight)
     return _run("value", call, call.x, options)
 
 
@@ -245,8 +247,8 @@ def value_and_grad(
     out: Tensor | None = None,
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Loss, and ``factor`` times its gradient, in ``out`` if given; that may be ``input``."""
-    call = _prepare(input, target, weight, sample_weight, options.ignore_index)
+    """Loss, and ``factor`` times its gradient, in ``out`` if given; that may be ``input``. The tensors are as in `value`."""
+    call = prepare(input, target, weight, sample_weight)
     result = gradient_like(input) if out is None else out
     g = result if lies_well(result, call.x, call.axis) else torch.empty_like(call.x)
     loss = _run("value_and_grad", call, g, options, factor)
@@ -263,6 +265,6 @@ def gradient_like(input: Tensor) -> Tensor:
         return torch.empty_like(input)
     dtype = input.dtype
     g = torch.from_numpy(buffers.empty(input.shape if contiguous else (input.numel(),), _NUMPY[dtype]))
-    if dtype == torch.bfloat16:  # NumPy has none
+    if g.dtype != dtype:  # NumPy does not have it
         g = g.view(dtype)
     return g if contiguous else g.as_strided(input.shape, input.stride())

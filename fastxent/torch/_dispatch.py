@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastxent.torch._autograd import attach
-from fastxent.torch._bridge import INTEGERS, NONE, STORAGE, Options, as_int64, may_be_overwritten, value, value_and_grad
-from fastxent.torch._callcache import remember
+from fastxent.torch._bridge import INTEGERS, NONE, STORAGE, Options, as_int64, may_be_overwritten, misfit, value, value_and_grad
 from fastxent.torch._decomposition import formula, loss_dtype, stock
+from fastxent.torch._fastpath import store
 from fastxent.torch._operators import value_and_grad_op, value_op
 from fastxent.torch._watched import is_traced, is_watched, stands_for_another
 
@@ -24,9 +24,9 @@ def route(
     options = Options(*numbers)
     if options.label_smoothing < 0.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
-    if is_traced() or not _takes(input, target, weight, sample_weight, options):
+    if is_traced() or not takes(input, target, weight, sample_weight, options):
         return _by_pytorch(input, target, weight, sample_weight, options)
-    if _must_be_formula(input, target, weight, sample_weight):
+    if must_be_formula(input, target, weight, sample_weight):
         return formula(input, target, weight, sample_weight, options)
     differentiate = torch.is_grad_enabled() and input.requires_grad
     if is_watched():
@@ -45,7 +45,7 @@ def route(
     else:
         loss = value(input, target, weight, sample_weight, options)
     if sample_weight is None:
-        remember(input, target, weight, options)
+        store(input, target, weight, options)
     dtype = loss_dtype(input, target, weight)
     return loss if loss.dtype == dtype else loss.to(dtype)
 
@@ -58,28 +58,17 @@ def _require_tensors(input: Tensor, target: Tensor, weight: Tensor | None, sampl
             raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(t).__name__}")
 
 
-def _takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> bool:
+def takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> bool:
     """Is this a call for the kernels? Else PyTorch computes it, or says what is wrong with it."""
-    if not _on_cpu(input, target):
+    if misfit(input, target, weight, sample_weight) is not None or input.numel() == 0:
         return False
-    shape = input.shape
-    if input.dtype not in STORAGE or not shape or input.numel() == 0:
-        return False
+    if not is_watched() and any([t is not None and stands_for_another(t) for t in (input, target, weight, sample_weight)]):
+        return False  # it has no memory of its own
     if not options.label_smoothing <= 1.0:
         return False
-    dim = 0 if len(shape) == 1 else 1
-    probabilities = target.shape == shape
-    if probabilities:
-        if target.dtype not in STORAGE or options.ignore_index >= 0:
-            return False
-    elif target.shape != shape[:dim] + shape[dim + 1 :] or target.dtype not in INTEGERS:
-        return False
-    if weight is not None:
-        if not _on_cpu(weight) or weight.shape != (shape[dim],) or weight.dtype not in STORAGE:
-            return False
-        if not probabilities and (weight.dtype != input.dtype or weight.requires_grad):
-            return False
-    return sample_weight is None or (_on_cpu(sample_weight) and sample_weight.shape == shape[:dim] + shape[dim + 1 :])
+    if target.dtype in STORAGE:
+        return options.ignore_index < 0
+    return weight is None or (weight.dtype == input.dtype and not weight.requires_grad)
 
 
 def _by_pytorch(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
@@ -99,14 +88,7 @@ def _by_pytorch(input: Tensor, target: Tensor, weight: Tensor | None, sample_wei
     return formula(input, target, weight, sample_weight, options)
 
 
-def _on_cpu(*tensors: Tensor) -> bool:
-    """Are these tensors with memory of their own?"""
-    if not all([t.is_cpu and t.layout == torch.strided and not t.is_nested for t in tensors]):
-        return False
-    return is_watched() or not any([stands_for_another(t) for t in tensors])
-
-
-def _must_be_formula(input: Tensor, *others: Tensor | None) -> bool:
+def must_be_formula(input: Tensor, *others: Tensor | None) -> bool:
     """Is more asked of the result than a first derivative with respect to the logits?"""
     if torch._C._are_functorch_transforms_active():
         return True

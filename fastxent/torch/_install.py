@@ -12,8 +12,8 @@ from torch import Tensor
 from fastxent import __version__
 from fastxent.torch import _decomposition
 from fastxent.torch._bridge import MEAN
-from fastxent.torch._callcache import recall
 from fastxent.torch._dispatch import route
+from fastxent.torch._fastpath import lookup
 
 _CACHE_TAG = f" fastxent {__version__}"  # Inductor's cache on disk must tell our code for F.cross_entropy from PyTorch's
 
@@ -87,7 +87,7 @@ def _in_place_of_aten(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     options = (reduction, ignore_index, label_smoothing, 0.0, 0.0)
-    loss = recall(input, target, weight, options, False)
+    loss = lookup(input, target, weight, options, False)
     return route(input, target, weight, None, options, False) if loss is None else loss
 
 

@@ -8,23 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastxent._runtime.options import schema
 from fastxent.torch._bridge import NONE, STORAGE, SUM, Options, check_operands, value, value_and_grad
 from fastxent.torch._decomposition import differentiable_backward, formula
 
-_ARGUMENTS = (
-    "Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, "
-    "int reduction, int ignore_index, float label_smoothing, float z_loss, float softcap"
-)
+_ARGUMENTS = f"Tensor input, Tensor target, {schema('weight', 'sample_weight', *Options._fields)}"
 
 
 def _of_nothing(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
     """No row, or no class."""
-    check_operands(input, target, weight, sample_weight)
     loss = formula(input, target, weight, sample_weight, options)
     return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
 
 def _value_impl(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, *options: Any) -> Tensor:
+    check_operands(input, target, weight, sample_weight)
     if input.numel() == 0:
         return _of_nothing(input, target, weight, sample_weight, Options(*options))
     return value(input, target, weight, sample_weight, Options(*options))
@@ -33,6 +31,7 @@ def _value_impl(input: Tensor, target: Tensor, weight: Tensor | None, sample_wei
 def _value_and_grad_impl(
     input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
+    check_operands(input, target, weight, sample_weight)
     if input.numel() == 0:
         return _of_nothing(input, target, weight, sample_weight, Options(*options)), torch.empty_like(input)
     return value_and_grad(input, target, weight, sample_weight, Options(*options))

@@ -85,6 +85,14 @@ def test_what_makes_no_sense_is_told_in_one_line_before_anything_is_timed(argume
     assert err.startswith(f"fastxent bench: error: {message}") and err.count("\n") == 1
 
 
+def test_the_module_of_the_benchmarks_is_the_same_command(capsys):
+    errors = []
+    for run in (bench, lambda *arguments: compare.main(arguments)):
+        assert run(*TINY, "--provider", "nobody") == 2
+        errors.append(capsys.readouterr().err)
+    assert errors[0] == errors[1]
+
+
 def test_an_installed_package_says_where_the_benchmarks_are(tmp_path):
     shutil.copytree(ROOT / "fastxent", tmp_path / "fastxent", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "fastxent", "bench", "--quick"]

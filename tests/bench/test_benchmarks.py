@@ -346,7 +346,7 @@ def test_compare_all_measures_the_table_and_judges_it(monkeypatch, capsys, tmp_p
     assert compare.main(["--all", "--threads", "1", "--json", str(file)]) == 0
     out = capsys.readouterr().out
     assert all(bar.what in out for bar in bars.BARS) and "MISS" in out and "not measured" not in out
-    tables = report.markdown(json.loads(file.read_text()))
+    tables = "\n".join(report.tables(json.loads(file.read_text()), "all.json").values())
     assert "| 4096 x 8192 | 1.00 ms |" in tables and tables.count("| MISS |") > 10
 
 
@@ -380,17 +380,23 @@ def test_wrong_arguments(arguments, capsys):
 
 def test_report_rewrites_the_readme_between_the_markers(results, tmp_path, capsys):
     file, _ = results
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# a\n\n{report.BEGIN}\nold\n{report.END}\n\ntail\n")
-    assert report.main([str(file), "--into", str(readme)]) == 0
-    once = readme.read_text()
-    assert "old" not in once and once.startswith(f"# a\n\n{report.BEGIN}\n") and once.endswith(f"{report.END}\n\ntail\n")
-    assert report.main([str(file), "--into", str(readme)]) == 0
-    assert readme.read_text() == once
+    begin, end = "<!-- bars:begin -->", "<!-- bars:end -->"
+    readme, manual = tmp_path / "README.md", tmp_path / "manual.md"
+    readme.write_text(f"# a\n\n{begin}\nold\n{end}\n\ntail\n")
+    manual.write_text("<!-- times:begin -->\nold\n<!-- times:end -->\n<!-- speed:begin -->\nold\n<!-- speed:end -->\n")
+    assert report.main([str(file), "--into", str(readme), str(manual)]) == 0
+    once, both = readme.read_text(), manual.read_text()
+    assert "old" not in once and once.startswith(f"# a\n\n{begin}\n") and once.endswith(f"{end}\n\ntail\n")
+    assert "old" not in both and both.count("`results.json`") == 2
+    assert report.main([str(file), "--into", str(readme), str(manual)]) == 0
+    assert (readme.read_text(), manual.read_text()) == (once, both)
     assert report.main([str(file)]) == 0
-    assert capsys.readouterr().out.strip() in once
-    with pytest.raises(ValueError, match="benchmarks:begin"):
-        report.rewrite(f"{report.END} {report.BEGIN}", "tables")
+    printed = capsys.readouterr().out
+    blocks = report.tables(json.loads(file.read_text()), "results.json")
+    assert list(blocks) == ["speed", "times", "bars"] and all(block in printed for block in blocks.values())
+    assert blocks["bars"] in once and blocks["times"] in both and blocks["speed"] in both
+    with pytest.raises(ValueError, match="NAME is one of speed, times, bars"):
+        report.rewrite(f"{end} {begin}", blocks)
 
 
 def test_durations():

@@ -7,6 +7,7 @@ import http.server
 import json
 import shutil
 import threading
+from collections.abc import Mapping
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from benchmarks import dashboard
 from benchmarks.bars import OUT
-from benchmarks.history import Commit, History, Regression, Series, read
+from benchmarks.published import Commit, History, Regression, Series, read
 from tests.helpers.asv_results import RATIO, git, make_repository, write_results
 from tests.helpers.processes import ROOT
 
@@ -97,21 +98,21 @@ def complaints(browser) -> list[str]:
     return [entry["message"] for entry in browser.get_log("browser")]
 
 
-def read_results(repository: Path) -> dict[str, tuple[list, list]]:
-    """Of each commit the parameters and the values of the ratio, as the result files have them."""
+def read_results(repository: Path, machine: Mapping[str, str]) -> dict[str, tuple[list, list]]:
+    """Of each commit that a machine measured the parameters and the values of the ratio, as the result files have them."""
     found = {}
     for file in (repository / json.loads((repository / "asv.conf.json").read_text())["results_dir"]).glob("*/*-*.json"):
         document = json.loads(file.read_text())
-        if RATIO in document["results"]:
+        if RATIO in document["results"] and document["params"].items() <= machine.items():
             values, params = document["results"][RATIO][:2]
             found[document["commit_hash"]] = (params, values)
     return found
 
 
-def expected_points(repository: Path) -> dict[tuple[str, str, str], float]:
+def expected_points(repository: Path, machine: Mapping[str, str]) -> dict[tuple[str, str, str], float]:
     """Commit, provider and shape -> ratio with all threads; straight from the result files."""
     points = {}
-    for commit, ((providers, shapes, threads), values) in read_results(repository).items():
+    for commit, ((providers, shapes, threads), values) in read_results(repository, machine).items():
         combinations = ((p, s, t) for p in providers for s in shapes for t in threads)
         for (provider, shape, thread), value in zip(combinations, values, strict=True):
             if thread == "'all'" and value is not None and value == value:
@@ -162,7 +163,7 @@ def test_front_page_draws_the_numbers_of_the_results(name, request, browser, add
     site, repository, *_ = request.getfixturevalue(name)
     open_page(browser, address(site, "index.html"))
     assert complaints(browser) == []
-    expected = expected_points(repository)
+    expected = expected_points(repository, read(site / "asv", repository).machine)
     assert len({commit for commit, _, _ in expected}) >= 8
 
     drawn = browser.execute_script(

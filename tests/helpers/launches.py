@@ -7,15 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from fastxent._fastpath.cache import calls
 from fastxent._runtime import run
-from fastxent.torch import _callcache
+from fastxent.torch import _calls
 
 
 @contextmanager
 def counted() -> Iterator[list[str]]:
     """The names of the kernels that run inside, in order."""
     names: list[str] = []
-    run_task, ready = run.run, _callcache._ready
+    run_task, ready = run.run, _calls._ready
 
     def counting(name: str, *args: Any, **kwargs: Any) -> Any:
         names.append(name)
@@ -34,10 +35,10 @@ def counted() -> Iterator[list[str]]:
 
     with (
         patch.object(run, "run", counting),
-        patch.object(_callcache, "_ready", counting_ready),
+        patch.object(_calls, "_ready", counting_ready),
     ):
-        _callcache.forget()
+        calls.clear()
         try:
             yield names
         finally:
-            _callcache.forget()
+            calls.clear()

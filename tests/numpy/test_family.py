@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from ctypes import c_double, c_int64
+from itertools import chain
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -14,34 +15,38 @@ import pytest
 
 import fastxent as fx
 from fastxent._abi import argument_block as abi
-from fastxent._abi.variant import ITEMSIZE
+from fastxent._abi.dtypes import ITEMSIZE
+from fastxent._abi.variant import Schedule
 from fastxent._codegen import registry
-from fastxent._fastpath import callcache, fastcall
-from fastxent._fastpath.family import Family
-from fastxent._runtime import arguments, run
+from fastxent._fastpath.array_calls import DenseCall
+from fastxent._fastpath.cache import calls
+from fastxent._fastpath.front_end import strategy, words
+from fastxent._fastpath.tasks import Family
+from fastxent._runtime import arguments, fastpath, run
 from fastxent._runtime.plan import MOST_DIRECT, WORTH_A_THREAD, Plan, make_plan, number_of
+
+pytestmark = pytest.mark.skipif(not fastpath.ENABLED, reason="every call is planned")
 
 EXTENTS = (1, 2, 3, 15, 16, 17, 33, 48, 49, 63, 64, 65, 112, 113, 256, 257, 320, 321, 1000, 5000, 40_000, 300_000)
 MOST_CHUNKS = (2044, 513, 2)  # in float16: its units are of two rows
 
 
 @pytest.fixture
-def nothing_is_known(monkeypatch):
-    monkeypatch.setattr(callcache, "known_calls", {})
-    monkeypatch.setattr(callcache, "_tables", dict.fromkeys(callcache._tables))
+def nothing_is_known():
+    calls.clear()
 
 
 def in_python() -> dict[str, Any]:
-    """The functions of ``fastcall``, as Python runs them."""
+    """The functions of ``strategy``, as Python runs them."""
 
     def set_word(at: int, nth: int, value: float) -> None:
         kind = c_double if isinstance(value, float) else c_int64
         kind.from_address(at + 8 * nth).value = value
 
-    names: dict[str, Any] = dict(vars(fastcall))
-    for name, function in vars(fastcall).items():
+    names: dict[str, Any] = dict(vars(strategy))
+    for name, function in vars(strategy).items():
         if hasattr(function, "py_func"):
-            ours = function.py_func.__module__ == fastcall.__name__
+            ours = function.py_func.__module__ == strategy.__name__
             names[name] = FunctionType(function.py_func.__code__, names, name) if ours else function.py_func
     names["word"] = lambda at, nth: c_int64.from_address(at + 8 * nth).value
     names["number"] = lambda at, nth: c_double.from_address(at + 8 * nth).value
@@ -55,7 +60,7 @@ def c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 def plan_of(shape: tuple[int, ...], axis: int, logits: str, soft: bool) -> Plan:
     strides = c_strides(shape, ITEMSIZE[logits])
-    return make_plan(shape, (strides,) * 3, axis, logits, logits if soft else None, labelled=not soft)
+    return make_plan("value", shape, (strides,) * 3, axis, logits, logits if soft else None, labelled=not soft)
 
 
 def test_machine_code_plans_as_python_does(monkeypatch):
@@ -72,25 +77,27 @@ def test_machine_code_plans_as_python_does(monkeypatch):
             continue
         plan = plan_of(shape, axis, logits, soft)
         first = plan_of((1,) * len(shape), axis, logits, soft)
-        family = Family("value", first, axis, len(shape), smoothing=0.1, tiles=0, average=True)
+        family = Family("value", first, axis, len(shape), smoothing=0.1, average=True)
         at, sizes = family.words.ctypes.data, np.array(shape)
         if number_of(plan.variant) != number_of(first.variant):
-            assert ready_for(at, sizes.ctypes.data) == abi.NOT_MET
+            assert ready_for(at, sizes.ctypes.data) == words.NOT_MET
         family.meet(plan)
         useful = ready_for(at, sizes.ctypes.data)
-        block = family.words[abi.FAMILY :]
-        assert (nth == 0) == (plan.most_chunks > abi.ROOM) and (not plan.variant.split or plan.n_units <= abi.ROOM)
+        block = family.words[words.TASK :]
+        assert (nth == 0) == (plan.most_chunks > words.ROOM)
+        assert plan.variant.schedule != Schedule.SPLIT or plan.n_units <= words.ROOM
         if nth == 0:
-            assert useful == abi.NOT_MET
+            assert useful == words.NOT_MET
             continue
         planned = tuple(block[abi.SLOT["n_rows"] :][: len(plan.planned)].tolist())
         assert planned == plan.planned, (shape, axis, logits)
-        assert tuple(family.words[abi.AXES :][: len(plan.axes)].tolist()) == plan.axes, (shape, axis, logits)
+        axes = list(chain.from_iterable(plan.axes))
+        assert family.words[words.AXES :][: len(axes)].tolist() == axes, (shape, axis, logits)
         assert useful == min(plan.n_chunks, 1 + plan.elements // WORTH_A_THREAD)
         assert block.view(np.float64)[abi.SLOT["uniform"]] == 0.1 / shape[axis]
         n_met, kinds = n_met + 1, kinds | {number_of(plan.variant)}
     assert n_met > 5000 and len(kinds) > 6
-    assert len(kinds) <= abi.MOST_KERNELS
+    assert len(kinds) <= words.MOST_KERNELS
 
 
 def arrays(shape: tuple[int, ...], axis: int = -1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -112,10 +119,9 @@ def test_the_bits_do_not_depend_on_what_was_met_before(axis, shapes, nothing_is_
     options: dict[str, Any] = {"axis": axis, "label_smoothing": 0.1}
     cold = {}
     for shape in shapes:
-        callcache.known_calls.clear()
-        callcache._tables.update(dict.fromkeys(callcache._tables))
+        calls.clear()
         cold[shape] = fx.cross_entropy_value_and_grad(*arrays(shape, axis), **options)
-    callcache._tables.update(dict.fromkeys(callcache._tables))
+    calls.clear()
     for shape in [*shapes, *reversed(shapes)]:
         for n_threads in (None, 1, 3):
             loss, g = fx.cross_entropy_value_and_grad(*arrays(shape, axis), n_threads=n_threads, **options)
@@ -136,11 +142,11 @@ def test_nothing_is_made_for_extents_that_are_new(with_out, n_threads, nothing_i
         monkeypatch.setattr(arguments, name, None)
     monkeypatch.setattr(fx.functional, "problem", None)
     monkeypatch.setattr(run, "argument_block", None)
-    before = dict(callcache.known_calls)
+    before = calls.keys()
     for n, c in itertools.product((2, 5, 16, 200, 4000), (10, 11, 30)):
         call(n, c)
-    assert callcache.known_calls == before
-    assert all(table.words[abi.COUNT] == 1 for table in callcache._tables.values())
+    assert calls.keys() == before
+    assert sum(isinstance(calls.lookup(key), DenseCall) for key in before) == 2  # with gradient and without
 
 
 def test_what_does_not_fit_is_refused_at_any_extents(nothing_is_known):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastxent as fx
-from fastxent._fastpath import callcache
+from fastxent._fastpath.cache import calls
 from fastxent._runtime import plan
 from tests.helpers.cases import BFLOAT16, EVERYDAY_DTYPES, FLOAT16, FLOAT32, make_case
 from tests.helpers.opponent import run_torch
@@ -28,12 +28,12 @@ OPTIONS = ["index", "weight ignore smoothing sample_weight", "probabilities weig
 
 def planned_with(monkeypatch, limit: str) -> Iterator[None]:
     """Plans as if one of their limits were 0; calls that were known before have other ones."""
-    monkeypatch.setattr(callcache, "known_calls", {})
-    monkeypatch.setattr(callcache, "_tables", dict.fromkeys(callcache._tables))
+    calls.clear()
     monkeypatch.setattr(plan, limit, 0)
     plan.make_plan.cache_clear()
     yield
     plan.make_plan.cache_clear()
+    calls.clear()
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def all_is_large(monkeypatch):
 @pytest.fixture
 def nothing_is_kept(monkeypatch):
     """As if every row were longer than what is kept of its exponentials."""
-    yield from planned_with(monkeypatch, "MOST_KEPT")
+    yield from planned_with(monkeypatch, "MOST_STORED")
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype, offset: int) -> tuple[np.ndarray, np.ndarray]:

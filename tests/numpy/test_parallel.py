@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastxent as fx
-from fastxent._abi.variant import MOST_KEPT, TILE
+from fastxent._abi.variant import MOST_STORED, TILE
 from fastxent._runtime import run, threads
 
 rng = np.random.default_rng(1)
@@ -168,7 +168,7 @@ def test_a_thread_stays_in_its_tile():
     memory[:] = 0xA5
     run._State.tiles.append((memory, at))
     for dtype in (np.float32, np.float64):
-        for shape in ((20, 256), (40, 10), (64, 16 * MOST_KEPT)):  # fewer rows would be split
+        for shape in ((20, 256), (40, 10), (64, 16 * MOST_STORED)):  # fewer rows would be split
             x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
             fx.cross_entropy_value_and_grad(x, np.zeros(len(x), int), n_threads=1)
             fx.softmax(x)

@@ -5,7 +5,18 @@ import math
 import pytest
 
 from fastxent._abi.argument_block import PLANNED
-from fastxent._abi.variant import CHECKED, CHECKS, CHUNK, FEW_CLASSES, LANES, MOST_TILED, MOST_TILED_LARGE, PANEL
+from fastxent._abi.variant import (
+    CHECKED,
+    CHECKS,
+    CHUNK,
+    FEW_CLASSES,
+    LANES,
+    MOST_TILED,
+    MOST_TILED_LARGE,
+    PANEL,
+    Layout,
+    Schedule,
+)
 from fastxent._runtime.plan import FEW_ROWS, make_plan, row_axes
 
 pytestmark = pytest.mark.core
@@ -18,9 +29,9 @@ def c_strides(shape, itemsize=4):
     return tuple(strides)
 
 
-def plan(shape, axis=1, strides=None, **more):
+def plan(shape, axis=1, strides=None, task="value_and_grad", **more):
     s = strides or c_strides(shape)
-    return make_plan(shape, (s, s, s), axis, "f32", labelled=True, **more)
+    return make_plan(task, shape, (s, s, s), axis, "f32", labelled=True, **more)
 
 
 def planned(p):
@@ -47,8 +58,9 @@ def test_axes_are_merged_where_all_operands_allow_it():
     ],
 )
 def test_direction(shape, axis, class_lanes, contiguous_lanes):
-    variant = plan(shape, axis).variant
-    assert (variant.class_lanes, variant.contiguous_lanes) == (class_lanes, contiguous_lanes)
+    layout = plan(shape, axis).variant.layout
+    assert (layout == Layout.CLASS_LANES) == class_lanes
+    assert (layout in (Layout.CLASS_LANES, Layout.ROW_LANES, Layout.PANEL)) == contiguous_lanes
 
 
 @pytest.mark.parametrize(
@@ -61,7 +73,7 @@ def test_units_cover_all_rows_once(shape):
     rows = math.prod(shape) // shape[1]
     assert (now["n_rows"], now["n_classes"]) == (rows, shape[1])
     assert (p.n_chunks - 1) * now["chunk"] < p.n_units <= p.n_chunks * now["chunk"]
-    if p.variant.class_lanes:
+    if p.variant.layout == Layout.CLASS_LANES:
         assert p.n_units == rows * now["n_segments"]
         assert (now["n_vectors"] - 1) * LANES < shape[1] <= now["n_vectors"] * LANES
     else:
@@ -79,10 +91,10 @@ def test_rows_side_by_side_with_few_classes_are_packed_in_panels():
 
 
 def test_few_long_rows_are_split():
-    assert plan((FEW_ROWS - 1, 40000)).variant.split
-    assert not plan((FEW_ROWS, 40000)).variant.split
-    assert not plan((1, 1000)).variant.split
-    assert not plan((1, 40000), may_split=False).variant.split
+    assert plan((FEW_ROWS - 1, 40000)).variant.schedule == Schedule.SPLIT
+    assert plan((FEW_ROWS, 40000)).variant.schedule != Schedule.SPLIT
+    assert plan((1, 1000)).variant.schedule != Schedule.SPLIT
+    assert plan((1, 40000), task="stats").variant.schedule != Schedule.SPLIT
     longest = planned(plan((1, 1 << 30)))
     assert longest["segment"] * longest["n_segments"] * LANES >= 1 << 30
     assert longest["n_segments"] <= 64

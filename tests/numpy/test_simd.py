@@ -8,7 +8,7 @@ import pytest
 from llvmlite import binding
 from numba import cfunc, types
 
-from fastxent._abi.variant import Variant
+from fastxent._abi.variant import Layout, Variant
 from fastxent._codegen import compiler
 from fastxent._simd import vector
 from fastxent._simd.elementary import Shift, exp_scaled, log, log1p, shift_by, tanh
@@ -167,7 +167,7 @@ def test_bfloat16_rounds_to_nearest_even_as_ml_dtypes_does():
 @pytest.mark.parametrize("class_lanes", [True, False], ids=["classes in lanes", "rows in lanes"])
 def test_hot_loops_are_packed_and_call_nothing(class_lanes):
     """The compiled kernel holds packed arithmetic and calls no function: no scalar exp, no helper that was not inlined."""
-    variant = Variant("f32", labelled=True, class_lanes=class_lanes, contiguous_lanes=True)
+    variant = Variant("f32", labelled=True, layout=Layout.CLASS_LANES if class_lanes else Layout.ROW_LANES)
     library, symbol = compiler.c_function("value_and_grad", variant)
     packed = r"\bv(mul|add|max|fmadd\w+)ps\b|\b(mul|add|max)ps\b|\bfml\w*\b"
     assert len(re.findall(packed, library.get_asm_str())) > 20

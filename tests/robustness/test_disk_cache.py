@@ -5,13 +5,17 @@ Where it may lie is the matter of ``test_cache_folders``.
 
 from __future__ import annotations
 
+import ast
 import compileall
+import marshal
 import os
 import pkgutil
 import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from modulefinder import ModuleFinder
 from pathlib import Path
 from textwrap import dedent
@@ -19,7 +23,7 @@ from textwrap import dedent
 import pytest
 
 import fastxent
-from fastxent._codegen import disk_cache, machine_code
+from fastxent._codegen import cache_key, disk_cache
 from tests.helpers.processes import run_script
 
 PACKAGE = Path(fastxent.__file__).parent
@@ -133,15 +137,101 @@ def test_every_source_of_a_kernel_counts(monkeypatch):
     modules = run_script(
         "import sys, fastxent._codegen.compiler\nprint(*(m for m in sys.modules if m.startswith('fastxent.')))"
     ).split()
-    apart = ("machine_code", "disk_cache")
+    apart = ("machine_code", "cache_key", "disk_cache")
     own = {m for m in modules if not m.endswith(apart)}
-    assert own - set(machine_code.sources()) == {"fastxent._codegen"}
-    assert {"fastxent._fastpath.fastcall", "fastxent._runtime.plan"} <= set(machine_code.sources())
-    read, ids = machine_code._source, {machine_code.build_id()}
-    for changed in machine_code.sources():
-        monkeypatch.setattr(machine_code, "_source", lambda name, changed=changed: read(name) + b" " * (name == changed))
-        ids.add(machine_code.build_id.__wrapped__())
-    assert len(ids) == 1 + len(machine_code.sources())
+    assert own - set(cache_key.sources()) == {"fastxent._codegen"}
+    assert {"fastxent._fastpath.front_end.arrays", "fastxent._runtime.plan"} <= set(cache_key.sources())
+    read, ids = cache_key._source, {cache_key.build_id()}
+    for changed in cache_key.sources():
+        monkeypatch.setattr(cache_key, "_source", lambda name, changed=changed: read(name) + b" " * (name == changed))
+        ids.add(cache_key.build_id.__wrapped__())
+    assert len(ids) == 1 + len(cache_key.sources())
+
+
+def syntax(source: bytes) -> ast.Module:
+    """What Python's own parser makes of it, without docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return tree
+
+
+def test_a_source_counts_but_for_comments_and_docstrings():
+    for name in cache_key.sources():
+        spec = find_spec(name)
+        source = Path(spec.origin).read_bytes()
+        code = cache_key.without_comments(source)
+        assert ast.dump(ast.parse(code)) == ast.dump(syntax(source)), name
+        assert cache_key._source(name) == code
+
+
+BUILD_ID = "import sys\nsys.path[:0] = sys.argv[1:]\nfrom fastxent._codegen.cache_key import build_id\nprint(build_id())"
+
+
+def test_whoever_edits_a_comment_or_a_docstring_compiles_nothing_again(package):
+    ids = [run_script(BUILD_ID, str(package.parent))]
+    file = package / "_kernels" / "steps.py"
+    text = file.read_text()
+    for old, new in (
+        (':\n    """', ':\n    """Of late: # no comment. '),
+        ("\n\n\ndef ", '\n\n\n# A comment with half a "quotation.\n\ndef '),
+        ("\n    return ", "  # well\n\n    return "),
+        ("+ 1", "+ 2"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+        file.write_text(text)
+        ids.append(run_script(BUILD_ID, str(package.parent)))
+    assert len(set(ids[:4])) == 1 and ids[4] != ids[0]
+
+
+def test_files_of_other_builds_make_room(tmp_path, monkeypatch):
+    """Those read longest ago go first; none of this build, and nothing that is not a file of fastxent's."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(disk_cache, "LIMIT", 3000)
+    this, other, old = "value-1111-a.fastxent", "value-2222-{}.fastxent", "value-abcd.fastxent"
+    disk_cache.write(this, b"x" * 900)
+    for nth, name in enumerate((old, *map(other.format, "ab"))):
+        disk_cache.write(name, b"x" * 400)
+        os.utime(tmp_path / name, (nth, 0))
+    os.utime(tmp_path / this, (0, 0))
+    (tmp_path / "folder-0000-a.fastxent").mkdir()
+    (tmp_path / "link-0000-a.fastxent").symlink_to(tmp_path / "notes.txt")
+    (tmp_path / "notes.txt").write_text("y" * 5000)
+    before = {f.name for f in tmp_path.iterdir()}
+    disk_cache.write("value-1111-b.fastxent", b"x" * 500)  # 932 + 3 * 432 + 532 bytes
+    assert {f.name for f in tmp_path.iterdir()} == before | {"value-1111-b.fastxent"}
+    disk_cache.write("value-1111-c.fastxent", b"x" * 1000)  # 792 too many
+    gone = {old, other.format("a")}
+    assert {f.name for f in tmp_path.iterdir()} == before - gone | {"value-1111-b.fastxent", "value-1111-c.fastxent"}
+    for letter in "de":
+        disk_cache.write(f"value-1111-{letter}.fastxent", b"x" * 2000)
+    assert {f.name for f in tmp_path.iterdir() if "1111" in f.name} == {f"value-1111-{letter}.fastxent" for letter in "abcde"}
+    assert (tmp_path / "link-0000-a.fastxent").is_symlink() and not (tmp_path / other.format("b")).exists()
+
+
+def test_who_removes_what_another_removes_finds_nothing_amiss(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(disk_cache, "LIMIT", 1000)
+
+    def write(build: int) -> None:
+        for nth in range(50):
+            disk_cache.write(f"value-{build}-{nth}.fastxent", b"x" * 300)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert len(list(tmp_path.iterdir())) <= 50  # of one build, and no temporary ones
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
+def test_files_of_other_users_are_theirs_to_remove(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(disk_cache, "LIMIT", 1000)
+    disk_cache.write("value-2222-a.fastxent", b"x" * 2000)
+    os.chown(tmp_path / "value-2222-a.fastxent", 12345, -1)
+    disk_cache.write("value-1111-a.fastxent", b"x")
+    assert len(files(tmp_path)) == 2
 
 
 def test_from_a_zip_archive(tmp_path, package):
@@ -183,7 +273,7 @@ def test_whoever_packs_a_program_finds_all_modules(tmp_path):
 
 
 def identity(source: str) -> bytes:
-    return machine_code.marshal.dumps(machine_code._meaning(compile(source, "a.py", "exec")), 2)
+    return marshal.dumps(cache_key._meaning(compile(source, "a.py", "exec")), 2)
 
 
 def test_code_without_a_source_is_told_apart_by_what_it_does():
@@ -196,10 +286,10 @@ def test_code_without_a_source_is_told_apart_by_what_it_does():
 def test_the_version_of_numba_counts(monkeypatch):
     import numba
 
-    assert numba.__version__.encode() in machine_code._numba()
-    before = machine_code.build_id()
-    monkeypatch.setattr(machine_code, "_numba", lambda: b"another")
-    assert machine_code.build_id.__wrapped__() != before
+    assert numba.__version__.encode() in cache_key._numba()
+    before = cache_key.build_id()
+    monkeypatch.setattr(cache_key, "_numba", lambda: b"another")
+    assert cache_key.build_id.__wrapped__() != before
 
 
 X86 = platform.machine() in ("x86_64", "AMD64")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fastxent.torch as ft
-from fastxent.torch import _callcache
+from fastxent._fastpath.cache import calls
 from tests.helpers.opponent import one_torch_thread as one_thread
 
 
@@ -24,6 +24,6 @@ def one_torch_thread() -> Iterator[None]:
 def loss(request: pytest.FixtureRequest) -> Iterator[Callable[..., torch.Tensor]]:
     """Ours, by either door."""
     with ft.installed() if request.param == "install" else nullcontext():
-        _callcache.forget()
+        calls.clear()
         yield F.cross_entropy if request.param == "install" else ft.cross_entropy
-    _callcache.forget()
+    calls.clear()

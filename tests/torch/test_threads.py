@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import fastxent
-from fastxent._fastpath import table as _builtin
 from fastxent._runtime import threads
-from fastxent.torch import _callcache, cross_entropy, installed
+from fastxent.torch import cross_entropy, installed
 from tests.helpers.cases import REDUCTIONS
 from tests.helpers.processes import run_script
 from tests.helpers.torch_cases import make_case
@@ -54,8 +53,6 @@ def teams() -> Iterator[list[int]]:
 
     def use(openmp: Callable[[], object]) -> None:
         threads._openmp = openmp  # type: ignore[assignment]
-        _builtin._run_on.cache_clear()  # and whoever holds one
-        _callcache.forget()
 
     use(lambda: watched)
     try:

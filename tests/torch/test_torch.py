@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastxent.torch as ft
+from fastxent._fastpath.cache import calls
+from fastxent._runtime import fastpath
 
 TARGET = torch.tensor([0, 1, -100, 3, 4, 2])
 OPTIONS = [{}, {"label_smoothing": 0.1}, {"weight": torch.linspace(0.5, 2, 5, dtype=torch.float64)}]
@@ -138,12 +140,12 @@ def test_options_that_may_change_are_looked_at_every_time(name):
 
 
 def test_a_call_makes_ready_only_what_it_runs(monkeypatch):
-    from fastxent.torch import _callcache
+    from fastxent.torch import _calls
 
     made: list[str] = []
-    ready = _callcache._ready
-    _callcache.forget()
-    monkeypatch.setattr(_callcache, "_ready", lambda task, *rest: made.append(task.name) or ready(task, *rest))
+    ready = _calls._ready
+    calls.clear()
+    monkeypatch.setattr(_calls, "_ready", lambda task, *rest: made.append(task.name) or ready(task, *rest))
     x = torch.randn(6, 4, requires_grad=True)
     for _ in range(3):
         ft.cross_entropy(x.detach(), torch.zeros(6, dtype=torch.long))
@@ -156,13 +158,12 @@ def test_a_call_makes_ready_only_what_it_runs(monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of PyTorch's own forward-mode AD
 @pytest.mark.core
 def test_what_only_looks_like_the_last_call():
-    from fastxent.torch import _callcache
-
-    _callcache.forget()
+    calls.clear()
     x, y = torch.randn(6, 4), torch.arange(6) % 4
     for _ in range(4):
         ft.cross_entropy(x, y)
-    assert len(_callcache._guarded[False]) == 1
+    guarded = [call for call in map(calls.lookup, calls.keys()) if isinstance(call, tuple)]
+    assert len(guarded) == fastpath.ENABLED
     others = {
         "other strides": torch.randn(6, 8)[:, ::2],
         "transposed": torch.randn(4, 6).T,
@@ -197,5 +198,5 @@ def test_known_calls_are_known_where_it_is_installed(monkeypatch):
     x, y = torch.randn(6, 4, requires_grad=True), torch.arange(6) % 4
     with ft.installed():
         first = F.cross_entropy(x, y)
-        monkeypatch.setattr(_dispatch, "_takes", None)  # whoever is not known is looked at
+        monkeypatch.setattr(_dispatch, "takes", None)  # whoever is not known is looked at
         assert F.cross_entropy(x, y) == first and torch.nn.CrossEntropyLoss()(x, y).requires_grad

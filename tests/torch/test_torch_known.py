@@ -7,24 +7,31 @@ import torch
 import torch.nn.functional as F
 
 import fastxent.torch as ft
-from fastxent.torch import _callcache, _dispatch, _stable_abi
+from fastxent._fastpath import builtins
+from fastxent._fastpath.cache import calls
+from fastxent._fastpath.front_end import objects
+from fastxent._runtime import fastpath
+from fastxent.torch import _callcache, _calls, _dispatch
 
+pytestmark = pytest.mark.skipif(not fastpath.ENABLED, reason="every call is checked")
+
+C_INTERFACE = objects.c_interface
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-@pytest.fixture(autouse=True, params=[_stable_abi.c_interface, lambda: None], ids=["C interface", "Python"])
+@pytest.fixture(autouse=True, params=[objects.c_interface, lambda: None], ids=["C interface", "Python"])
 def nothing_is_known(request, monkeypatch):
     """Nor that memory can be looked for by PyTorch's C interface."""
-    monkeypatch.setattr(_callcache, "c_interface", request.param)
-    _callcache.forget()
+    monkeypatch.setattr(objects, "c_interface", request.param)
+    calls.clear()
     yield
-    _callcache.forget()
+    calls.clear()
 
 
 @pytest.fixture
 def all_is_known(monkeypatch):
     """Call it, and from then on who is not known fails."""
-    return lambda: monkeypatch.setattr(_dispatch, "_takes", None)
+    return lambda: monkeypatch.setattr(_dispatch, "takes", None)
 
 
 def make_call(shape, dtype, probabilities=False, weighted=False, seed=0):
@@ -202,10 +209,10 @@ def test_tensors_that_begin_and_end_within_their_memory(weights, reduction, all_
 
 
 def test_pytorchs_c_interface_is_not_taken_on_trust(monkeypatch):
-    names = _stable_abi._FUNCTIONS
+    names = objects._FUNCTIONS
     for wrong in (names[::-1], ("aoti_torch_no_such_function", *names[1:])):
-        monkeypatch.setattr(_stable_abi, "_FUNCTIONS", wrong)
-        assert _stable_abi.c_interface.__wrapped__() is None
+        monkeypatch.setattr(objects, "_FUNCTIONS", wrong)
+        assert C_INTERFACE.__wrapped__() is None
 
 
 def make_rows(shape, innermost=False, seed=0):
@@ -244,14 +251,15 @@ def test_nothing_is_made_for_extents_that_are_new(request, monkeypatch, all_is_k
     kinds = list(itertools.product((2, 20, 3000), ("mean", "none")))
     for n, reduction in [*kinds, *kinds]:
         step(n, 10, reduction)
-    before = len(_callcache.known_calls)
+    before = len(calls)
     all_is_known()
-    for name in ("_known", "_plan_of", "guard", "_ready"):
-        monkeypatch.setattr(_callcache, name, None)
+    monkeypatch.setattr(_callcache, "_call_of", None)
+    for name in ("plan_of", "guard", "_ready"):
+        monkeypatch.setattr(_calls, name, None)
     for n, classes in itertools.product((3, 30, 4000), (10, 7, 30)):
         step(n, classes, "mean")
         step(n, classes, "none")
-    assert len(_callcache.known_calls) == before
+    assert len(calls) == before
 
 
 def test_forms_that_differ_in_their_strides_only(request, all_is_known):
@@ -287,9 +295,9 @@ def test_a_form_is_left_to_others_where_it_does_not_serve(monkeypatch):
     assert ft.cross_entropy(torch.randn(0, 5), y[:0]).isnan()
     for shape in ((30_000, 5), (300_000, 5)):
         x, y, _ = make_call(shape, torch.float32)
-        for team in (_callcache.team_at_once, lambda _: 0):
+        for team in (builtins.team, lambda _: 0):
             with monkeypatch.context() as patch:
-                patch.setattr(_callcache, "team_at_once", team)
+                patch.setattr(builtins, "team", team)
                 for _ in range(3):
                     ours, theirs = (f(x, y) for f in (ft.cross_entropy, F.cross_entropy))
                     torch.testing.assert_close(ours, theirs)

@@ -14,7 +14,7 @@ import torch._dynamo  # first, or PyTorch's modes are imported in a circle
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fastxent.torch import _callcache
+from fastxent._fastpath.cache import calls
 from tests.helpers.watched import REDUCTIONS, X, Y, agree, by_name, step, warm
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -143,13 +143,13 @@ def test_nothing_is_remembered_under_a_mode(loss, mode_of_a_user):
         for _ in range(4):
             step(loss, X)
             loss(X, Y)
-    assert not _callcache.known_calls
+    assert not len(calls)
     assert sum(op.startswith("fastxent") for op in records.seen) >= 8
 
 
 @pytest.mark.parametrize("mode_of_a_user", [Records, MayBeCompiledAway])
 def test_weights_and_other_kinds(loss, mode_of_a_user):
-    """Calls that no guard knows, but `known_calls` does."""
+    """Calls that no guard knows, but the call cache does."""
     weight = torch.rand(5) + 0.5
     calls = [{"weight": weight}, {"weight": weight, "label_smoothing": 0.1}, {"reduction": "sum"}, {"label_smoothing": 0.2}]
     for _ in range(2):

@@ -12,7 +12,8 @@ from numba import njit
 from fastxent._abi.argument_block import DIVISOR
 from fastxent._abi.variant import POINTS
 from fastxent._kernels.addressing import sum_rows
-from fastxent._kernels.reduce import concatenated, total_over_classes, widen_add
+from fastxent._kernels.compensated_sums import total_over_classes, widen_add
+from fastxent._kernels.reduce import concatenated
 from fastxent._simd.elementary import exp_negative, log1p_to_1, x_log_x
 from fastxent._simd.lanes import fold
 from fastxent._simd.memory import get, itemsize, load_masked, store_each, store_masked

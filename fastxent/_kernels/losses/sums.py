@@ -3,8 +3,10 @@
 from numba import njit
 
 from fastxent._kernels.addressing import locate, put_rows
-from fastxent._kernels.inputs import INF, full_logits, logits, target_weights
-from fastxent._kernels.reduce import concatenated, halve_lanes, total_over_classes, widen_add
+from fastxent._kernels.compensated_sums import halve_lanes, total_over_classes, widen_add
+from fastxent._kernels.inputs import full_logits, logits, target_weights
+from fastxent._kernels.online_softmax import INF
+from fastxent._kernels.reduce import concatenated
 from fastxent._simd.elementary import exp_scale, exp_scaled, log, log1p, shift_by, x_log_x
 from fastxent._simd.lanes import fold, max_across
 from fastxent._simd.numba_backend import INLINE, as_needed

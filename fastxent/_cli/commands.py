@@ -1,0 +1,118 @@
+"""What each command does: parsed options -> exit code. Each imports what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+from fastxent._cli import output
+from fastxent._cli.output import CommandError
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from fastxent._cli import evaluate as evaluation
+    from fastxent._cli.files import InputError
+
+    try:
+        with output.progress("bytes") as progress:
+            result = evaluation.evaluate(
+                args.logits,
+                args.targets,
+                axis=args.axis,
+                weight=args.weight,
+                ignore_index=args.ignore_index,
+                label_smoothing=args.label_smoothing,
+                progress=progress,
+            )
+    except InputError as error:
+        raise CommandError(str(error)) from error
+    except MemoryError as error:
+        raise CommandError("out of memory") from error
+    if args.json:
+        output.print_json(vars(result))
+    else:
+        print(output.evaluation_table(result))
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    from tempfile import TemporaryDirectory
+
+    console = None if args.json else output.console()
+    with output.needs_extra():
+        from fastxent._cli.demo import run
+
+    from fastxent._codegen.patience import quietly
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quietly())  # a caption says that kernels are compiled
+        try:
+            folder = Path(args.keep or stack.enter_context(TemporaryDirectory(prefix="fastxent-")))
+            folder.mkdir(parents=True, exist_ok=True)
+            if console is None:
+                result = run(folder)
+            else:
+                result = output.run_live(run, folder, console)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise CommandError(f"{error.filename}: {error.strerror}") from error
+
+    passed = all(check.passed for check in result.checks)
+    if console is None:
+        from dataclasses import asdict
+
+        checks = [{**asdict(check), "passed": check.passed} for check in result.checks]
+        output.print_json({**asdict(result), "checks": checks, "passed": passed})
+    else:
+        output.print_demo(console, result)
+        if args.keep:
+            console.print(f"kept in {folder}: logits.npy, targets.npy", markup=False)
+    return 0 if passed else 1
+
+
+def bench(args: argparse.Namespace) -> int:
+    """The benchmarks are no part of the installed package: they lie beside it in the repository."""
+    repository = Path(__file__).resolve().parents[2]
+    if not (repository / "benchmarks" / "compare.py").is_file():
+        raise CommandError(
+            "the benchmarks are in fastxent's repository, not in the installed package: "
+            "clone it and run pip install -e '.[bench]' there"
+        )
+    sys.path.insert(0, str(repository))  # before any other folder called benchmarks
+    with output.needs_extra("bench", ("rich", "matplotlib", "ml_dtypes")):
+        from benchmarks import UsageError
+        from benchmarks.compare import bench, parser
+
+        try:
+            return bench(parser().parse_args(args.options))
+        except UsageError as error:
+            raise CommandError(str(error)) from error
+
+
+def info(args: argparse.Namespace) -> int:
+    from fastxent import show_config
+
+    config = show_config()
+    if args.json:
+        output.print_json(config)
+    else:
+        print(output.config_table(config))
+    return 0
+
+
+def warmup(args: argparse.Namespace) -> int:
+    from time import perf_counter
+
+    import fastxent
+
+    start = perf_counter()
+    with output.progress("kernels") as progress:
+        if args.dtype:
+            fastxent.warmup(tuple(dict.fromkeys(args.dtype)), progress=progress)
+        else:
+            fastxent.warmup(progress=progress)
+    print(f"kernels are ready ({perf_counter() - start:.1f} s)")
+    return 0

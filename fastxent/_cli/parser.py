@@ -1,0 +1,54 @@
+"""The options of the commands."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from fastxent._abi.dtypes import NAMES
+from fastxent._cli import commands
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog="fastxent", description="Fast and exact cross-entropy on the CPU.")
+    main.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    subparsers = main.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str, json: bool = True) -> argparse.ArgumentParser:
+        command = subparsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.set_defaults(run=run)
+        if json:
+            command.add_argument("--json", action="store_true", help="print one JSON object")
+        return command
+
+    command = add("evaluate", commands.evaluate, "evaluate logits in a file: loss, accuracy, calibration")
+    command.add_argument("logits", metavar="LOGITS", help=".npy, .npz or FILE.npz:key; floating point")
+    command.add_argument("targets", metavar="TARGETS", help="likewise; class indices or class probabilities")
+    command.add_argument("--axis", type=int, default=-1, metavar="N", help="axis of the classes (default: last)")
+    command.add_argument("--ignore-index", type=int, default=-100, metavar="N", help="class index of rows to leave out (-100)")
+    command.add_argument("--label-smoothing", type=float, default=0.0, metavar="X", help="from 0 to 1 (0)")
+    command.add_argument("--weight", metavar="FILE", help="like LOGITS; one weight a class")
+
+    command = add("demo", commands.demo, "train on handwritten digits and check the result against scikit-learn")
+    command.add_argument("--keep", metavar="DIR", help="write logits.npy and targets.npy of the test set here")
+
+    # The options of ``bench`` are the benchmarks' own: here they are words like any others.
+    text = "time fastxent, its peers and the memory roofline"
+    command = subparsers.add_parser("bench", help=text, add_help=False, prefix_chars="\0")
+    command.set_defaults(run=commands.bench)
+    command.add_argument("options", nargs=argparse.REMAINDER)
+
+    add("info", commands.info, "show the CPU, the threads, the versions and the cache folder")
+
+    command = add("warmup", commands.warmup, "compile the kernels now, not at their first use", json=False)
+    command.add_argument("--dtype", nargs="+", choices=NAMES, metavar="DTYPE", help=", ".join(NAMES))
+    return main
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from fastxent import __version__
+
+        print(f"fastxent {__version__}")
+        parser.exit()

@@ -1,0 +1,49 @@
+"""Gradient and Hessian diagonal of the cross-entropy, row by row: what boosting needs.
+
+h_c = d2l/dx_c^2 = u Q p_c (1 - p_c)
+"""
+
+from numba import njit
+
+from fastxent._kernels.addressing import g_step, locate, unscaled, write, write_tile
+from fastxent._kernels.gradient import write_gradient
+from fastxent._kernels.inputs import label, logits
+from fastxent._kernels.losses.cross_entropy import coefficients
+from fastxent._kernels.prefetch import write_zeros
+from fastxent._kernels.reduce import span_state
+from fastxent._kernels.split_rows import to_row
+from fastxent._simd.elementary import exp_scaled
+from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.vector import all_lanes, any_lane, narrow, splat
+
+
+@njit(**INLINE)
+def hessian_vector(task, unit, j, mask, f, s_max, s_rest):
+    """h_c = a e_c (s - e_c) / s, with s - e_c = (top - e_c) + beside."""
+    e = exp_scaled(logits(task, unit, j, mask), f.shift)
+    return e * f.a * (((s_max - e) + s_rest) * f.inverse_s)
+
+
+@njit(**INLINE)
+def grad_hess(task, tile, number):
+    """Gradient and Hessian diagonal, which has the strides of the gradient."""
+    unit = locate(task, tile, number)
+    zero, late = splat(task.x, 0.0), unscaled(task)
+    if any_lane(unit.kept):
+        state = span_state(task, unit)
+        f = coefficients(task, unit, state, label(task, unit), to_row(task, number, state))
+        s_max, s_rest = narrow(task.x, state.s_max), narrow(task.x, state.s_rest)
+        for j in range(unit.start, unit.stop):
+            whole = j < unit.full
+            reads = all_lanes() if whole else unit.reads
+            writes = all_lanes() if whole else unit.writes
+            h = hessian_vector(task, unit, j, reads, f, s_max, s_rest)
+            write(task, task.h + (unit.g + j * g_step(task)), unit.g_lanes, h, writes)
+        late = write_gradient(task, unit, f)
+    else:
+        for j in range(unit.start, unit.stop):
+            mask = all_lanes() if task.class_lanes and j < unit.full else unit.writes
+            write(task, task.h + (unit.g + j * g_step(task)), unit.g_lanes, zero, mask)
+        write_zeros(task, unit)
+    write_tile(task, unit, *late)
+    return 0.0, 1.0

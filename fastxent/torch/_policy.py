@@ -1,0 +1,208 @@
+"""``log_prob_and_entropy`` of tensors: an operator, its backward, and the same in PyTorch's operators.
+
+A call goes to ``torch.ops.fastxent.log_prob_and_entropy``, which eager mode, compilers and dispatch modes all see; what must be
+differentiated further, and what the kernels do not take, is computed by `formula`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from fastxent._runtime import run
+from fastxent._runtime.options import schema
+from fastxent.torch import _bridge
+from fastxent.torch._bridge import INTEGERS, NONE, Options, as_float64, as_int64
+from fastxent.torch._decomposition import loss_dtype, stock
+from fastxent.torch._dispatch import must_be_formula, takes
+from fastxent.torch._watched import is_traced
+
+
+def log_prob_and_entropy(
+    input: Tensor, target: Tensor, *, temperature: float = 1.0, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    r"""Log-probability of the target class and entropy of each row; both can be differentiated, in one backward.
+
+    .. math::
+        p_n = \mathrm{softmax}(x_n / T), \qquad \log p_{n y_n}, \qquad H_n = -\sum_c p_{nc} \log p_{nc}
+
+    .. math::
+        \frac{\partial \log p_y}{\partial x_c} = \frac{[c = y] - p_c}{T}, \qquad
+        \frac{\partial H}{\partial x_c} = -\frac{p_c (\log p_c + H)}{T}
+
+    It stands for ``log_softmax``, ``gather``, and a sum over ``exp`` times ``log_softmax``, and makes none of their arrays of
+    the size of the logits; the backward makes one, the gradient.
+
+    Parameters
+    ----------
+    input : Tensor, shape (C,), (N, C) or (N, C, d1, ...)
+        Logits x; float16, bfloat16, float32 or float64, any strides. May hold -inf, whose share of the entropy is 0.
+    target : Tensor of any integer dtype, shape (), (N,) or (N, d1, ...)
+        Class indices y.
+    temperature : float > 0
+        T.
+    ignore_index : int
+        Rows with this class index are skipped: both results and the gradient are 0.
+
+    Returns
+    -------
+    log_prob, entropy : Tensor of the shape of ``target``
+        In nats, in the dtype of ``input``; under autocast in float32 at least.
+
+    Raises
+    ------
+    IndexError, RuntimeError, TypeError, ValueError
+        As in `cross_entropy`; also for a temperature that is not above 0, and for class probabilities.
+
+    References
+    ----------
+    Williams, *Simple statistical gradient-following algorithms for connectionist reinforcement learning*, Machine Learning 8
+    (1992). Entropy as a bonus: Mnih et al., arXiv:1602.01783.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastxent.torch import log_prob_and_entropy
+    >>> logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0]], requires_grad=True)
+    >>> log_prob, entropy = log_prob_and_entropy(logits, torch.tensor([1, 2]))
+    >>> log_prob, entropy
+    (tensor([-0.1698, -1.4076], grad_fn=<...>), tensor([0.5242, 0.8324], grad_fn=<...>))
+    >>> (log_prob.sum() + 0.01 * entropy.sum()).backward()
+    >>> logits.grad
+    tensor([[-0.0413,  0.1548, -0.1134],
+            [-0.6671, -0.0881,  0.7553]])
+    """
+    if has_torch_function_variadic(input, target):
+        return handle_torch_function(
+            log_prob_and_entropy, (input, target), input, target, temperature=temperature, ignore_index=ignore_index
+        )
+    for name, t in {"input": input, "target": target}.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"log_prob_and_entropy(): argument '{name}' must be Tensor, not {type(t).__name__}")
+    if not (isinstance(temperature, (int, float)) and 0.0 < temperature < math.inf):
+        raise ValueError(f"temperature must be a number above 0. Got: {temperature}")
+    if target.is_floating_point():
+        raise TypeError("log_prob_and_entropy(): target holds class probabilities; it takes class indices")
+    options = Options(NONE, ignore_index, 0.0, 0.0, 0.0)
+    taken = not is_traced() and takes(input, target, None, None, options)
+    if not taken:  # PyTorch refuses what it would refuse of cross_entropy
+        with torch.no_grad():
+            stock(input, as_int64(target) if target.dtype in INTEGERS else target, None, options)
+    if not taken or must_be_formula(input, target):
+        return formula(input, target, temperature, ignore_index)
+    log_prob, entropy = operator(input, target, temperature, ignore_index)
+    dtype = loss_dtype(input, target, None)
+    return log_prob.to(dtype), entropy.to(dtype)
+
+
+def formula(input: Tensor, target: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Both as expressions of differentiable operators, in float32 at least."""
+    dim = 0 if input.dim() == 1 else 1
+    y = as_int64(target)
+    kept = y != ignore_index
+    x = input.to(torch.promote_types(input.dtype, torch.float32)) / temperature
+    x = torch.where(kept.unsqueeze(dim), x, 0.0)  # nothing of an ignored row leaks into its gradient
+    log_p = torch.log_softmax(x, dim)
+    log_prob = log_p.gather(dim, torch.where(kept, y, 0).unsqueeze(dim)).squeeze(dim)
+    terms = log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)
+    dtype = loss_dtype(input, target, None)
+    return torch.where(kept, log_prob, 0.0).to(dtype), torch.where(kept, -terms.sum(dim), 0.0).to(dtype)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The operators
+# ----------------------------------------------------------------------------------------------------
+
+
+Arguments = tuple[Tensor, Tensor, float, int]  # input, target, temperature, ignore_index
+
+
+def _run(task: str, call: _bridge.Call, temperature: float, ignore_index: int, g: Tensor | None = None, **more: Any) -> None:
+    """Run a task, whose ``more`` arguments are those of the argument block."""
+    x = call.x
+    strides = (x.stride(), (x if g is None else g).stride(), x.stride())
+    plan = _bridge.plan_of(task, x.shape, strides, call.axis, x.dtype, None, labelled=True, smooth=False, capped=False)
+    _, bad, _ = run.run(
+        task, plan, call.n_threads, x=x.data_ptr(), y=_bridge.address(call.y), g=_bridge.address(g), ignore=ignore_index,
+        temperature=temperature, **more,
+    )  # fmt: skip
+    if bad:
+        raise _bridge.out_of_bounds(call.target, x.shape[call.axis], ignore_index)
+
+
+def _value(input: Tensor, target: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
+    call = _bridge.prepare(input, target, None, None)
+    log_prob, entropy = (torch.zeros(call.rows, dtype=call.acc, device="cpu") for _ in range(2))
+    if input.numel() > 0:
+        at = {"loss": log_prob.data_ptr(), "entropy": entropy.data_ptr()}
+        _run("log_prob_and_entropy", call, temperature, ignore_index, None, **at)
+    return log_prob, entropy
+
+
+def _gradient(
+    of_log_prob: Tensor, of_entropy: Tensor, input: Tensor, target: Tensor, temperature: float, ignore_index: int
+) -> Tensor:
+    """What comes back for both, as a gradient of the input."""
+    result = _bridge.gradient_like(input)
+    if input.numel() == 0:
+        return result
+    call = _bridge.prepare(input, target, None, None)
+    for rows in (of_log_prob, of_entropy):
+        if rows.shape != call.rows:
+            raise RuntimeError(f"size mismatch (got rows: {list(call.rows)}, gradient: {list(rows.shape)})")
+    u, v = as_float64(of_log_prob), as_float64(of_entropy)
+    g = result if _bridge.lies_well(result, call.x, call.axis) else torch.empty_like(call.x)
+    weights = {"u": u.data_ptr(), "v": v.data_ptr(), "factor": 1.0 / temperature}
+    _run("log_prob_and_entropy_grad", call, temperature, ignore_index, g, **weights)
+    return result if g is result else result.copy_(g)
+
+
+def _value_fake(input: Tensor, target: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
+    if target.device != input.device:
+        raise RuntimeError(f"Expected all tensors to be on the same device, got {input.device} and {target.device}")
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    return input.new_empty(target.shape, dtype=dtype), input.new_empty(target.shape, dtype=dtype)
+
+
+def _gradient_fake(of_log_prob: Tensor, of_entropy: Tensor, input: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(input)
+
+
+def _context(ctx: Any, inputs: Arguments, output: tuple[Tensor, Tensor]) -> None:
+    input, target, *ctx.options = inputs
+    ctx.save_for_backward(input, target)
+    ctx.set_materialize_grads(True)
+
+
+def _backward(ctx: Any, of_log_prob: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    input, target = ctx.saved_tensors
+    none = (None,) * 3
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _differentiable((of_log_prob, of_entropy), input, target, *ctx.options), *none
+    return backward_operator(of_log_prob, of_entropy, input, target, *ctx.options), *none
+
+
+def _differentiable(gradients: Sequence[Tensor], input: Tensor, target: Tensor, *options: Any) -> Tensor:
+    """The gradient as a function that can be differentiated again."""
+    with torch.enable_grad():
+        results = [t.to(g.dtype) for t, g in zip(formula(input, target, *options), gradients, strict=True)]
+        (grad,) = torch.autograd.grad(results, input, gradients, create_graph=True)
+    return grad
+
+
+_NAME, _BACKWARD = "fastxent::log_prob_and_entropy", "fastxent::log_prob_and_entropy_backward"
+_ARGUMENTS = f"Tensor input, Tensor target, {schema('temperature', 'ignore_index')}"
+torch.library.define(_NAME, f"({_ARGUMENTS}) -> (Tensor, Tensor)")
+torch.library.define(_BACKWARD, f"(Tensor of_log_prob, Tensor of_entropy, {_ARGUMENTS}) -> Tensor")
+torch.library.impl(_NAME, "CPU", _value)
+torch.library.impl(_BACKWARD, "CPU", _gradient)
+torch.library.register_fake(_NAME, _value_fake)
+torch.library.register_fake(_BACKWARD, _gradient_fake)
+torch.library.register_autograd(_NAME, _backward, setup_context=_context)
+operator = torch.ops.fastxent.log_prob_and_entropy
+backward_operator = torch.ops.fastxent.log_prob_and_entropy_backward

@@ -1,0 +1,247 @@
+"""The room for calls that come again is optional: without it all results are the same. Its cache is bounded, its builtins take
+no argument on trust, and long calls let other threads go on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastxent as fx
+from fastxent._fastpath.array_calls import DenseCall
+from fastxent._fastpath.cache import CallCache, calls
+from fastxent._runtime import fastpath, run
+
+PACKAGE = Path(fx.__file__).parent
+with_fast_path = pytest.mark.skipif(not fastpath.ENABLED, reason="the fast path is off")
+
+
+def arrays(shape: tuple[int, int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(shape).astype(np.float32), rng.integers(0, shape[1], shape[0])
+
+
+# ----------------------------------------------------------------------------------------------------
+# The room may be missing
+# ----------------------------------------------------------------------------------------------------
+
+CALLS = """
+import sys
+import numpy as np
+import fastxent as fx
+digest = []
+rng = np.random.default_rng(0)
+def arrays(n):
+    return rng.standard_normal((n, 10)).astype("f4"), rng.integers(0, 10, n)
+for n in (40, 3, 40, 200, 3):
+    x, y = arrays(n)
+    for options in ({}, {"label_smoothing": 0.1}, {"reduction": "sum", "ignore_index": 2}):
+        loss, g = fx.cross_entropy_value_and_grad(x, y, **options)
+        digest += [fx.cross_entropy(x, y, **options), loss, g.sum(), g.std()]
+if sys.argv[1] == "torch":
+    import torch, fastxent.torch as ft
+    for n in (40, 3, 40, 200, 3):
+        x, y = map(torch.from_numpy, arrays(n))
+        x.requires_grad_()
+        for reduction in ("mean", "none"):
+            loss = ft.cross_entropy(x, y, reduction=reduction)
+            g, = torch.autograd.grad(loss.sum(), x)
+            digest += [loss.sum().item(), g.sum().item(), g.std().item(), ft.cross_entropy(x.detach(), y).item()]
+        with ft.installed():
+            digest.append(torch.nn.functional.cross_entropy(x, y).item())
+from fastxent._runtime import fastpath
+assert fastpath.ENABLED == any(name.startswith("fastxent._fastpath") for name in sys.modules)
+print(fastpath.ENABLED, [float(number).hex() for number in digest])
+"""
+
+
+def digest_of(root: Path, what: str, **environment: str) -> tuple[str, str]:
+    """Has it a fast path?; results, bit by bit."""
+    command = [sys.executable, "-W", "error", "-c", CALLS, what]
+    settings = {name: value for name, value in os.environ.items() if name != "FASTXENT_FASTPATH"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=root, env=settings | {"PYTHONPATH": str(root)} | environment, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    enabled, _, digest = done.stdout.partition(" ")
+    return enabled, digest
+
+
+@pytest.mark.parametrize("what", ["NumPy", "torch"])
+def test_without_the_room_results_are_the_same(what, tmp_path):
+    if what == "torch":
+        pytest.importorskip("torch")
+    shutil.copytree(PACKAGE, tmp_path / "fastxent", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.rmtree(tmp_path / "fastxent" / "_fastpath")
+    want = digest_of(PACKAGE.parent, what)
+    assert want[0] == "True"
+    assert digest_of(PACKAGE.parent, what, FASTXENT_FASTPATH="0") == ("False", want[1])
+    assert digest_of(tmp_path, what) == ("False", want[1])
+
+
+# ----------------------------------------------------------------------------------------------------
+# The call cache
+# ----------------------------------------------------------------------------------------------------
+
+
+def test_the_oldest_goes_first():
+    cache = CallCache(most=3)
+    for nth in range(5):
+        cache.store(nth, str(nth))
+    assert cache.keys() == [2, 3, 4] and cache.lookup(1) is None and cache.lookup(4) == "4"
+    cache.store(3, "new")
+    assert cache.keys() == [2, 3, 4] and cache.lookup(3) == "new"
+    with pytest.raises(TypeError):
+        cache.lookup([1])
+    cache.clear()
+    assert len(cache) == 0 and cache.lookup(4) is None
+
+
+def test_threads_store_while_others_look_up():
+    cache, failed = CallCache(most=50), []
+
+    def work(seed: int) -> None:
+        try:
+            for nth in np.random.default_rng(seed).integers(0, 200, 20_000).tolist():
+                if cache.lookup(nth) not in (None, -nth):
+                    failed.append(nth)
+                cache.store(nth, -nth)
+        except Exception as error:
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert not failed and len(cache) == 50
+
+
+# ----------------------------------------------------------------------------------------------------
+# Builtins
+# ----------------------------------------------------------------------------------------------------
+
+
+@with_fast_path
+def test_another_number_of_arguments_is_refused():
+    calls.clear()
+    x, y = arrays((6, 4))
+    loss = fx.cross_entropy(x, y)
+    (call,) = (call for call in map(calls.lookup, calls.keys()) if isinstance(call, DenseCall))
+    good: tuple[Any, ...] = (1, x, y, x, (-1, -100, 0.0, "mean"))
+    assert np.float32(call.run(*good)) == loss
+    for bad in ((), good[:1], good[:4], (*good, None), (0, *good[1:]), ("1", *good[1:]), (None, *good[1:])):
+        with pytest.raises(TypeError):
+            call.run(*bad)
+    for options in ((), good[4][:3], (*good[4], 1), list(good[4]), None, 3):
+        assert call.run(*good[:4], options) is False
+
+
+@with_fast_path
+def test_another_number_of_tensors_is_refused():
+    torch = pytest.importorskip("torch")
+    from fastxent._fastpath.front_end import objects
+    from fastxent.torch import _calls, cross_entropy
+
+    if objects.c_interface() is None:
+        pytest.skip("there is no builtin for tensors")
+    calls.clear()
+    x, y = map(torch.from_numpy, arrays((6, 4)))
+    for _ in range(2):
+        want = cross_entropy(x, y)
+    (call,) = {call for call in map(calls.lookup, calls.keys()) if isinstance(call, _calls.Call)}
+    loss = torch.zeros(())
+    assert call.value(1, loss, x, x, y) == 1 and loss == want
+    assert call.value(1, loss, x, x, y, None, None, None, None) == 1 and loss == want
+    for bad in ((), (1,), (1, loss, x, x), (1, loss, x, x, y, *[None] * 5), (0, loss, x, x, y), (None, loss, x, x, y)):
+        with pytest.raises(TypeError):
+            call.value(*bad)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The GIL
+# ----------------------------------------------------------------------------------------------------
+
+LONG, SHORT = [(200_000, 2), (1000, 400)], [(6, 4), (64, 300)]
+
+
+def seen_while(shape: tuple[int, int]) -> set[bool]:
+    """What another thread sees while calls are made: is a task run without the GIL?"""
+    x, y = arrays(shape)
+    out = np.empty_like(x)
+    fx.cross_entropy_value_and_grad(x, y, out=out, n_threads=1)
+    seen: set[bool] = set()
+    enough = threading.Event()
+
+    def look() -> None:
+        while not enough.is_set():
+            seen.add(run._State.released.value != 0)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for _ in range(200):
+        fx.cross_entropy_value_and_grad(x, y, out=out, n_threads=1)
+        if True in seen:
+            break
+    enough.set()
+    thread.join()
+    return seen
+
+
+@with_fast_path
+@pytest.mark.parametrize("shape", LONG, ids=str)
+def test_other_threads_go_on_while_a_long_call_runs(shape):
+    assert True in seen_while(shape)
+    assert run._State.released.value == 0
+
+
+@pytest.mark.parametrize("shape", SHORT, ids=str)
+def test_short_calls_hold_the_gil(shape):
+    assert True not in seen_while(shape)
+
+
+@with_fast_path
+def test_long_and_short_calls_of_one_family_at_once():
+    """A block that is in use is left alone, and so are its tiles."""
+    cases = [arrays(shape, seed) for seed in range(2) for shape in [*LONG, *SHORT]]
+    want = [fx.cross_entropy_value_and_grad(x, y, n_threads=1) for x, y in cases]
+    wrong: list[Any] = []
+
+    def work(seed: int) -> None:
+        for nth in np.random.default_rng(seed).integers(0, len(cases), 60).tolist():
+            loss, g = fx.cross_entropy_value_and_grad(*cases[nth], n_threads=1 + seed % 2)
+            if loss != want[nth][0] or not np.array_equal(g, want[nth][1]):
+                wrong.append(nth)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and run._State.released.value == 0
+
+
+FORKED = """
+import os
+from fastxent._runtime import run
+run._State.released.value = 7
+if os.fork() == 0:
+    os._exit(run._State.released.value)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_forked_child_waits_for_no_task_of_its_parent():
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "0\n", done.stderr
