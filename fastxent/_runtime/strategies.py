@@ -1,4 +1,4 @@
-"""The table of strategies: every combination of layout, schedule and storage that `plan.strategy` chooses, and why there is one.
+"""The table of strategies: every combination of layout, schedule and storage that `plan.strategy` chooses, and why.
 
 A test holds the two against each other: each entry is chosen for some shape, and no shape is given anything else.
 """

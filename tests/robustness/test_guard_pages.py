@@ -152,7 +152,7 @@ def torch_calls() -> None:
 
 
 def run(function: str, *arguments: object) -> int:
-    code = f"import test_guard_pages as t; t.{function}(*{arguments!r})"
+    code = f"from tests.robustness import test_guard_pages as t; t.{function}(*{arguments!r})"
     return int(run_script(code, PYTHONPATH=os.pathsep.join(sys.path), PYTHONFAULTHANDLER="1", timeout=3000))
 
 

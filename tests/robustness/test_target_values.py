@@ -36,7 +36,7 @@ BEYOND_INT64 = [2**63, 2**63 + 1, 2**64 - 100, 2**64 - 1]
 
 
 def run(function: str) -> int:
-    code = f"import test_target_values as t; t.{function}()"
+    code = f"from tests.robustness import test_target_values as t; t.{function}()"
     return int(run_script(code, PYTHONPATH=os.pathsep.join(sys.path), PYTHONFAULTHANDLER="1"))
 
 

@@ -74,6 +74,21 @@ def test_in_place_and_as_a_module():
     assert torch.equal(ft.cross_entropy(leaf * 1, y, reduction="sum", inplace=True, **options), loss)
 
 
+def test_log_prob_and_entropy():
+    x, y, _ = make_case(torch.float32, (ROWS, CLASSES), "ignore")
+    results = []
+    for ours in (True, False):
+        v = x.clone().requires_grad_()
+        if ours:
+            log_prob, entropy = ft.log_prob_and_entropy(v, y, temperature=0.7, ignore_index=-100)
+        else:
+            log_p = torch.log_softmax(v / 0.7, 1)
+            log_prob = torch.where(y == -100, 0, log_p.gather(1, y.clamp(0)[:, None])[:, 0])
+            entropy = torch.where(y == -100, 0, torch.special.entr(log_p.exp()).sum(1))
+        results.append((log_prob.detach(), entropy.detach(), torch.autograd.grad((log_prob + 0.1 * entropy).sum(), v)[0]))
+    torch.testing.assert_close(*results)
+
+
 def test_installed():
     x, y, _ = make_case(torch.float32, (ROWS, CLASSES))
     x.requires_grad_()
@@ -96,4 +111,5 @@ def test_every_option_is_here():
     }
     assert set(inspect.signature(ft.cross_entropy).parameters) == here
     assert set(inspect.signature(ft.CrossEntropyLoss).parameters) == here - {"input", "target", "sample_weight"}
-    assert set(ft.__all__) == {"CrossEntropyLoss", "cross_entropy", "install", "installed", "uninstall"}
+    assert set(inspect.signature(ft.log_prob_and_entropy).parameters) == {"input", "target", "temperature", "ignore_index"}
+    assert set(ft.__all__) == {"CrossEntropyLoss", "cross_entropy", "install", "installed", "log_prob_and_entropy", "uninstall"}
