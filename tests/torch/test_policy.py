@@ -11,6 +11,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fastxent.torch import log_prob_and_entropy
 from fastxent.torch._policy import decomposition
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
+]
 SHAPES = [(33, 10), (40, 1000), (2, 5, 4, 6)]
 
 
@@ -47,7 +52,7 @@ def test_no_worse_than_the_formula(shape, dtype):
         loss_of(result).backward()
     for a, b, t in zip((*results[0], ours.grad), (*results[1], stock.grad), (*results[2], truth.grad), strict=True):
         assert a.dtype == dtype
-        ulp = torch.finfo(dtype).eps * t.abs().max()
+        ulp = torch.finfo(dtype).eps * t.abs().max() * (8 if dtype == torch.float64 else 1)  # of float64, the truth has errors
         assert (a - t).abs().max() <= (b - t).abs().max() + ulp
     assert not ours.grad.movedim(1, -1).reshape(-1, shape[1])[2].any()
 
