@@ -77,7 +77,7 @@ def test_units_cover_all_rows_once(shape):
         assert p.n_units == rows * now["n_segments"]
         assert (now["n_vectors"] - 1) * LANES < shape[1] <= now["n_vectors"] * LANES
     else:
-        inner, panel = p.axes[0], now["panel"]
+        inner, panel = p.axes[0].extent, now["panel"]
         assert (now["units_per_line"] - panel) * LANES < inner <= now["units_per_line"] * LANES
         assert p.n_units == now["units_per_line"] * (rows // inner)
         assert now["units_per_line"] % panel == 0 and now["chunk"] % panel == 0
