@@ -39,8 +39,10 @@ def entries_of(openmp: ctypes.CDLL | None) -> tuple[int, int]:
 @lru_cache(maxsize=2)
 def _find_openmp(with_torch: bool) -> ctypes.CDLL | None:
     candidates: list[str | None] = ["libgomp.so.1"]
-    if with_torch:
-        candidates.insert(0, None)  # symbols that the process has loaded globally, as PyTorch loads its libgomp
+    if with_torch:  # a handle finds what PyTorch's own library depends on; None what the process has loaded globally
+        with suppress(AttributeError):  # PyTorch is being imported
+            candidates.insert(0, sys.modules["torch"]._C.__file__)
+        candidates.insert(-1, None)
     for name in candidates:
         try:
             library = ctypes.CDLL(name)
