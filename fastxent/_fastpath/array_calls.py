@@ -147,12 +147,13 @@ def store(
     task = PackedTask(name, plan, average=options[-1] == "mean", **p.fields)
     calls.store(_exact_key(name, x, target, out, options), ExactCall(task, p.acc.type, x.nbytes, target.nbytes, p.axis))
     if task.direct and x.flags.c_contiguous and (g is None or g.flags.c_contiguous):
-        _store_dense(task, plan, p, target, options)
+        _store_dense(task, plan, p, options)
 
 
-def _store_dense(task: PackedTask, plan: Plan, p: Problem, target: Array, options: tuple[Any, ...]) -> None:
+def _store_dense(task: PackedTask, plan: Plan, p: Problem, options: tuple[Any, ...]) -> None:
     key = task.name, *options, p.x.dtype, p.x.ndim
-    types, dtypes = tuple(map(type, options)), (p.x.dtype, target.dtype)
+    # NumPy's own objects: those of unpickled arrays, say, are equal to them and not the same, and others would find them here
+    types, dtypes = tuple(map(type, options)), (np.dtype(p.x.dtype.type), np.dtype(np.int64))
     dense = calls.lookup(key)
     if dense is not None and dense.option_types == types:
         dense.family.meet(plan)

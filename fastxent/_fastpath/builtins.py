@@ -62,26 +62,33 @@ def tensors_builtin(task: Task, operands: Operands, is_double: bool, n_narrow: i
 
 def team(n_threads: int | None = None) -> int:
     """Threads for a call that a builtin runs; 0: it has to go the longer way."""
-    if _State.openmp is not (openmp := threads._openmp()):  # PyTorch has come
-        _use_openmp()
+    openmp = threads._openmp()
+    if _State.openmp is not openmp and not _use_openmp(openmp):  # PyTorch has come
+        return 0
     return run.team_at_once(n_threads, openmp)
 
 
-def _use_openmp() -> None:
-    _State.openmp = openmp = threads._openmp()
-    _process[[words.PARALLEL, words.THREAD_NUMBER]] = threads.entries_of(openmp)
+def _use_openmp(openmp: ctypes.CDLL | None) -> bool:
+    """Not while a task runs without the GIL: it may have read one of the two words. Only what an interrupt has not kept from
+    being written is remembered."""
+    if run._State.released.value != 0:
+        return False
+    entries = threads.entries_of(openmp)
+    _process[[words.PARALLEL, words.THREAD_NUMBER]] = entries
+    _State.openmp = openmp
+    return True
 
 
 def _filled() -> Words:
     """The process's words. Whoever fills them meanwhile writes the same, but for tiles, which are as good."""
     if _process[words.LAUNCH] == 0:
         held, released = (run.tiles_for(threads.MOST_THREADS) for _ in range(2))
-        _owners.extend((held, released))
+        _owners.extend((held, released, run._State.released))
         functions = (
             "PyEval_SaveThread", "PyEval_RestoreThread", "PyErr_BadArgument", "PyFloat_FromDouble", "PyBool_FromLong",
             "PyLong_FromLongLong", "PyLong_AsLongLong",
         )  # fmt: skip
-        _use_openmp()
+        _use_openmp(threads._openmp())
         _process[words.HELD_TILES : words.TENSOR_HANDLE] = (
             held[1], released[1], run.released_at(), *map(_address_of, functions),
             *map(id, (np.ndarray, None)),
@@ -91,9 +98,14 @@ def _filled() -> Words:
 
 
 def _builtin(name: str, call: Words) -> Callable[..., Any]:
+    return _new()(ctypes.addressof(_definition(name)), call, None)
+
+
+@lru_cache
+def _new() -> Callable[..., Callable[..., Any]]:
+    """Once: each prototype is a new class, which only the garbage collector frees."""
     prototype = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
-    new: Callable[..., Callable[..., Any]] = prototype(("PyCFunction_NewEx", ctypes.pythonapi))
-    return new(ctypes.addressof(_definition(name)), call, None)
+    return prototype(("PyCFunction_NewEx", ctypes.pythonapi))
 
 
 @lru_cache

@@ -15,8 +15,8 @@ class CallCache:
     """Calls by their keys, at most so many: the oldest goes first. Threads may look up and store at once, and so may signal
     handlers: each step is one that Python does not interrupt."""
 
-    def __init__(self, most: int = 4096) -> None:
-        self.most = most
+    def __init__(self, most: int = 1024) -> None:
+        self.most = most  # a call has two or three keys, and families of 130 KB: together they take some 100 MB at most
         self._calls: OrderedDict[Hashable, Any] = OrderedDict()
         # The call with this key, or None; a TypeError for a key that has no hash. Without a frame of its own: it takes 50 ns.
         self.lookup: Callable[[Hashable], Any] = self._calls.get

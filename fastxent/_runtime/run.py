@@ -217,8 +217,11 @@ def _useful(plan: Plan) -> int:
 
 
 def _allowed(team: int) -> int:
-    """Return the size of a team, limited by the CPUs; a team small enough for one CPU saves a system call."""
-    return team if team <= MOST_THREADS_A_CPU else min(team, MOST_THREADS_A_CPU * threads.available_cpus())
+    """Return the size of a team, limited by the CPUs and the tiles; a team small enough for one CPU saves a system call.
+
+    Python can be told of fewer CPUs than the process may use (``-X cpu_count``), and of these there are tiles.
+    """
+    return team if team <= MOST_THREADS_A_CPU else min(team, MOST_THREADS, MOST_THREADS_A_CPU * threads.available_cpus())
 
 
 def team_at_once(n_threads: int | None, openmp: ctypes.CDLL | None) -> int:

@@ -6,6 +6,7 @@ Class indices are never taken on trust: the task checks them, before it writes a
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -59,10 +60,12 @@ class Call:
         self, tasks: Tasks, options: Options, input: Tensor, target: Tensor, weight: Tensor | None, loss: Tensor,
         in_place: bool, form: Form | None,
     ) -> None:  # fmt: skip
-        self.value: Run = partial(self._first_run, "value", tasks.value)
-        self.gradient: Run = partial(self._first_run, "gradient", tasks.gradient)
+        # Nothing that a call has refers to it: one that leaves the cache is freed at once, and its families are 130 KB each
+        me = weakref.ref(self)
+        self.value: Run = partial(_first_run, me, "value", tasks.value)
+        self.gradient: Run = partial(_first_run, me, "gradient", tasks.gradient)
         if tasks.rows is not None:
-            self.rows: Run = partial(self._first_run, "rows", tasks.rows)
+            self.rows: Run = partial(_first_run, me, "rows", tasks.rows)
         self.form = form
         # In C order or not, where more than one form has the same guard: with two axes there is one
         self.in_order = None if form is None or form[0] < 3 else not form[2]
@@ -82,7 +85,6 @@ class Call:
         )  # fmt: skip
         # Float32 class weights are widened where the task is run
         self.n_narrow = 0 if weight is None or weight.dtype != torch.float32 or not weight.is_contiguous() else weight.numel()
-        self.state: NodeState = (options, False, self)
         self.key = key(input, target, weight, options, form)
         self.guards: dict[bool, Guard] = {}  # of logits that require a gradient, and of those that do not
 
@@ -92,12 +94,6 @@ class Call:
         if differentiable not in self.guards:
             self.guards[differentiable] = guard(*given(input, target, weight), free=2 if self.form else 0)
         return self.guards[differentiable]
-
-    def _first_run(self, which: str, task: PackedTask, team: int, *tensors: Tensor | None) -> int:
-        """Only a task that is run is compiled."""
-        run = _ready(task, self, which)
-        setattr(self, which, run)
-        return run(team, *tensors)
 
     def team(self, input: Tensor) -> int | None:
         """Threads for a call that is not small; 0: it has to go the longer way; None: that is for others."""
@@ -180,6 +176,10 @@ class PlainCall(Call):
 
     `loss_of` is in as few words as can be: of a call of 5 microseconds that is one."""
 
+    def __init__(self, tasks: Tasks, options: Options, *more: Any) -> None:
+        super().__init__(tasks, options, *more)
+        self.state: NodeState = (options, False, None)  # its backward needs no call
+
     def loss_of(self, input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) -> Tensor | None:
         if inplace:
             return super().loss_of(input, target, weight, inplace)
@@ -212,6 +212,15 @@ def plan_of(task: str, input: Tensor, target: Tensor, labelled: bool, options: O
         task, input.shape, (input.stride(), g.stride(), t.stride()), min(1, input.dim() - 1), input.dtype,
         None if labelled else target.dtype, labelled, labelled and options.label_smoothing > 0, options.softcap != 0,
     )  # fmt: skip
+
+
+def _first_run(of: Callable[[], Call | None], which: str, task: PackedTask, team: int, *tensors: Tensor | None) -> int:
+    """Only a task that is run is compiled."""
+    call = of()
+    assert call is not None  # the caller has it
+    run = _ready(task, call, which)
+    setattr(call, which, run)
+    return run(team, *tensors)
 
 
 def _ready(task: PackedTask, call: Call, which: str) -> Run:

@@ -3,11 +3,14 @@ no argument on trust, and long calls let other threads go on."""
 
 from __future__ import annotations
 
+import gc
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import fastxent as fx
 from fastxent._fastpath import array_calls
 from fastxent._fastpath.array_calls import DenseCall
 from fastxent._fastpath.cache import CallCache, calls
-from fastxent._runtime import fastpath, run
+from fastxent._runtime import fastpath, run, threads
 
 PACKAGE = Path(fx.__file__).parent
 with_fast_path = pytest.mark.skipif(not fastpath.ENABLED, reason="the fast path is off")
@@ -119,18 +122,66 @@ def test_threads_store_while_others_look_up():
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
     sys.setswitchinterval(interval)
     assert not failed and len(cache) == 50
+
+
+@with_fast_path
+@pytest.mark.parametrize("what", ["NumPy", "torch"])
+def test_what_leaves_the_cache_is_freed_at_once(what):
+    """A family is 130 KB that the garbage collector does not count; and some turn it off."""
+    calls.clear()
+    x, y = arrays((6, 4))
+    if what == "torch":
+        torch = pytest.importorskip("torch")
+        from fastxent.torch import cross_entropy
+
+        x, y = torch.from_numpy(x).requires_grad_(), torch.from_numpy(y)
+        weight = torch.ones(4)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            if what == "torch":
+                cross_entropy(x, y).backward()  # its value is never run
+                cross_entropy(x, y, weight, reduction="none").sum().backward()
+            else:
+                fx.cross_entropy_value_and_grad(x, y)
+        stored = [weakref.ref(found.family if isinstance(found, DenseCall) else found) for found in set(values_of_calls())]
+        assert stored
+        calls.clear()
+        assert not any(call() for call in stored)
+    finally:
+        gc.enable()
+
+
+def values_of_calls() -> list[Any]:
+    """Stored calls, but for those that hold nothing but a task of Python's."""
+    found = [calls.lookup(key) for key in calls.keys()]
+    found = [call[1] if type(call) is tuple else call for call in found if call]
+    return [call for call in found if isinstance(call, DenseCall) or hasattr(call, "guards")]
 
 
 # ----------------------------------------------------------------------------------------------------
 # Builtins
 # ----------------------------------------------------------------------------------------------------
+
+
+@with_fast_path
+def test_arrays_whose_dtypes_are_equal_but_not_the_same_leave_the_builtin_to_others(monkeypatch):
+    calls.clear()
+    x, y = arrays((6, 4))
+    odd = pickle.loads(pickle.dumps(x))
+    assert odd.dtype is not x.dtype
+    want = fx.cross_entropy(odd, y)
+    assert fx.cross_entropy(x, y.astype(np.longlong)) == want
+    monkeypatch.setattr(array_calls, "_exact_key", None)
+    assert fx.cross_entropy(x, y) == want
 
 
 @with_fast_path
@@ -180,6 +231,45 @@ def test_another_number_of_tensors_is_refused():
     for bad in ((), (1,), (1, loss, x, x), (1, loss, x, x, y, *[None] * 5), (0, loss, x, x, y), (None, loss, x, x, y)):
         with pytest.raises(TypeError):
             call.value(*bad)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Teams
+# ----------------------------------------------------------------------------------------------------
+
+
+def test_each_thread_of_a_team_has_a_tile(monkeypatch):
+    """``python -X cpu_count=1`` tells Python of fewer CPUs than the process may use."""
+    monkeypatch.setattr(threads, "available_cpus", lambda: 10_000)
+    assert run._allowed(10_000) == threads.MOST_THREADS
+
+
+@with_fast_path
+def test_an_openmp_runtime_that_comes_later_is_used_whole_or_not_at_all(monkeypatch):
+    from fastxent._fastpath import builtins
+    from fastxent._fastpath.front_end import words
+
+    if (now := threads._openmp()) is None:
+        pytest.skip("there is no OpenMP runtime")
+    fx.cross_entropy(*arrays((6, 4)))
+    entries = threads.entries_of(now)
+    where = [words.PARALLEL, words.THREAD_NUMBER]
+    monkeypatch.setattr(builtins._State, "openmp", None)
+    builtins._process[where] = 0  # as if there had been none
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threads, "entries_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            builtins.team(2)
+    try:
+        run._State.released.value = 7  # a task that may have read one word, and not the other
+        assert builtins.team(2) == 0 and not builtins._process[where].any()
+    finally:
+        run._State.released.value = 0
+    assert builtins.team(2) == 2 and tuple(builtins._process[where]) == entries
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -237,11 +327,11 @@ def test_long_and_short_calls_of_one_family_at_once():
             if loss != want[nth][0] or not np.array_equal(g, want[nth][1]):
                 wrong.append(nth)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
     assert not wrong and run._State.released.value == 0
 
 
