@@ -204,6 +204,9 @@ def _both(row: str, case: Case, must: float, aim: float | None) -> Iterator[Bar]
 
 
 def _variant(case: Case) -> Iterator[Bar]:
+    if case.option == "policy":
+        yield Bar("policy", f"torch, {case.shape}, {case.dtype}", speedup(case.key, TORCH, TORCH_PEERS), 4, None)
+        return
     half = case.dtype != HEADLINE.dtype
     row = case.dtype if half else case.option
     ours = TORCH if case.option == "z-loss" else OUT
@@ -222,7 +225,7 @@ def _variant(case: Case) -> Iterator[Bar]:
 
 def beside(case: Case) -> list[tuple[str, Case]]:
     """Whom the bars compare a case with, other than the answers to the case itself."""
-    if case.mode != GRAD or case not in VARIANTS:
+    if case.mode != GRAD or case not in VARIANTS or case.option == "policy":
         return []
     return [(TORCH if case.option == "z-loss" else OUT, HEADLINE)]
 

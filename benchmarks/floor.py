@@ -149,7 +149,7 @@ class Floor:
         self.block = ctypes.create_string_buffer(abi.BLOCK.size)
         abi.BLOCK.pack_into(self.block, 0, *(fields.get(field, 0) for field, _ in abi.FIELDS))
         variant = Variant("f32", target="f32" if soft else None)
-        plan = Plan(variant, (), (), n_units, n_chunks, case.logit_bytes // 4)
+        plan = Plan(variant, abi.Planned(*[0] * len(abi.PLANNED)), (), n_units, n_chunks, case.logit_bytes // 4)
         self.launch: Callable[[str], object] = lambda task: run._launch(kernel(task, variant), self.block, plan, n_threads)
         self.bytes_moved = read_bytes * (1 + soft) + (case.logit_bytes if case.mode == GRAD else 0)
         self.task, *others = TASKS_OF[which]

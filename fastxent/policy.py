@@ -70,7 +70,7 @@ def log_prob_and_entropy(
     >>> import fastxent as fx
     >>> log_prob, entropy = fx.log_prob_and_entropy([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0]], [1, 2])
     >>> log_prob.round(4), entropy.round(4)
-    (array([-0.1698, -1.4076]), array([0.5242, 0.8324]))
+    (array([-0.1698, -1.4076]), array([0.5243, 0.8324]))
     """
     temperature = checked("temperature", temperature)
     p = problem(logits, target, axis, None, None, ignore_index, 0.0, n_threads)

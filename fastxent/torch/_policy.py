@@ -70,8 +70,8 @@ def log_prob_and_entropy(
     >>> from fastxent.torch import log_prob_and_entropy
     >>> logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0]], requires_grad=True)
     >>> log_prob, entropy = log_prob_and_entropy(logits, torch.tensor([1, 2]))
-    >>> log_prob, entropy
-    (tensor([-0.1698, -1.4076], grad_fn=<...>), tensor([0.5242, 0.8324], grad_fn=<...>))
+    >>> log_prob.detach(), entropy.detach()
+    (tensor([-0.1698, -1.4076]), tensor([0.5243, 0.8324]))
     >>> (log_prob.sum() + 0.01 * entropy.sum()).backward()
     >>> logits.grad
     tensor([[-0.0413,  0.1548, -0.1134],

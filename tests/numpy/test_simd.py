@@ -174,6 +174,6 @@ def test_hot_loops_are_packed_and_call_nothing(class_lanes):
     # Not in the assembly: there a call names a register, and no function.
     functions = binding.parse_assembly(library.get_llvm_str()).functions
     there = {function.name for function in functions if not function.is_declaration}
-    assert symbol in there and all("_kernels5steps6kernel" in name or name.startswith("store_first_") for name in there)
+    assert symbol in there and all("_kernels5entry6kernel" in name or name.startswith("store_first_") for name in there)
     called = {function.name for function in functions if function.is_declaration}
     assert all(name.startswith("llvm.") and "exp" not in name for name in called)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastxent as fx
-from fastxent._codegen import registry
+from fastxent._abi.variant import Schedule
 from fastxent._runtime import plan
 from tests.helpers.cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from tests.numpy.test_large import aligned, planned_with
@@ -106,14 +106,13 @@ def test_a_gradient_with_gaps(shape, around, all_is_large):
 def test_what_overlaps():
     """Past the cache, of 8 classes and more, if a line has strips that follow each other."""
 
-    def variant(shape):
+    def variant(shape, task="value_and_grad"):
         steps = tuple(int(s) for s in np.empty(shape, np.uint8).strides)
         strides = tuple(4 * s for s in steps)
-        return plan.make_plan(shape, (strides,) * 3, 1, "f32", labelled=True).variant
+        return plan.make_plan(task, shape, (strides,) * 3, 1, "f32", labelled=True).variant
 
-    assert variant((16, 150, 128, 128)).overlapped
-    assert not variant((1, 150, 128, 128)).overlapped
-    assert not variant((512, 7, 128, 128)).overlapped
-    assert not variant((4096, 64, 16, 16)).overlapped
-    one = registry.kernel("logsumexp", variant((16, 150, 128, 128)))
-    assert one is registry.kernel("logsumexp", variant((16, 150, 128, 128))._replace(overlapped=False))
+    assert variant((16, 150, 128, 128)).schedule == Schedule.PANELS_OVERLAPPED
+    assert variant((1, 150, 128, 128)).schedule != Schedule.PANELS_OVERLAPPED
+    assert variant((512, 7, 128, 128)).schedule != Schedule.PANELS_OVERLAPPED
+    assert variant((4096, 64, 16, 16)).schedule != Schedule.PANELS_OVERLAPPED
+    assert variant((16, 150, 128, 128), "logsumexp").schedule == Schedule.ONE_BY_ONE

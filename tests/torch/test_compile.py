@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastxent.torch as fxt
-from fastxent.torch import CrossEntropyLoss, cross_entropy
+from fastxent.torch import CrossEntropyLoss, cross_entropy, log_prob_and_entropy
 from tests.helpers.cases import REDUCTIONS, Case
 from tests.helpers.launches import counted
 from tests.helpers.opponent import torch_loss
@@ -321,6 +321,10 @@ def recorded() -> list[tuple]:
                     for reduction in REDUCTIONS:
                         step(ours, case, reduction)
                         ours(case.logits, case.target, case.options, reduction)
+        for dtype in (torch.float32, torch.bfloat16):
+            case = make_case(dtype, (5, 60), "ignore")
+            leaf = case.logits.requires_grad_()
+            sum(t.sum() for t in log_prob_and_entropy(leaf, case.target, temperature=0.7)).backward()
     return record.calls
 
 
