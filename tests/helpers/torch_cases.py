@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import cases, truth
-from tests.helpers.cases import Case
+from tests.helpers.cases import Case, make_rng
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -82,12 +82,35 @@ def convert(case: Case, dtype: Callable[[Tensor], torch.dtype]) -> Case:
 
 def make_case(dtype: torch.dtype, shape: tuple[int, ...], option: str = "index", size: float = 3.0) -> Case:
     """Logits of `shape` (N, C, ...) or (C,), contiguous, and all that floats in `dtype`. Not all rows are ignored."""
-    classes, *rows = (shape[1], shape[0], *shape[2:]) if len(shape) > 1 else shape
-    case = convert(as_tensors(cases.make_case(cases.FLOAT64, (*rows, classes), option, size)), lambda t: dtype)
-    case = Case(case.logits.contiguous(), case.target.contiguous(), case.options)
-    if "ignore" in option.split():
-        case.target.view(-1)[0] = classes - 1
-    return case
+    rng, words = make_rng(str(dtype), shape, option, size), option.split()
+    axis = min(1, len(shape) - 1)
+    rows, classes = shape[:axis] + shape[axis + 1 :], shape[axis]
+
+    def floats(a: Any) -> Tensor:
+        return torch.tensor(np.asarray(a, np.float64)).to(dtype)
+
+    x = floats(size * rng.standard_normal(shape))
+    target = torch.tensor(rng.integers(0, max(classes, 1), rows))
+    options: dict[str, Any] = {}
+    if "weight" in words:
+        options["weight"] = floats(rng.uniform(0.5, 2, classes))
+    if "ignore" in words:
+        target[torch.tensor(rng.random(rows) < 0.25)] = -100
+        target.view(-1)[0] = classes - 1
+    if "smoothing" in words:
+        options["label_smoothing"] = 0.1
+    if "sample_weight" in words:
+        options["sample_weight"] = floats(rng.uniform(0, 2, rows))
+    if "z_loss" in words:
+        options["z_loss"] = cases.Z_LOSS
+    if "softcap" in words:
+        options["softcap"] = cases.SOFTCAP
+    if "probabilities" in words:
+        t = rng.dirichlet(np.full(classes, 0.5), rows)
+        if "unnormalised" in words:  # nobody says that they must add up to 1
+            t = t * rng.uniform(0, 3, (*t.shape[:-1], 1))
+        target = floats(np.moveaxis(t, -1, axis))
+    return Case(x, target, options)
 
 
 def make_truth(case: Case, reduction: str) -> truth.Truth:

@@ -68,7 +68,7 @@ FEWER_EXTRAS = ["weight ignore sample_weight", "ignore z_loss softcap", EXTRAS[-
     ("dtype", "option"), [(d, o) for d in DTYPES for o in (EXTRAS if d == torch.float32 else FEWER_EXTRAS)], ids=str
 )
 def test_extras(dtype, option):
-    check(*(make_case(dtype, shape, option) for shape in [(5, 3), (33, 17), (40, 17), (400, 17), (9, 100), (20, 100)]))
+    check(*(make_case(dtype, shape, option) for shape in [(5, 3), (33, 17), (40, 17), (9, 100), (20, 100)]))
 
 
 @pytest.mark.parametrize("option", EXTRAS)
@@ -106,7 +106,7 @@ def test_strided_target_weight_and_sample_weight():
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e2, 1e4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_magnitudes(dtype, size, option):
-    check(*(make_case(dtype, shape, option, size) for shape in [(5, 3), (33, 17), (400, 17), (9, 100), (20, 100)]))
+    check(*(make_case(dtype, shape, option, size) for shape in [(5, 3), (33, 17), (9, 100), (20, 100)]))
 
 
 @pytest.mark.parametrize("option", ["index", "weight ignore", "sample_weight"])
@@ -114,7 +114,7 @@ def test_magnitudes(dtype, size, option):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_logits(dtype, size, option):
     """-inf rules classes out, as masks and constrained decoding do: all but the target and a few."""
-    cases = [make_case(dtype, shape, option, size) for shape in [(5, 3), (33, 17), (400, 17), (9, 100), (20, 100)]]
+    cases = [make_case(dtype, shape, option, size) for shape in [(5, 3), (33, 17), (9, 100), (20, 100)]]
     for x, target, _ in cases:
         out = torch.tensor(make_rng("masked", tuple(x.shape)).random(x.shape) < 0.6)
         x[out & (torch.arange(x.shape[1]) != target.clamp(0)[:, None])] = -torch.inf
