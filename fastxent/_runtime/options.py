@@ -16,20 +16,27 @@ from fastxent._runtime.threads import check_threads
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def check_fraction(value: float, name: str) -> float:
+def check_number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0.0 <= value <= 1.0:
+    try:
+        return float(value)
+    except OverflowError:  # an int that float64 does not hold
+        return math.inf if value > 0 else -math.inf
+
+
+def check_fraction(value: float, name: str) -> float:
+    number = check_number(value, name)
+    if not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} = {value} is outside [0, 1]")
-    return float(value)
+    return number
 
 
 def check_positive(value: float, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0.0 < value < math.inf:
+    number = check_number(value, name)
+    if not 0.0 < number < math.inf:
         raise ValueError(f"{name} = {value} is not above 0 and finite")
-    return float(value)
+    return number
 
 
 def check_integer(value: object, name: str) -> int:

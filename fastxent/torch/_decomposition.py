@@ -55,9 +55,10 @@ def decomposition(
 def differentiable_backward(tensors: Sequence[Tensor], options: Options, grad_output: Tensor) -> Tensor:
     """Return the gradient as a function of logits and grad_output that can be differentiated again."""
     input, target, weight, sample_weight = tensors
+    again = torch.is_grad_enabled()  # if not, the gradient has at most a tangent: it must not hold a graph
     with torch.enable_grad():
         loss = decomposition(input, target, weight, sample_weight, options).to(grad_output.dtype)
-        (grad,) = torch.autograd.grad(loss, input, grad_output, create_graph=torch.is_grad_enabled())
+        (grad,) = torch.autograd.grad(loss, input, grad_output, create_graph=again)
     return grad
 
 

@@ -6,7 +6,6 @@ decomposition, `decomposition`, computes what must be differentiated further, an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastxent._runtime import run
-from fastxent._runtime.options import schema
+from fastxent._runtime.options import checked, schema
 from fastxent.torch import _bridge
+from fastxent.torch._autograd import is_dual
 from fastxent.torch._bridge import INTEGERS, NONE, Options, as_float64, as_int64
 from fastxent.torch._decomposition import aten_cross_entropy, loss_dtype
 from fastxent.torch._dispatch import needs_decomposition, takes
@@ -84,8 +84,7 @@ def log_prob_and_entropy(
     for name, t in {"input": input, "target": target}.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"log_prob_and_entropy(): argument '{name}' must be Tensor, not {type(t).__name__}")
-    if not (isinstance(temperature, (int, float)) and 0.0 < temperature < math.inf):
-        raise ValueError(f"temperature must be a number above 0. Got: {temperature}")
+    temperature = checked("temperature", temperature)
     if target.is_floating_point():
         raise TypeError("log_prob_and_entropy(): target holds class probabilities; it takes class indices")
     options = Options(NONE, ignore_index, 0.0, 0.0, 0.0)
@@ -93,6 +92,8 @@ def log_prob_and_entropy(
     if not taken:  # raises what PyTorch's cross_entropy raises
         with torch.no_grad():
             aten_cross_entropy(input, as_int64(target) if target.dtype in INTEGERS else target, None, options)
+        if target.dim() != max(input.dim() - 1, 0):  # for logits (C,), PyTorch takes a target (1,) too, but no gradient
+            raise ValueError(f"Expected target size [], got {list(target.shape)}")
     if not taken or needs_decomposition(input, target):
         return decomposition(input, target, temperature, ignore_index)
     log_prob, entropy = operator(input, target, temperature, ignore_index)
@@ -108,7 +109,7 @@ def decomposition(input: Tensor, target: Tensor, temperature: float, ignore_inde
     x = input.to(torch.promote_types(input.dtype, torch.float32)) / temperature
     x = torch.where(kept.unsqueeze(dim), x, 0.0)  # an ignored row's nan or inf must not reach its gradient
     log_p = torch.log_softmax(x, dim)
-    log_prob = log_p.gather(dim, torch.where(kept, y, 0).unsqueeze(dim)).squeeze(dim)
+    log_prob = -torch.nn.functional.nll_loss(log_p, y, reduction="none", ignore_index=ignore_index)
     terms = log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)
     dtype = loss_dtype(input, target, None)
     return torch.where(kept, log_prob, 0.0).to(dtype), torch.where(kept, -terms.sum(dim), 0.0).to(dtype)
@@ -135,7 +136,17 @@ def _run(task: str, call: _bridge.Call, temperature: float, ignore_index: int, g
         raise _bridge.out_of_bounds(call.target, x.shape[call.axis], ignore_index)
 
 
+def _check(input: Tensor, target: Tensor, temperature: float, rows: Tensor | None = None) -> None:
+    """Check the operands of a call that `log_prob_and_entropy` has not seen; ``rows``: a gradient for each row."""
+    _bridge.check_operands(input, target, None, rows)
+    if target.dtype not in INTEGERS:
+        raise RuntimeError(f"expected target of class indices, got {target.dtype}")
+    _bridge.check_memory(rows)
+    checked("temperature", temperature)
+
+
 def _value(input: Tensor, target: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
+    _check(input, target, temperature)
     call = _bridge.prepare(input, target, None, None)
     log_prob, entropy = (torch.zeros(call.rows, dtype=call.acc, device="cpu") for _ in range(2))
     if input.numel() > 0:
@@ -148,13 +159,12 @@ def _gradient(
     of_log_prob: Tensor, of_entropy: Tensor, input: Tensor, target: Tensor, temperature: float, ignore_index: int
 ) -> Tensor:
     """Return the gradient with respect to the input, given the gradients with respect to both results."""
+    for rows in (of_log_prob, of_entropy):
+        _check(input, target, temperature, rows)
     result = _bridge.gradient_like(input)
     if input.numel() == 0:
         return result
     call = _bridge.prepare(input, target, None, None)
-    for rows in (of_log_prob, of_entropy):
-        if rows.shape != call.rows:
-            raise RuntimeError(f"size mismatch (got rows: {list(call.rows)}, gradient: {list(rows.shape)})")
     u, v = as_float64(of_log_prob), as_float64(of_entropy)
     g = result if _bridge.lies_well(result, call.x, call.axis) else torch.empty_like(call.x)
     weights = {"u": u.data_ptr(), "v": v.data_ptr(), "factor": 1.0 / temperature}
@@ -179,19 +189,21 @@ def _context(ctx: Any, inputs: Arguments, output: tuple[Tensor, Tensor]) -> None
     ctx.set_materialize_grads(True)
 
 
-def _backward(ctx: Any, of_log_prob: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     input, target = ctx.saved_tensors
     none = (None,) * 3
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _differentiable((of_log_prob, of_entropy), input, target, *ctx.options), *none
-    return backward_operator(of_log_prob, of_entropy, input, target, *ctx.options), *none
+    gradients = tuple(g if g.layout == torch.strided else g.to_dense() for g in gradients)
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or any(is_dual(g) for g in gradients)):
+        return _differentiable(gradients, input, target, *ctx.options), *none
+    return backward_operator(*gradients, input, target, *ctx.options), *none
 
 
 def _differentiable(gradients: Sequence[Tensor], input: Tensor, target: Tensor, *options: Any) -> Tensor:
-    """Return the gradient as a function that can be differentiated again."""
+    """Return the gradient as a function that can be differentiated again, also forward, along the gradients' tangents."""
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
         results = [t.to(g.dtype) for t, g in zip(decomposition(input, target, *options), gradients, strict=True)]
-        (grad,) = torch.autograd.grad(results, input, gradients, create_graph=True)
+        (grad,) = torch.autograd.grad(results, input, gradients, create_graph=again)
     return grad
 
 

@@ -73,7 +73,7 @@ def test_bad_arguments():
         fx.log_prob_and_entropy(x, np.full((5, 7), 1 / 7))
     with pytest.raises(ValueError, match=r"target has shape \(4,\)"):
         fx.log_prob_and_entropy(x, y[:4])
-    for bad in (0.0, -1.0, np.inf, np.nan):
+    for bad in (0.0, -1.0, np.inf, np.nan, 10**400):
         with pytest.raises(ValueError, match="temperature"):
             fx.log_prob_and_entropy(x, y, temperature=bad)
     with pytest.raises(TypeError, match="temperature must be a number, got str"):

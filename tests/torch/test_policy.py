@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastxent.torch import log_prob_and_entropy
@@ -151,6 +152,109 @@ def test_bad_arguments():
         log_prob_and_entropy(x, y[:4])
     with pytest.raises(TypeError, match="argument 'target' must be Tensor, not list"):
         log_prob_and_entropy(x, y.tolist())
-    for bad in (0.0, -1.0, float("nan"), "1"):
-        with pytest.raises(ValueError, match="temperature must be a number above 0"):
+    with pytest.raises(ValueError, match=r"Expected target size \[\], got \[1\]"):  # of which PyTorch makes no gradient either
+        log_prob_and_entropy(x[0], y[:1])
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"temperature = .* is not above 0 and finite"):
             log_prob_and_entropy(x, y, temperature=bad)
+    for bad in ("1", True, torch.tensor(1.0)):
+        with pytest.raises(TypeError, match=f"temperature must be a number, got {type(bad).__name__}"):
+            log_prob_and_entropy(x, y, temperature=bad)
+
+
+def test_bad_class_in_a_dual_tensor():
+    x, _ = make((5, 7))
+    with forward_ad.dual_level(), pytest.raises(IndexError, match="Target 7 is out of bounds"):
+        log_prob_and_entropy(forward_ad.make_dual(x, x), torch.tensor([0, 1, 7, 3, 4]))
+
+
+def test_no_classes():
+    x, ignored = torch.zeros(3, 0, requires_grad=True), torch.full((3,), -100)
+    results = log_prob_and_entropy(x, ignored)
+    loss_of(results).backward()
+    assert all(torch.equal(t, torch.zeros(3)) for t in results) and x.grad.shape == (3, 0)
+    with pytest.raises(IndexError, match="Target 0 is out of bounds"):
+        log_prob_and_entropy(x, torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.uint64], ids=str)
+def test_numbers_of_any_kind(dtype):
+    x, y = make((33, 10))
+    y = y.clamp(0)
+    want = log_prob_and_entropy(x, y, temperature=2)
+    got = log_prob_and_entropy(x, y.to(dtype), temperature=np.float32(2.0))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_gradients_of_all_kinds():
+    """What comes back may have no memory, another layout, a negative bit, a tangent, or stand for a batch."""
+    x, y = make((33, 10), torch.float64)
+    ones, twos = torch.ones(33, dtype=x.dtype), torch.full((33,), 2.0, dtype=x.dtype)
+
+    def gradient(u: Tensor, v: Tensor, **options: bool) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(log_prob_and_entropy(leaf, y), leaf, (u, v), **options)[0]
+
+    want = gradient(ones, twos)
+    zero = torch._efficientzerotensor((33,), dtype=x.dtype)
+    for u, v in [(ones.to_sparse(), twos), (torch._neg_view(-ones), twos), (ones[:1].expand(33), twos[0].expand(33))]:
+        assert torch.equal(gradient(u, v), want)
+    assert torch.equal(gradient(zero, twos), gradient(0 * ones, twos))
+    batched = gradient(torch.stack([ones, twos]), torch.stack([twos, twos]), is_grads_batched=True)
+    assert torch.equal(batched[0], want)
+    with forward_ad.dual_level():
+        grad = gradient(forward_ad.make_dual(ones, twos), twos)
+        value, tangent = forward_ad.unpack_dual(grad)
+        assert torch.allclose(value, want, atol=1e-14) and not grad.requires_grad
+        assert torch.allclose(tangent, gradient(twos, 0 * ones), atol=1e-14)
+
+
+OPERATOR, BACKWARD = torch.ops.fastxent.log_prob_and_entropy, torch.ops.fastxent.log_prob_and_entropy_backward
+SWAPPED = {
+    "too short": (lambda y: y[:2], "size mismatch"),
+    "probabilities": (lambda y: torch.full((33, 10), 0.1), "expected target of class indices, got torch.float32"),
+    "floats": (lambda y: y.double(), "size mismatch"),
+    "bools": (lambda y: y > 0, "expected target of integers"),
+    "freed": (lambda y: (y := y.clone(), y.untyped_storage().resize_(0))[0], "not allocated"),
+    "out of range": (lambda y: y + 100, "Target 10.* is out of bounds"),
+}
+
+
+@pytest.mark.parametrize(("swap", "message"), SWAPPED.values(), ids=SWAPPED)
+def test_nothing_is_read_out_of_bounds(swap, message):
+    """A traced graph, or a hook on saved tensors, may pass any tensors to the operators."""
+    x, y = make((33, 10))
+    y, rows = y.clamp(0), torch.ones(33)
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        OPERATOR(x, swap(y), 1.0, -100)
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        BACKWARD(rows, rows, x, swap(y), 1.0, -100)
+    leaf = x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t if t.is_floating_point() else swap(t)):
+        log_prob, _ = log_prob_and_entropy(leaf, y)
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        log_prob.sum().backward()
+
+
+def test_operators_refuse_other_operands():
+    x, y = make((33, 10))
+    rows, freed = torch.ones(33), torch.ones(33, dtype=torch.float64)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(NotImplementedError, match=r"not implemented for torch\.int64"):
+        OPERATOR(x.long(), y, 1.0, -100)
+    with pytest.raises(ValueError, match=r"temperature = 0\.0 is not above 0"):
+        OPERATOR(x, y, 0.0, -100)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        BACKWARD(rows[:3], rows, x, y, 1.0, -100)
+    with pytest.raises(RuntimeError, match="not allocated"):
+        BACKWARD(rows, freed, x, y, 1.0, -100)
+
+
+def test_logits_that_are_overwritten_before_the_backward():
+    x, y = make((33, 10))
+    for nth in range(2):
+        logits, target = x.clone().requires_grad_() * 1, y.clone()
+        log_prob, _ = log_prob_and_entropy(logits, target)
+        (logits, target)[nth].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            log_prob.sum().backward()

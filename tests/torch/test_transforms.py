@@ -99,6 +99,21 @@ def test_dual_numbers(reduction, option):
         close(*results)
 
 
+def test_tangent_of_what_comes_back():
+    """The gradient has a tangent, and holds no graph unless one is asked for."""
+    case = make_case(double, (3, 5))
+    results = []
+    for function in (cross_entropy, F.cross_entropy):
+        leaf = case.logits.clone().requires_grad_()
+        loss = function(leaf, case.target, reduction="none")
+        with forward_ad.dual_level():
+            ones = torch.ones(3, dtype=double)
+            (grad,) = torch.autograd.grad(loss, leaf, forward_ad.make_dual(ones, 2 * ones))
+            assert not grad.requires_grad
+            results.append((grad.detach().clone(), forward_ad.unpack_dual(grad).tangent.clone()))
+    close(*results)
+
+
 def test_tangent_of_the_probabilities():
     case = make_case(double, (3, 5), "probabilities")
     with forward_ad.dual_level():
