@@ -33,7 +33,7 @@ OPERANDS = (
     ("t", "t"),  # (rows, C) in: class probabilities
     ("y", "i64"),  # (rows,) in: class indices
     ("w", "weight"),  # (C,) in: class weights
-    ("u", "weight"),  # (rows,) in: sample weights; a pointwise task: weights of the positive class
+    ("u", "weight"),  # (rows,) in: sample weights, or the incoming gradient of log p_y; pointwise: of the positive class
     ("loss", "acc"),  # (rows,) out
     ("tiles", "acc"),  # (threads, TILE bytes) scratch
 )
@@ -96,7 +96,7 @@ FIELDS = RUN + OPERANDS + PLANNED + CALLED
 DEFAULTS = dict.fromkeys((name for name, _ in FIELDS), 0) | {
     "confidence": 1.0, "factor": 1.0, "temperature": 1.0, "w_period": 1, "u_period": 1,
 }  # fmt: skip
-FIRST_SLOT = 40
+FIRST_SLOT = OVER + 8
 SLOT = {name: FIRST_SLOT + nth for nth, (name, _) in enumerate(FIELDS)}
 _ZEROS = f"={8 * FIRST_SLOT}x"  # the counters start at 0
 BLOCK = struct.Struct(_ZEROS + "".join("d" if kind == "float" else "q" for _, kind in FIELDS))

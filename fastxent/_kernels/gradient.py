@@ -65,7 +65,8 @@ def gradient_vector(task, unit, j, mask, f):
     """Return vector j of the gradient, but for g_y."""
     e = exponentials(task, unit, j, mask, f.shift, f.power)
     if task.entropic:  # e d is 0 where e is 0, also where d is -inf
-        return where(e == 0.0, e, e * fma(logits(task, unit, j, mask) - f.m, f.a1, f.a))
+        d = logits(task, unit, j, mask) - f.m
+        return e * fma(where(e == 0.0, e, d), f.a1, f.a)
     g = e * f.a
     if task.dense:
         q = target_weights(task, unit, j, mask)

@@ -63,7 +63,7 @@ class Problem(NamedTuple):
         return make_plan(
             task,
             x.shape,
-            strides if t is not None else (strides[0], strides[1], strides[0]),
+            strides,
             self.axis,
             storage(x.dtype) or "",
             None if t is None else storage(t.dtype),

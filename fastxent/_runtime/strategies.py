@@ -11,7 +11,8 @@ from fastxent._abi.variant import Layout, Schedule, Storage
 # plain way, against which the others were measured.
 LEGAL: dict[tuple[Layout, Schedule, Storage], str] = {
     (Layout.CLASS_LANES, Schedule.ONE_BY_ONE, Storage.NONE): """
-        Many classes in a cache without AVX-512, or in float64; capped rows; rows too long for a tile.""",
+        Many classes: a loss in a cache without AVX-512 or in float64; capped rows; rows too long for a tile; tasks that
+        neither store exponentials nor are pipelined.""",
     (Layout.CLASS_LANES, Schedule.ONE_BY_ONE, Storage.TILE): """
         The gradient of the same, but for capped and too long rows; past the caches also of bfloat16.""",
     (Layout.CLASS_LANES, Schedule.PIPELINED, Storage.NONE): """

@@ -74,8 +74,8 @@ def log_prob_and_entropy(
     (tensor([-0.1698, -1.4076]), tensor([0.5243, 0.8324]))
     >>> (log_prob.sum() + 0.01 * entropy.sum()).backward()
     >>> logits.grad
-    tensor([[-0.0413,  0.1548, -0.1134],
-            [-0.6671, -0.0881,  0.7553]])
+    tensor([[-0.0409,  0.1532, -0.1123],
+            [-0.6681, -0.0886,  0.7567]])
     """
     if has_torch_function_variadic(input, target):
         return handle_torch_function(

@@ -145,6 +145,10 @@ def test_the_table_of_strategies_holds_all_and_no_more(wide, monkeypatch):
     assert set(LEGAL) == set(reached)
 
 
+def test_kernels_have_numbers_of_their_own():
+    assert len(Layout) <= 8 and len(Schedule) <= 8 and len(Storage) <= 4  # see plan.number_of
+
+
 def test_the_host_is_what_numba_compiles_for():
     assert host.is_wide(binding) == vector.WIDE
 

@@ -135,6 +135,13 @@ def test_classes_that_are_ruled_out():
     assert entropy.item() == pytest.approx(0.6931472) and torch.equal(x.grad, torch.zeros(1, 3))
 
 
+@pytest.mark.parametrize("row", [[torch.inf, 1.0, 2.0], [torch.nan, -torch.inf, 2.0], [-torch.inf] * 3], ids=str)
+def test_where_there_is_no_softmax_the_gradient_is_nan(row):
+    x = torch.tensor([row, [0.0, 1.0, 2.0]], requires_grad=True)
+    loss_of(log_prob_and_entropy(x, torch.tensor([1, 1]))).backward()
+    assert x.grad[0].isnan().all() and x.grad[1].isfinite().all()
+
+
 def test_autocast():
     x, y = make((33, 10), torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
