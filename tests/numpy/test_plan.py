@@ -20,6 +20,7 @@ from fastxent._abi.variant import (
     PANEL,
     Layout,
     Schedule,
+    Storage,
 )
 from fastxent._kernels import tasks
 from fastxent._runtime.plan import FEW_ROWS, make_plan, row_axes, traits_of
