@@ -47,7 +47,7 @@ def task_type(name: str, variant: Variant) -> vector.Task:
         "exp_in_gradient": variant.storage == Storage.GRADIENT and variant.schedule == Schedule.PIPELINED,
         "split": variant.schedule == Schedule.SPLIT,
         "paired": variant.schedule == Schedule.PAIRED,
-        "pipelined": variant.schedule in (Schedule.PIPELINED, Schedule.PANELS_OVERLAPPED),
+        "overlapped": variant.schedule in (Schedule.PIPELINED, Schedule.PANELS_OVERLAPPED),
         "large": variant.large,
         "double": acc == "f64",
         "differentiate": variant.differentiate,

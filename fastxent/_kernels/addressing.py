@@ -132,13 +132,13 @@ def locate(task, tile, number):
     if task.packed:
         if task.contiguous_lanes:
             nth = number % task.panel
-            if not task.pipelined and nth == 0:
+            if not task.overlapped and nth == 0:
                 load_panel(task, panel_of(task, tile, number, False))
             if nth == task.panel - 1:
                 ending = min(task.panel * LANES, fixed(axes, 0) - (first - nth * LANES))
             tile = tile + nth * LANES * itemsize(tile)
             m = where(reads, load(row_numbers(task, tile, MAXIMA)), -INF)
-            if task.pipelined and any_lane(kept) and not every_lane(kept):
+            if task.overlapped and any_lane(kept) and not every_lane(kept):
                 m, full = clear_ignored(task, tile, m, kept), task.n_vectors
         else:
             m = load_tile(task, tile, task.x + x, n, x_lanes, reads)
@@ -235,7 +235,7 @@ def write_tile(task, unit, factor, g_y):
         vector = LANES * itemsize(tile)
         if task.contiguous_lanes:
             put_row_numbers(task, tile, factor, where(unit.kept, unit.y, -1), g_y)
-            if not task.pipelined and unit.ending > 0:
+            if not task.overlapped and unit.ending > 0:
                 before = (task.panel - 1) * LANES
                 first_tile, first_g = tile + -before * itemsize(tile), p + -before * itemsize(p)
                 head = head_length(task, first_g, unit.ending)

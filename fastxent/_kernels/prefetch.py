@@ -35,7 +35,7 @@ def pipeline_distance(task):
 @njit(**INLINE)
 def prefetch_operands(task, unit, j):
     """Prefetch what is read a block, a row, or 16 rows after vector j, while the exponentials of that are computed."""
-    if task.pipelined and task.class_lanes:  # the logits are prefetched where they are first read: see ``prefetch_pipelined``
+    if task.overlapped and task.class_lanes:  # the logits are prefetched where they are first read: see ``prefetch_pipelined``
         if task.soft:
             prefetch_near(task.t + unit.t, j * t_step(task) + pipeline_distance(task))
         return

@@ -1,7 +1,8 @@
 """The options of the losses, one row each.
 
-A new option needs a row here, a parameter of the functions that take it, and kernels that read its fields. The operators of
-``torch.ops.fastxent`` and the checks of the NumPy functions follow from the row; tests compare every signature with it.
+A new option needs a row here, a line in ``fields_of`` or ``flags_of``, a parameter of the functions that take it, and kernels
+that read its fields. The schema of ``torch.ops.fastxent`` and the checks of the NumPy functions follow from the row; tests
+compare every signature, and what the two functions give, with it.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ OPTIONS = (
     Option("softcap", None, "float", fields=("cap",), flag="capped"),
     Option("n_threads", None, check=check_n_threads, fields=("team",)),
 )
-_CHECKS = {option.name: option.check for option in OPTIONS}
+_CHECKS = {option.name: option.check for option in OPTIONS if option.check is not None}
 _SCHEMA = {option.name: option.schema for option in OPTIONS}
 
 
