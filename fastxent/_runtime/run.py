@@ -111,7 +111,7 @@ def argument_block(name: str, plan: Plan, *, divisor: float = 1.0, **given: floa
     fields["partial"], fields["taken"], fields["segments"] = at_taken + 8, at_taken, at_taken + abi.LINE * plan.most_chunks
     fields["total"] = at_total
     fields["weighted"], fields["sampled"], fields["store_loss"] = fields["w"] != 0, fields["u"] != 0, fields["loss"] != 0
-    fields["non_temporal"] = plan.variant.large and plan.is_non_temporal(int(fields["x"]), int(fields["g"]))
+    fields["non_temporal"] = plan.is_non_temporal(int(fields["x"]), int(fields["g"]))
     fields["sched_yield"] = _sched_yield()
     abi.BLOCK.pack_into(block, 0, *fields.values())
     _set_totals(block, _AT_TOTAL, 0.0, 0.0, divisor or math.nan)
