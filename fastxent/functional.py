@@ -317,7 +317,7 @@ def cross_entropy_grad_hess(
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads, float_labels=True)
     grad, hess = like(p.x, p.axis), like(p.x, p.axis)
     if p.x.size:
-        _run("grad_hess", p, p.plan("grad_hess", grad), g=address(grad), h=address(hess))
+        run_problem("grad_hess", p, p.plan("grad_hess", grad), g=address(grad), h=address(hess))
     return grad, hess
 
 
@@ -388,7 +388,7 @@ def _loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labe
     if p.x.size:
         plan = p.plan(name, g)
         more |= {"g": address(g), "loss": address(rows) if reduction == "none" else 0}
-        total, divisor = _run(name, p, plan, reduction == "mean", labels, **more)
+        total, divisor = run_problem(name, p, plan, reduction == "mean", labels, **more)
     return _reduced(total, divisor, reduction, rows)
 
 
@@ -398,7 +398,7 @@ def _reduced(total: float, divisor: float, reduction: str, rows: Array) -> Any:
     return rows.dtype.type(over(total, divisor) if reduction == "mean" else total)
 
 
-def _run(
+def run_problem(
     name: str, p: Problem, plan: Plan, average: bool = False, labels: Array | None = None, **more: Any
 ) -> tuple[float, float]:
     """Run a task; return the sum of the losses and the divisor of the gradient."""

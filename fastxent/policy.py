@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from fastxent._runtime.arguments import address, out_of_range, problem
+from fastxent._runtime.arguments import address, problem
 from fastxent._runtime.options import checked
-from fastxent._runtime.run import run
+from fastxent.functional import run_problem
 
 
 def log_prob_and_entropy(
@@ -78,10 +78,8 @@ def log_prob_and_entropy(
         raise TypeError("target holds class probabilities; log_prob_and_entropy takes class indices")
     log_prob, entropy = np.zeros(p.rows, p.acc), np.zeros(p.rows, p.acc)
     if p.x.size:
-        _, bad, _ = run(
-            "log_prob_and_entropy", p.plan("log_prob_and_entropy"), p.n_threads, x=address(p.x), y=address(p.y),
-            loss=address(log_prob), entropy=address(entropy), temperature=temperature, ignore=p.ignore,
+        run_problem(
+            "log_prob_and_entropy", p, p.plan("log_prob_and_entropy"), loss=address(log_prob), entropy=address(entropy),
+            temperature=temperature,
         )  # fmt: skip
-        if bad:
-            raise out_of_range(p.y, p.x.shape[p.axis], p.ignore)
     return log_prob[()], entropy[()]

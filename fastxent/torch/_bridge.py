@@ -184,20 +184,26 @@ def plan_of(
 def _run(name: str, call: Call, g: Tensor, options: Options, factor: float = 1.0) -> Tensor:
     """Run a task and return its loss, reduced."""
     loss = torch.zeros(call.rows, dtype=call.acc, device="cpu") if options.reduction == NONE else None
+    average = options.reduction == MEAN
+    total, divisor = run_task(
+        name, call, g, flags_of(call.y is not None, *options[1:]), loss=address(loss), factor=factor,
+        divisor=call.divisor if average else 1.0, average=average, **fields(options, call.x.shape[call.axis]),
+    )  # fmt: skip
+    return _scalar(total / divisor, call.acc) if loss is None else loss
+
+
+def run_task(name: str, call: Call, g: Tensor, flags: dict[str, bool], **more: float) -> tuple[float, float]:
+    """Run a task and return its sum and its divisor; ``more`` holds further fields of the argument block."""
     x, t = call.x, call.t
     strides = (x.stride(), g.stride(), (x if t is None else t).stride())
-    flags = flags_of(call.y is not None, *options[1:])
     plan = plan_of(name, x.shape, strides, call.axis, x.dtype, None if t is None else t.dtype, **flags)
-    average = options.reduction == MEAN
     total, bad, divisor = run.run(
-        name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=address(t),
-        y=address(call.y), w=address(call.w), u=address(call.u), loss=address(loss), factor=factor,
-        divisor=call.divisor if average else 1.0, average=average,
-        **fields(options, x.shape[call.axis]),
+        name, plan, call.n_threads, x=x.data_ptr(), g=g.data_ptr(), t=address(t), y=address(call.y), w=address(call.w),
+        u=address(call.u), **more,
     )  # fmt: skip
     if bad:
-        raise out_of_bounds(call.target, x.shape[call.axis], options.ignore_index)
-    return _scalar(total / divisor, call.acc) if loss is None else loss
+        raise out_of_bounds(call.target, x.shape[call.axis], int(more["ignore"]))
+    return total, divisor
 
 
 def _scalar(value: float, dtype: torch.dtype) -> Tensor:

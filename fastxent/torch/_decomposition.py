@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -55,10 +55,17 @@ def decomposition(
 def differentiable_backward(tensors: Sequence[Tensor], options: Options, grad_output: Tensor) -> Tensor:
     """Return the gradient as a function of logits and grad_output that can be differentiated again."""
     input, target, weight, sample_weight = tensors
+    return differentiable_gradient(
+        lambda: (decomposition(input, target, weight, sample_weight, options),), input, (grad_output,)
+    )
+
+
+def differentiable_gradient(compute: Callable[[], Sequence[Tensor]], input: Tensor, grad_outputs: Sequence[Tensor]) -> Tensor:
+    """Return the gradient of what ``compute`` gives, such that it can be differentiated again, along tangents too."""
     again = torch.is_grad_enabled()  # if not, the gradient has at most a tangent: it must not hold a graph
     with torch.enable_grad():
-        loss = decomposition(input, target, weight, sample_weight, options).to(grad_output.dtype)
-        (grad,) = torch.autograd.grad(loss, input, grad_output, create_graph=again)
+        results = [result.to(g.dtype) for result, g in zip(compute(), grad_outputs, strict=True)]
+        (grad,) = torch.autograd.grad(results, input, grad_outputs, create_graph=again)
     return grad
 
 

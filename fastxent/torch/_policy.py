@@ -6,19 +6,17 @@ decomposition, `decomposition`, computes what must be differentiated further, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastxent._runtime import run
-from fastxent._runtime.options import checked, schema
+from fastxent._runtime.options import checked, flags_of, schema
 from fastxent.torch import _bridge
 from fastxent.torch._autograd import is_dual
 from fastxent.torch._bridge import INTEGERS, NONE, Options, as_float64, as_int64
-from fastxent.torch._decomposition import aten_cross_entropy, loss_dtype
+from fastxent.torch._decomposition import aten_cross_entropy, differentiable_gradient, loss_dtype
 from fastxent.torch._dispatch import needs_decomposition, takes
 from fastxent.torch._watched import is_traced
 
@@ -123,17 +121,7 @@ def decomposition(input: Tensor, target: Tensor, temperature: float, ignore_inde
 Arguments = tuple[Tensor, Tensor, float, int]  # input, target, temperature, ignore_index
 
 
-def _run(task: str, call: _bridge.Call, temperature: float, ignore_index: int, g: Tensor | None = None, **more: Any) -> None:
-    """Run a task; ``more`` holds further fields of the argument block."""
-    x = call.x
-    strides = (x.stride(), (x if g is None else g).stride(), x.stride())
-    plan = _bridge.plan_of(task, x.shape, strides, call.axis, x.dtype, None, labelled=True, smooth=False, capped=False)
-    _, bad, _ = run.run(
-        task, plan, call.n_threads, x=x.data_ptr(), y=_bridge.address(call.y), g=_bridge.address(g), ignore=ignore_index,
-        temperature=temperature, **more,
-    )  # fmt: skip
-    if bad:
-        raise _bridge.out_of_bounds(call.target, x.shape[call.axis], ignore_index)
+_FLAGS = flags_of(labelled=True, ignore_index=0, label_smoothing=0.0)
 
 
 def _check(input: Tensor, target: Tensor, temperature: float, rows: Tensor | None = None) -> None:
@@ -150,8 +138,10 @@ def _value(input: Tensor, target: Tensor, temperature: float, ignore_index: int)
     call = _bridge.prepare(input, target, None, None)
     log_prob, entropy = (torch.zeros(call.rows, dtype=call.acc, device="cpu") for _ in range(2))
     if input.numel() > 0:
-        at = {"loss": log_prob.data_ptr(), "entropy": entropy.data_ptr()}
-        _run("log_prob_and_entropy", call, temperature, ignore_index, None, **at)
+        _bridge.run_task(
+            "log_prob_and_entropy", call, call.x, _FLAGS, loss=log_prob.data_ptr(), entropy=entropy.data_ptr(),
+            ignore=ignore_index, temperature=temperature,
+        )  # fmt: skip
     return log_prob, entropy
 
 
@@ -164,11 +154,12 @@ def _gradient(
     result = _bridge.gradient_like(input)
     if input.numel() == 0:
         return result
-    call = _bridge.prepare(input, target, None, None)
-    u, v = as_float64(of_log_prob), as_float64(of_entropy)
+    call, v = _bridge.prepare(input, target, None, of_log_prob), as_float64(of_entropy)
     g = result if _bridge.lies_well(result, call.x, call.axis) else torch.empty_like(call.x)
-    weights = {"u": u.data_ptr(), "v": v.data_ptr(), "factor": 1.0 / temperature}
-    _run("log_prob_and_entropy_grad", call, temperature, ignore_index, g, **weights)
+    _bridge.run_task(
+        "log_prob_and_entropy_grad", call, g, _FLAGS, v=v.data_ptr(), factor=1.0 / temperature, ignore=ignore_index,
+        temperature=temperature,
+    )  # fmt: skip
     return result if g is result else result.copy_(g)
 
 
@@ -194,17 +185,8 @@ def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     none = (None,) * 3
     gradients = tuple(g if g.layout == torch.strided else g.to_dense() for g in gradients)
     if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or any(is_dual(g) for g in gradients)):
-        return _differentiable(gradients, input, target, *ctx.options), *none
+        return differentiable_gradient(lambda: decomposition(input, target, *ctx.options), input, gradients), *none
     return backward_operator(*gradients, input, target, *ctx.options), *none
-
-
-def _differentiable(gradients: Sequence[Tensor], input: Tensor, target: Tensor, *options: Any) -> Tensor:
-    """Return the gradient as a function that can be differentiated again, also forward, along the gradients' tangents."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        results = [t.to(g.dtype) for t, g in zip(decomposition(input, target, *options), gradients, strict=True)]
-        (grad,) = torch.autograd.grad(results, input, gradients, create_graph=again)
-    return grad
 
 
 _NAME, _BACKWARD = "fastxent::log_prob_and_entropy", "fastxent::log_prob_and_entropy_backward"
