@@ -33,9 +33,6 @@ def test_what_is_not_valid_is_refused(tmp_path):
     assert validate(wrong).returncode == 1
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Setuptools is replacing distutils"
-)  # by finding pip, where a test before imported distutils
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
 def test_modules_files_and_extras_exist(file):
     text = file.read_text()
