@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 
 import matplotlib.image
@@ -129,6 +130,12 @@ def test_the_rounds_before_ctrl_c_are_kept():
         patch.setattr(measure, "estimate", lambda call: 1.0)  # one run a sample, none before it
         measure.time_interleaved(calls, 1, Effort(9, 9, 0.0), lambda text, share=0.0: None)
     assert {name: len(samples) for name, (_, samples) in stopped.value.timed.items()} == {"a": 5, "b": 5}
+
+
+def test_a_call_that_compiles_at_first_is_estimated_by_a_later_one():
+    waits = iter([0.2])  # the first run takes so long, as one that compiles a kernel does
+    call = Call(lambda: time.sleep(next(waits, 0.0)), lambda r: r)
+    assert measure.estimate(call) < 0.1
 
 
 def test_ctrl_c_within_a_group_shows_and_writes_it(tmp_path, capsys, monkeypatch):
