@@ -10,8 +10,8 @@ from numba.core.compiler import CompilerBase
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import PassManager, register_pass
 from numba.core.registry import CPUDispatcher
-from numba.core.typed_passes import IRLegalization, NativeLowering, NoPythonBackend, NopythonTypeInference, PreLowerStripPhis
-from numba.core.untyped_passes import FixupArgs, IRProcessing, ReconstructSSA, TranslateByteCode
+from numba.core.typed_passes import NativeLowering, NoPythonBackend, NopythonTypeInference, PreLowerStripPhis
+from numba.core.untyped_passes import FixupArgs, ReconstructSSA, TranslateByteCode
 from numba.extending import overload
 
 from fastxent._simd.known_branches import DecideKnownBranches
@@ -58,8 +58,8 @@ class _Compiler(CompilerBase):
     def define_pipelines(self):
         passes = PassManager("inlined")
         for step in (
-            TranslateByteCode, FixupArgs, DecideKnownBranches, IRProcessing, ReconstructSSA, NopythonTypeInference,
-            PreLowerStripPhis, IRLegalization, _ToLLVM, NoPythonBackend,
+            TranslateByteCode, FixupArgs, DecideKnownBranches, ReconstructSSA, NopythonTypeInference, PreLowerStripPhis,
+            _ToLLVM, NoPythonBackend,
         ):  # fmt: skip
             passes.add_pass(step, step.__name__)
         passes.finalize()
