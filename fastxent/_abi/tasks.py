@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 
 class Task(NamedTuple):
+    losses: tuple[str, ...]  # the modules of ``_kernels.losses`` that its kernels are made of
     stores: bool = False  # a second trip uses the first one's exponentials, which are stored if there is room
     interleaves: bool = False  # it can work on several short rows, or panels of them, at a time
     pipelines: bool = False  # it can be software-pipelined
@@ -15,18 +16,20 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "value": Task(interleaves=True, pipelines=True, splits=True),
-    "value_and_grad": Task(stores=True, interleaves=True, pipelines=True, splits=True),
-    "grad_hess": Task(),
-    "stats": Task(entropic=True),
-    "log_prob_and_entropy": Task(interleaves=True, pipelines=True, splits=True, entropic=True, tempered=True),
-    "log_prob_and_entropy_grad": Task(splits=True, entropic=True, tempered=True),
-    "softmax": Task(stores=True, splits=True),
-    "log_softmax": Task(splits=True),
-    "logsumexp": Task(splits=True),
-    "logsumexp_of_products": Task(),
-    "entropy": Task(),
-    "binary": Task(),
-    "divergence": Task(),
-    "divergence_of_logs": Task(),
+    "value": Task(("cross_entropy",), interleaves=True, pipelines=True, splits=True),
+    "value_and_grad": Task(("cross_entropy",), stores=True, interleaves=True, pipelines=True, splits=True),
+    "grad_hess": Task(("hessian", "cross_entropy")),
+    "stats": Task(("statistics", "cross_entropy"), entropic=True),
+    "log_prob_and_entropy": Task(
+        ("log_prob_entropy",), interleaves=True, pipelines=True, splits=True, entropic=True, tempered=True
+    ),
+    "log_prob_and_entropy_grad": Task(("log_prob_entropy",), splits=True, entropic=True, tempered=True),
+    "softmax": Task(("softmax",), stores=True, splits=True),
+    "log_softmax": Task(("softmax",), splits=True),
+    "logsumexp": Task(("softmax",), splits=True),
+    "logsumexp_of_products": Task(("sums",)),
+    "entropy": Task(("sums",)),
+    "binary": Task(("pointwise",)),
+    "divergence": Task(("pointwise",)),
+    "divergence_of_logs": Task(("pointwise",)),
 }

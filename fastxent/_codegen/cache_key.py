@@ -10,7 +10,7 @@ import marshal
 import os
 import re
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pkgutil import iter_modules
@@ -20,27 +20,30 @@ from typing import Any
 import llvmlite
 from llvmlite import binding
 
-from fastxent._abi.variant import Variant
+from fastxent._abi.tasks import TASKS
+from fastxent._abi.variant import BUILTINS, Variant
 from fastxent._codegen.disk_cache import SUFFIX
 
 PACKAGE = __package__.partition(".")[0]
-# The sources of a kernel: the rooms of jitted code, what they share, and the compiler. ``_fastpath`` may be missing.
-ROOMS = "_abi", "_simd", "_kernels", "_fastpath.front_end", "_runtime.plan", "_codegen.compiler"
+# The sources of a kernel: the rooms of jitted code, what they share, and the compiler. Of the losses, only its own count.
+ROOMS = "_abi", "_simd", "_kernels", "_codegen.compiler"
+LOSSES = f"{PACKAGE}._kernels.losses"
+FRONT_END = "_fastpath.front_end", "_runtime.plan"  # the sources of ``BUILTINS`` besides; ``_fastpath`` may be missing
 
 _LITERAL_OR_COMMENT = re.compile(rb"""("{3}.*?"{3}|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|\#[^\n]*""", re.DOTALL)
 _DOCSTRING = re.compile(rb'(:\n)\s*[rR]?"{3}.*?"{3}\n', re.DOTALL)  # the first statement after a colon
 
 
 def file_name(name: str, variant: Variant) -> str:
-    """Return the file name of kernel ``name``: its name, the build id, and a hash of everything that its code depends on."""
-    key = hashlib.sha256(repr((build_id(), name, tuple(variant), _host())).encode()).hexdigest()[:32]
-    return f"{name}-{build_id()}-{key}{SUFFIX}"
+    """Return the file name of kernel ``name``: its name, and a hash of everything that its code depends on."""
+    key = hashlib.sha256(repr((build_id(name), name, tuple(variant), _host())).encode()).hexdigest()[:32]
+    return f"{name}-{key}{SUFFIX}"
 
 
-@lru_cache(maxsize=1)
-def build_id() -> str:
-    """Return a hash of the sources and of Numba's version."""
-    parts = (name.encode() + _source(name) for name in sources())
+@cache
+def build_id(kernel: str) -> str:
+    """Return a hash of a kernel's sources and of Numba's version."""
+    parts = (name.encode() + _source(name) for name in sources(kernel))
     return hashlib.sha256(b"".join(parts) + _numba()).hexdigest()[:16]
 
 
@@ -51,15 +54,24 @@ def _host() -> tuple[str | None, ...]:
     return (*chosen, binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), llvmlite.__version__)
 
 
+@lru_cache(maxsize=1)
 def _numba() -> bytes:
     """Return the source of ``numba._version``, which identifies Numba's version, without importing Numba."""
     package = find_spec("numba")
     return b"" if package is None else _content(PathFinder.find_spec("numba._version", package.submodule_search_locations))
 
 
-def sources() -> list[str]:
-    """Return the names of all modules in ``ROOMS``, listed from their folders; only the rooms' parents are imported."""
-    found = [f"{PACKAGE}.{room}" for room in ROOMS if find_spec(f"{PACKAGE}.{room.partition('.')[0]}") is not None]
+def sources(kernel: str) -> list[str]:
+    """Return the names of the modules that a kernel, or a function of ``BUILTINS``, is made of."""
+    own = {f"{LOSSES}.{loss}" for loss in TASKS[kernel].losses} if kernel in TASKS else set()
+    names = _modules(ROOMS + FRONT_END if kernel in BUILTINS else ROOMS)
+    return [name for name in names if not name.startswith(f"{LOSSES}.") or name in own]
+
+
+@lru_cache(maxsize=2)
+def _modules(rooms: tuple[str, ...]) -> list[str]:
+    """Return the names of all modules of rooms, listed from their folders; only the rooms' parents are imported."""
+    found = [f"{PACKAGE}.{room}" for room in rooms if find_spec(f"{PACKAGE}.{room.partition('.')[0]}") is not None]
     for name in found:  # the list grows while it is walked, as subpackages are found
         spec = find_spec(name)
         places = spec.submodule_search_locations if spec is not None else None
@@ -67,6 +79,7 @@ def sources() -> list[str]:
     return found
 
 
+@cache
 def _source(name: str) -> bytes:
     """Return the content of module ``name``."""
     return _content(find_spec(name))

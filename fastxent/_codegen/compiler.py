@@ -12,12 +12,13 @@ from numba.core.registry import cpu_target
 from fastxent._abi import argument_block as abi
 from fastxent._abi.variant import BUILTINS, SYMBOL, Layout, Schedule, Storage, Variant
 from fastxent._kernels import entry, tasks
-from fastxent._simd import numba_backend, vector
+from fastxent._simd import numba_backend
+from fastxent._simd.task import Task
 
 _TILES = Layout.TRANSPOSED_TILE, Layout.GATHERED_TILE, Layout.PANEL
 
 
-def task_type(name: str, variant: Variant) -> vector.Task:
+def task_type(name: str, variant: Variant) -> Task:
     """Return the Numba type of the argument block: the kind of each slot, and the constants that the compiler may assume."""
     acc = variant.acc
     kinds: dict[str, Any] = {
@@ -52,7 +53,7 @@ def task_type(name: str, variant: Variant) -> vector.Task:
         "double": acc == "f64",
         "differentiate": variant.differentiate,
     }
-    return vector.Task(fields, tuple(constants.items()))
+    return Task(fields, tuple(constants.items()))
 
 
 def c_function(name: str, variant: Variant) -> tuple[Any, str]:

@@ -6,8 +6,7 @@ depends on the process's working directory. Windows separates users by other mea
 
 A file never changes, since its name says everything that its code depends on. So processes that compile at the same time write
 the same file, and each may read the other's. A file is a checksum followed by the code. When a folder holds more than ``LIMIT``
-bytes of files, the next process that writes there removes those of other builds of fastxent, which are no longer needed, the
-least recently read first.
+bytes of files, the next process that writes there removes the least recently read ones.
 """
 
 from __future__ import annotations
@@ -207,7 +206,7 @@ def write(name: str, code: bytes) -> None:
                 with suppress(OSError):
                     os.unlink(temporary)
             with suppress(OSError):  # a folder may be writable and not readable
-                _remove_other_builds(folder.path, name)
+                _make_room(folder.path, name)
             return
         except OSError as reason:
             reasons.append(str(reason))
@@ -223,8 +222,8 @@ def _make(folder: str, mode: int) -> None:
             os.mkdir(folder, mode)
 
 
-def _remove_other_builds(folder: str, name: str) -> None:
-    """Remove this user's files of builds other than that of ``name``, least recently read first, down to ``LIMIT`` bytes."""
+def _make_room(folder: str, written: str) -> None:
+    """Remove this user's files but ``written``, least recently read first, down to ``LIMIT`` bytes."""
     user = os.geteuid() if hasattr(os, "geteuid") else 0
     total, others = 0, []
     with os.scandir(folder) as entries:
@@ -233,7 +232,7 @@ def _remove_other_builds(folder: str, name: str) -> None:
                 state = entry.stat(follow_symlinks=False)
                 if entry.name.endswith(SUFFIX) and stat.S_ISREG(state.st_mode):
                     total += state.st_size
-                    if _build_of(entry.name) != _build_of(name) and state.st_uid == user:
+                    if entry.name != written and state.st_uid == user:
                         others.append((state.st_atime, state.st_size, entry.path))
     for _, size, path in sorted(others):
         if total <= LIMIT:
@@ -241,8 +240,3 @@ def _remove_other_builds(folder: str, name: str) -> None:
         with suppress(OSError):
             Path(path).unlink(missing_ok=True)
             total -= size
-
-
-def _build_of(name: str) -> str:
-    """Return the build id, which ``cache_key.file_name`` puts between the kernel's name and the hash."""
-    return name.rpartition("-")[0].rpartition("-")[2]

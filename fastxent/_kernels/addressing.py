@@ -7,8 +7,6 @@ The 16 lanes of a vector hold either 16 classes of one row (class lanes: many cl
 
 from collections import namedtuple
 
-from numba import njit
-
 from fastxent._kernels.plane_tiles import (
     MAXIMA,
     Panel,
@@ -35,7 +33,7 @@ from fastxent._simd.memory import (
     store,
     store_masked,
 )
-from fastxent._simd.numba_backend import INLINE, as_needed
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import LANES, all_lanes, any_lane, every_lane, first_lanes, iota, lane, splat, where
 
 INF = float("inf")
@@ -64,16 +62,16 @@ Unit = namedtuple(
 )
 
 
-@as_needed
-def exp_storage(constants):
+@inlined
+def exp_storage(task, tile, g):
     """Return the address for ``Unit.tile``: in g if the exponentials of a pipelined row are stored there, which saves a trip
     through the caches, and g is not written by non-temporal stores; else in the thread's tile."""
-    if constants["exp_in_gradient"]:
-        return lambda task, tile, g: task.g + g if task.non_temporal == 0 else tile
-    return lambda task, tile, g: tile
+    if task.exp_in_gradient:
+        return task.g + g if task.non_temporal == 0 else tile
+    return tile
 
 
-@njit(**INLINE)
+@inlined
 def offsets(task, number):
     """Return where unit ``number``, not a segment, begins: the position of its first row along the innermost row axis, the byte
     offsets of that row in x, g and t, and its row number."""
@@ -97,7 +95,7 @@ def offsets(task, number):
     return first, x, g, t, row
 
 
-@njit(**INLINE)
+@inlined
 def locate(task, tile, number):
     """Return unit ``number``; its digits in the row axes, innermost first, give its offsets.
 
@@ -150,7 +148,7 @@ def locate(task, tile, number):
     )  # fmt: skip
 
 
-@njit(**INLINE)
+@inlined
 def clear_ignored(task, tile, m, kept):
     """Set the logits of ignored rows in the tile to 0, so that all lanes are live; return the maxima, 0 for these rows."""
     for j in range(task.n_vectors):
@@ -159,7 +157,7 @@ def clear_ignored(task, tile, m, kept):
     return where(kept, m, 0.0)
 
 
-@njit(**INLINE)
+@inlined
 def panel_of(task, tile, number, follows):
     """Return the panel whose first unit is ``number``; its last units may have no rows.
 
@@ -173,24 +171,24 @@ def panel_of(task, tile, number, follows):
 # Bytes from vector j of a unit to vector j + 1 in x, g and t. With class lanes they are compile-time constants.
 
 
-@njit(**INLINE)
+@inlined
 def x_step(task):
     if task.transposed:
         return itemsize(task.x)
     return LANES * itemsize(task.x) if task.class_lanes else task.x_step
 
 
-@njit(**INLINE)
+@inlined
 def g_step(task):
     return LANES * itemsize(task.g) if task.class_lanes else task.g_step
 
 
-@njit(**INLINE)
+@inlined
 def t_step(task):
     return LANES * itemsize(task.t) if task.class_lanes else task.t_step
 
 
-@njit(**INLINE)
+@inlined
 def unit_from_class(task, unit, c, stop):
     """Return a unit of ``stop`` vectors that begins at class c of this one (class lanes).
 
@@ -205,7 +203,7 @@ def unit_from_class(task, unit, c, stop):
     )  # fmt: skip
 
 
-@njit(**INLINE)
+@inlined
 def empty_unit(unit):
     """Return a unit like this one without rows and classes: nothing but its tile is read for it, and nothing is written."""
     none = first_lanes(0)
@@ -215,7 +213,7 @@ def empty_unit(unit):
     )  # fmt: skip
 
 
-@njit(**INLINE)
+@inlined
 def tile_step(task, unit):
     """Return the number of bytes from vector j to vector j + 1 in the tile."""
     if task.packed and task.contiguous_lanes:
@@ -223,7 +221,7 @@ def tile_step(task, unit):
     return LANES * itemsize(unit.tile)
 
 
-@njit(**INLINE)
+@inlined
 def write_tile(task, unit, factor, g_y):
     """Write the tile times ``factor`` to g, and ``g_y`` at the class indices, if the unit is packed.
 
@@ -252,13 +250,13 @@ def write_tile(task, unit, factor, g_y):
                 scatter(p + j * g_step(task), unit.g_lanes, g, unit.rows)
 
 
-@njit(**INLINE)
+@inlined
 def unscaled(task):
     """Return a factor of 1 and a g_y of 0 for `write_tile`: those of rows that are ignored or have no target."""
     return splat(task.x, 1.0), splat(task.x, 0.0)
 
 
-@njit(**INLINE)
+@inlined
 def row_values(task, p, row, row_lanes, mask):
     """Return the values of rows ``row + row_lanes`` of an array (rows,), lane by lane."""
     if task.class_lanes:
@@ -268,7 +266,7 @@ def row_values(task, p, row, row_lanes, mask):
     return gather(p + row * itemsize(p), row_lanes * itemsize(p), mask)
 
 
-@njit(**INLINE)
+@inlined
 def put_rows(task, p, unit, values):
     """Write the values of the unit's rows to an array (rows,)."""
     if task.class_lanes:
@@ -279,19 +277,19 @@ def put_rows(task, p, unit, values):
         scatter(p + unit.row * itemsize(p), unit.row_lanes * itemsize(p), values, unit.rows)
 
 
-@njit(**INLINE)
+@inlined
 def sum_rows(task, values):
     """Return the sum over the unit's rows as a scalar."""
     return lane(values, 0) if task.class_lanes else lane(sum_across(values), 0)
 
 
-@njit(**INLINE)
+@inlined
 def multiply_rows(task, values):
     """Return the product over the unit's rows as a scalar."""
     return lane(values, 0) if task.class_lanes else lane(product_across(values), 0)
 
 
-@njit(**INLINE)
+@inlined
 def read(task, p, lanes, mask):
     """Return the vector at ``p``, contiguous or gathered from byte offsets ``lanes``; lanes outside ``mask`` are 0."""
     if task.contiguous_lanes:
@@ -299,7 +297,7 @@ def read(task, p, lanes, mask):
     return gather(p, lanes, mask)
 
 
-@njit(**INLINE)
+@inlined
 def write(task, p, lanes, values, mask):
     """Write a vector at ``p``, contiguous or scattered to byte offsets ``lanes``, where ``mask`` is true."""
     if task.contiguous_lanes:
@@ -308,7 +306,7 @@ def write(task, p, lanes, values, mask):
         scatter(p, lanes, values, mask)
 
 
-@njit(**INLINE)
+@inlined
 def raw_logits(task, unit, j, mask):
     """Return vector j of the logits as they are stored, before any softcap or temperature; 0 where not ``mask``."""
     if task.packed:
@@ -316,7 +314,7 @@ def raw_logits(task, unit, j, mask):
     return read(task, task.x + (unit.x + j * x_step(task)), unit.x_lanes, mask)
 
 
-@njit(**INLINE)
+@inlined
 def raw_full(task, unit, j):
     """Return vector j of the logits as they are stored, if all its lanes are live."""
     if task.packed:
@@ -325,7 +323,7 @@ def raw_full(task, unit, j):
     return load(p) if task.contiguous_lanes else gather(p, unit.x_lanes, all_lanes())
 
 
-@njit(**INLINE)
+@inlined
 def write_out(task, unit, j, values, mask):
     """Write vector j of g, or, if the unit is packed, of its tile, which ``write_tile`` writes to g later."""
     if task.packed:

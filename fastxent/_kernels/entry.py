@@ -1,19 +1,17 @@
 """What a thread runs: it checks the class indices, reduces the segments of split rows, and does the task's work."""
 
-from numba import njit
-
 from fastxent._abi.argument_block import BAD, CHECK, DIVISOR, SEGMENTS, WORK
 from fastxent._abi.variant import CHECKED, CHECKS
 from fastxent._kernels.parallel_for import barrier, one_by_one, parallel_for, thread_number
 from fastxent._simd.lanes import sum_across
 from fastxent._simd.memory import call_kernel, gather, get, load, load_masked, put
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import LANES, all_lanes, count_lanes, first_lanes, lane, splat, where
 
 NAN = float("nan")
 
 
-@njit(**INLINE)
+@inlined
 def check_targets(task, tile, number):
     """Return the sum of the weights of a unit of CHECKED rows (for the mean); set BAD if a class index is out of range."""
     n_kept, n_good = 0, 0

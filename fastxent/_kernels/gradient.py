@@ -7,15 +7,13 @@ where a, a1, b are scalars per row (``Coefficients``), which the loss computes f
 
 from collections import namedtuple
 
-from numba import njit
-
 from fastxent._abi.argument_block import DIVISOR
 from fastxent._kernels.addressing import g_step, raw_logits, write, write_out
 from fastxent._kernels.inputs import logits, target_weights, through_cap
 from fastxent._kernels.prefetch import aligned, is_non_temporal, prefetch_next_row
 from fastxent._kernels.stored_exponentials import exponentials
 from fastxent._simd.memory import get, itemsize, put, store_non_temporal
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import LANES, all_lanes, fma, lane, splat, where
 
 # The coefficients of a unit's rows:
@@ -30,14 +28,14 @@ from fastxent._simd.vector import LANES, all_lanes, fma, lane, splat, where
 Coefficients = namedtuple("Coefficients", "shift power a wide_a a1 m b k q_hot e_hot inverse_s g_y")
 
 
-@njit(**INLINE)
+@inlined
 def scaled(task, x):
     """Return x factor / divisor; float64 results would show the rounding of factor / divisor, so there x is divided."""
     divisor = get(task.total, DIVISOR)
     return x * task.factor / divisor if task.double else x * (task.factor / divisor)
 
 
-@njit(**INLINE)
+@inlined
 def with_label(task, unit, j, g, f):
     """Return vector j of g, where g_y has replaced the entry at y if the lanes are rows that are not packed."""
     if task.labelled and not task.class_lanes and not task.packed:
@@ -45,14 +43,14 @@ def with_label(task, unit, j, g, f):
     return g
 
 
-@njit(**INLINE)
+@inlined
 def holds_label(task, unit):
     """Class lanes: return whether class y is in the unit, which may be a segment."""
     y = lane(unit.y, 0)
     return not task.split or unit.start * LANES <= y < unit.stop * LANES
 
 
-@njit(**INLINE)
+@inlined
 def put_label(task, unit, f):
     """Class lanes: write g_y over what the second trip wrote at y. (For packed rows `write_tile` does so.)"""
     if task.labelled and task.class_lanes:
@@ -60,7 +58,7 @@ def put_label(task, unit, f):
             put(task.g + unit.g, lane(unit.y, 0) * itemsize(task.g), lane(f.g_y, 0))
 
 
-@njit(**INLINE)
+@inlined
 def gradient_vector(task, unit, j, mask, f):
     """Return vector j of the gradient, but for g_y."""
     e = exponentials(task, unit, j, mask, f.shift, f.power)
@@ -76,7 +74,7 @@ def gradient_vector(task, unit, j, mask, f):
     return through_cap(task, raw_logits(task, unit, j, mask), g) if task.capped else g
 
 
-@njit(**INLINE)
+@inlined
 def write_gradient(task, unit, f):
     """Write g, in the second trip. Return what `write_tile` has to apply to a tile afterwards: a factor, and g_y."""
     one = splat(task.x, 1.0)
@@ -97,7 +95,7 @@ def write_gradient(task, unit, f):
     return one, f.g_y
 
 
-@njit(**INLINE)
+@inlined
 def write_non_temporal(task, unit, f):
     """Write g by non-temporal stores, but for the unaligned lanes at the row's ends."""
     head, body, n_whole, tail = aligned(task, unit)

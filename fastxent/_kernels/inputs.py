@@ -5,13 +5,11 @@ A kernel trusts its Task: the caller has checked every shape, stride and target.
 
 from collections import namedtuple
 
-from numba import njit
-
 from fastxent._kernels.addressing import INF, raw_full, raw_logits, read, row_values, t_step, tile_step, x_step
 from fastxent._kernels.row_tiles import target_tile
 from fastxent._simd.elementary import sech_squared, tanh
 from fastxent._simd.memory import gather, get, itemsize, load, load_masked
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import LANES, WIDE, as_floats, fma, iota, lane, maximum, narrow, splat, where
 
 # ----------------------------------------------------------------------------------------------------
@@ -19,7 +17,7 @@ from fastxent._simd.vector import LANES, WIDE, as_floats, fma, iota, lane, maxim
 # ----------------------------------------------------------------------------------------------------
 
 
-@njit(**INLINE)
+@inlined
 def transformed(task, x):
     """Return the logits that softmax is taken of: x, or x / temperature, or cap tanh(x / cap)."""
     if task.tempered:
@@ -27,25 +25,25 @@ def transformed(task, x):
     return tanh(x / task.cap, task.cap) if task.capped else x
 
 
-@njit(**INLINE)
+@inlined
 def through_cap(task, x, g):
     """Return the gradient with respect to the stored x: ``g``, with respect to the capped x, times 1 - tanh^2(x / cap)."""
     return g * sech_squared(x / task.cap) if task.capped else g
 
 
-@njit(**INLINE)
+@inlined
 def logits(task, unit, j, mask):
     """Return vector j of the logits that softmax is taken of."""
     return transformed(task, raw_logits(task, unit, j, mask))
 
 
-@njit(**INLINE)
+@inlined
 def full_logits(task, unit, j):
     """Return the same if all lanes are live: without a mask, the load is folded into the instruction that uses it."""
     return transformed(task, raw_full(task, unit, j))
 
 
-@njit(**INLINE)
+@inlined
 def target_weights(task, unit, j, mask):
     """Return vector j of q / ``common_weight``: w ((1 - eps) t + eps / C), or w. A class index's term at y is not included."""
     if task.soft:
@@ -64,13 +62,13 @@ def target_weights(task, unit, j, mask):
     return where(mask, q, 0.0)
 
 
-@njit(**INLINE)
+@inlined
 def common_weight(task):
     """Return the common factor of all q of a smoothed class index, eps / C, which is thus multiplied, and rounded, once."""
     return 1.0 if task.soft else task.uniform
 
 
-@njit(**INLINE)
+@inlined
 def vector_max(task, unit, start, stop):
     """Return the lane-wise maximum over vectors start ... stop - 1. Four accumulators keep the dependency chain short."""
     a = b = c = d = splat(task.x, -INF)
@@ -96,7 +94,7 @@ def vector_max(task, unit, start, stop):
 Label = namedtuple("Label", "raw_x_y w_y")  # logit as stored (in the precision of the arithmetic), class weight (float64)
 
 
-@njit(**INLINE)
+@inlined
 def gather_labels(task, unit):
     """Return x_y of 16 rows. With few classes each one is compared with y, for gathers are slow on some AVX-512 processors."""
     if WIDE and task.packed:
@@ -112,7 +110,7 @@ def gather_labels(task, unit):
     return gather(task.x + unit.x, unit.x_lanes + unit.y * x_step(task), unit.kept)
 
 
-@njit(**INLINE)
+@inlined
 def label(task, unit):
     """Return what the class indices select. It has to be read before anything is written, for g may be x."""
     w_y = splat(task.w, 1.0)
@@ -130,7 +128,7 @@ def label(task, unit):
     return Label(x_y, w_y)
 
 
-@njit(**INLINE)
+@inlined
 def sample_weights(task, unit):
     """Return the sample weights of the unit's rows, in float64; 1 if there are none."""
     if task.sampled != 0:

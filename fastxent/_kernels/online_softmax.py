@@ -19,11 +19,9 @@ the same for class lanes and for row lanes.
 
 from collections import namedtuple
 
-from numba import njit
-
 from fastxent._simd.elementary import exp_scale, exp_scaled, log, shift_by, split_exponent
 from fastxent._simd.lanes import fold
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import any_lane, maximum, narrow, splat, where, widen
 
 INF = float("inf")
@@ -33,13 +31,13 @@ INF = float("inf")
 State = namedtuple("State", "m s_max s_rest q_sum q_dot e_dot")
 
 
-@njit(**INLINE)
+@inlined
 def s_of(state):
     """Return s, rounded."""
     return state.s_max + state.s_rest
 
 
-@njit(**INLINE)
+@inlined
 def sums_of(task, x, e, q, m):
     """Return s_max, s_rest, Q, D, E over one vector, or over a group of vectors that are concatenated.
 
@@ -60,7 +58,7 @@ def sums_of(task, x, e, q, m):
     return s_max, s, q_sum, q_dot, e_dot
 
 
-@njit(**INLINE)
+@inlined
 def rescale(state, m):
     """Return the state rescaled to ``m``, the maximum over more classes than the state's own."""
     shift = shift_by(widen(m))
@@ -71,7 +69,7 @@ def rescale(state, m):
     return State(m, s_max, s_rest, state.q_sum, state.q_dot + state.q_sum * down, f * (state.e_dot + s * down))
 
 
-@njit(**INLINE)
+@inlined
 def rescale_stored(task, part_m, m):
     """Return two factors that turn stored exponentials exp(x - part_m), where ``part_m`` is a scalar, into exp(x - m).
 
@@ -83,14 +81,14 @@ def rescale_stored(task, part_m, m):
     return narrow(task.x, f / rest), rest
 
 
-@njit(**INLINE)
+@inlined
 def empty(task, m):
     """Return the state of no classes, with the maximum ``m`` of the classes that will be merged into it."""
     nothing = splat(task.w, 0.0)
     return State(m, nothing, nothing, nothing, nothing, nothing)
 
 
-@njit(**INLINE)
+@inlined
 def rescale_to(state, m):
     """Return the state, rescaled if its maximum is less than ``m``, which is rare."""
     if any_lane(m > state.m):
@@ -98,7 +96,7 @@ def rescale_to(state, m):
     return state
 
 
-@njit(**INLINE)
+@inlined
 def merge(a, b):
     """Return the state of two parts of a row, whose states are scaled to the same maximum."""
     return State(
@@ -106,7 +104,7 @@ def merge(a, b):
     )  # fmt: skip
 
 
-@njit(**INLINE)
+@inlined
 def log_s(state):
     """Return log(s_max + s_rest), corrected for the rounding error of that sum as in ``log1p``."""
     s = s_of(state)

@@ -2,21 +2,19 @@
 
 from collections import namedtuple
 
-from numba import njit
-
 from fastxent._abi.argument_block import DONE, ENTERED, LINE, OVER
 from fastxent._abi.variant import TILE
 from fastxent._kernels.compensated_sums import compensated, two_sum
 from fastxent._simd.elementary import log
 from fastxent._simd.memory import call, fetch_add, fetch_max, get, put, read_slot
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import lane, splat
 
 MOST_PRODUCT = 1e300  # largest product of factors for which the log may still be postponed
 SPINS = 100  # polls of a barrier before a waiting thread yields its core
 
 
-@njit(**INLINE)
+@inlined
 def log_of(task, x):
     """Return log(x) of a float64 scalar."""
     return lane(log(splat(task.w, x)), 0)
@@ -28,7 +26,7 @@ Sum = namedtuple("Sum", "total error product")
 EMPTY_SUM = Sum(0.0, 0.0, 1.0)
 
 
-@njit(**INLINE)
+@inlined
 def accumulate(task, sums, x, factor):
     """Return the sum with the number and the factor of one more unit."""
     product = sums.product
@@ -38,7 +36,7 @@ def accumulate(task, sums, x, factor):
     return Sum(total, error, product * factor)
 
 
-@njit(**INLINE)
+@inlined
 def total_of(task, sums):
     """Return the sum of the numbers and of the logs of the factors as a scalar."""
     total, error = sums.total, sums.error
@@ -50,7 +48,7 @@ def total_of(task, sums):
 def one_by_one(visit):
     """Return the ``work`` that visits units ``first`` ... ``stop - 1`` one after the other, and returns their sum."""
 
-    @njit(**INLINE)
+    @inlined
     def work(task, tile, first, stop):
         sums = EMPTY_SUM
         for number in range(first, stop):
@@ -61,7 +59,7 @@ def one_by_one(visit):
     return work
 
 
-@njit(**INLINE)
+@inlined
 def parallel_for(task, phase, me, work, n_units, chunk):
     """Take chunks of units until none is left, and sum each in order; the thread that finishes last sums the chunks in order.
 
@@ -89,7 +87,7 @@ def parallel_for(task, phase, me, work, n_units, chunk):
         fetch_add(task, OVER + phase, 1)
 
 
-@njit(**INLINE)
+@inlined
 def barrier(task, phase):
     """Wait until all chunks of a phase are done."""
     turns = 0
@@ -99,7 +97,7 @@ def barrier(task, phase):
             call(task.sched_yield)
 
 
-@njit(**INLINE)
+@inlined
 def thread_number(task):
     """Return the thread's number in its team: from the OpenMP runtime if there is one, else in the order of arrival."""
     return fetch_add(task, ENTERED, 1) if task.thread_number == 0 else call(task.thread_number)

@@ -13,8 +13,6 @@ cache has room for.
 
 from collections import namedtuple
 
-from numba import njit
-
 from fastxent._simd.memory import (
     address,
     before_aligned,
@@ -26,7 +24,7 @@ from fastxent._simd.memory import (
     store_masked,
     store_non_temporal,
 )
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import LANES, WIDE, as_floats, first_lanes, maximum, splat, where
 
 INF = float("inf")
@@ -49,25 +47,25 @@ PanelPipeline = namedtuple("PanelPipeline", "ahead here pending before first")
 MAXIMA, FACTORS, TARGETS, AT_TARGETS, SHIFTED = 0, 1, 2, 3, 3
 
 
-@njit(**INLINE)
+@inlined
 def class_step(task, tile):
     """Return the bytes from class to class in a tile: an odd number of vectors, so that classes use all cache sets."""
     return (task.panel | 1) * LANES * itemsize(tile)
 
 
-@njit(**INLINE)
+@inlined
 def row_numbers(task, tile, which):
     """Return the address of one kind of number, such as ``MAXIMA``, of the panel's rows."""
     return tile + (task.n_vectors + which) * class_step(task, tile)
 
 
-@njit(**INLINE)
+@inlined
 def panel_tile(task, tile, nth):
     """Return the address of the tile of panel ``nth``; before each tile there is room for a vector that `store_head` reads."""
     return tile + (nth % PANELS_IN_FLIGHT * ((task.n_vectors + 8) * class_step(task, tile)) + LANES * itemsize(tile))
 
 
-@njit(**INLINE)
+@inlined
 def new_panel(task, tile, x, g, n, adjoins):
     """Return a panel whose logits are still to be loaded; its maxima are set to -inf."""
     for k in range(task.panel):
@@ -75,25 +73,25 @@ def new_panel(task, tile, x, g, n, adjoins):
     return Panel(x, g, n, tile, head_length(task, g, n), adjoins)
 
 
-@njit(**INLINE)
+@inlined
 def empty_panel(panel):
     """Return a panel without rows: nothing is read or written for it."""
     return Panel(panel.x, panel.g, 0, panel.tile, 0, False)
 
 
-@njit(**INLINE)
+@inlined
 def head_length(task, g, n):
     """Return how many of n elements at ``g`` precede the first vector for a non-temporal store; 0 if g has no such stores."""
     return before_aligned(g, n) if task.large and task.non_temporal != 0 else 0
 
 
-@njit(**INLINE)
+@inlined
 def steps_per_plane(task):
     """Return the number of pipeline steps that one plane of a panel takes."""
     return (task.panel + VECTORS_A_STEP - 1) // VECTORS_A_STEP
 
 
-@njit(**INLINE)
+@inlined
 def load_vectors(task, panel, j, k, end):
     """Load the logits of class j, units k ... end - 1, into the tile, and update the rows' maxima."""
     vector, step = LANES * itemsize(panel.tile), LANES * itemsize(panel.x)
@@ -115,7 +113,7 @@ def load_vectors(task, panel, j, k, end):
         store(maxima + n_whole * vector, maximum(load(maxima + n_whole * vector), x))
 
 
-@njit(**INLINE)
+@inlined
 def put_row_numbers(task, tile, factor, y, g_y):
     """Save what turns the exponentials in a unit's tile into a gradient: factor, class indices, and the gradient there."""
     store(row_numbers(task, tile, FACTORS), factor)
@@ -124,7 +122,7 @@ def put_row_numbers(task, tile, factor, y, g_y):
         store(row_numbers(task, tile, AT_TARGETS), g_y)
 
 
-@njit(**INLINE)
+@inlined
 def align_numbers(task, panel, which):
     """Write a copy of one kind of number, shifted by ``panel.head`` rows."""
     vector, off = LANES * itemsize(panel.tile), panel.head * itemsize(panel.tile)
@@ -133,7 +131,7 @@ def align_numbers(task, panel, which):
         store(row_numbers(task, panel.tile, which + SHIFTED) + k * vector, x)
 
 
-@njit(**INLINE)
+@inlined
 def align_row_numbers(task, panel):
     """Write the shifted copies of a panel's numbers, for aligned vectors of g, once all of its units are done."""
     if panel.head > 0:
@@ -143,7 +141,7 @@ def align_row_numbers(task, panel):
             align_numbers(task, panel, AT_TARGETS)
 
 
-@njit(**INLINE)
+@inlined
 def panel_gradient(task, panel, j, off, shifted, at):
     """Return a vector of the gradient of class j.
 
@@ -159,7 +157,7 @@ def panel_gradient(task, panel, j, off, shifted, at):
     return g
 
 
-@njit(**INLINE)
+@inlined
 def store_vectors(task, before, panel, after, j, k, end):
     """Write the gradient of class j, vectors k ... end - 1, which are aligned vectors of g if its stores are non-temporal."""
     vector, step, size = LANES * itemsize(panel.tile), LANES * itemsize(panel.g), itemsize(panel.tile)
@@ -183,7 +181,7 @@ def store_vectors(task, before, panel, after, j, k, end):
         store_masked(p + n_whole * step, g, first_lanes(tail))
 
 
-@njit(**INLINE)
+@inlined
 def store_head(task, before, panel, j, p, head):
     """Write the gradient before the first aligned vector of g, together with the elements of the panel before that share a
     vector with it, if the panels adjoin: `store_vectors` has left those out."""
@@ -201,21 +199,21 @@ def store_head(task, before, panel, j, p, head):
         store_masked(p, g, first_lanes(left + head))
 
 
-@njit(**INLINE)
+@inlined
 def load_panel(task, panel):
     """Load the whole panel into its tile."""
     for j in range(task.n_vectors):
         load_vectors(task, panel, j, 0, task.panel)
 
 
-@njit(**INLINE)
+@inlined
 def store_panel(task, before, panel, after):
     """Write the gradient of the whole panel."""
     for j in range(task.n_vectors):
         store_vectors(task, before, panel, after, j, 0, task.panel)
 
 
-@njit(**INLINE)
+@inlined
 def pipeline_step(task, pipeline, number):
     """Do step ``number``, counted plane by plane: write vectors of the pending panel, and load as many of the one ahead."""
     j, k = number // steps_per_plane(task), number % steps_per_plane(task) * VECTORS_A_STEP
@@ -225,20 +223,20 @@ def pipeline_step(task, pipeline, number):
         load_vectors(task, pipeline.ahead, j, k, k + VECTORS_A_STEP)
 
 
-@njit(**INLINE)
+@inlined
 def steps_per_unit(task):
     """Return the number of pipeline steps that are done while one unit is worked on."""
     return task.n_vectors // VECTORS_A_STEP
 
 
-@njit(**INLINE)
+@inlined
 def finish_unit(task, pipeline, done):
     """Do the remaining pipeline steps of a unit, the first ``done`` of which have been done."""
     for number in range(done, steps_per_unit(task)):
         pipeline_step(task, pipeline, pipeline.first + number)
 
 
-@njit(**INLINE)
+@inlined
 def finish_panel(task, pipeline):
     """Do the pipeline steps that remain when all units of a panel have done theirs."""
     for number in range(pipeline.first, task.n_vectors * steps_per_plane(task)):

@@ -1,7 +1,5 @@
 """Memory traffic of arrays that do not fit the caches, or not the first-level one: prefetches and non-temporal stores."""
 
-from numba import njit
-
 from fastxent._abi.argument_block import LINE
 from fastxent._kernels.addressing import g_step, t_step, unit_from_class, write, write_out, x_step
 from fastxent._simd.memory import (
@@ -14,25 +12,25 @@ from fastxent._simd.memory import (
     prefetch_to_write,
     store_non_temporal,
 )
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import LANES, all_lanes, every_lane, first_lanes, splat
 
 NEXT_ROW_AHEAD = 4096  # vectors of the next row that are prefetched during the gradient: what half a second-level cache holds
 
 
-@njit(**INLINE)
+@inlined
 def block_length(task):
     """Return the number of vectors between two updates of the running maximum: 16 KB in the precision of the arithmetic."""
     return 128 if task.double else 256
 
 
-@njit(**INLINE)
+@inlined
 def pipeline_distance(task):
     """Return the prefetch distance of a row pipeline in bytes: longer for memory, which has a higher latency than a cache."""
     return 8192 if task.large else 4096
 
 
-@njit(**INLINE)
+@inlined
 def prefetch_operands(task, unit, j):
     """Prefetch what is read a block, a row, or 16 rows after vector j, while the exponentials of that are computed."""
     if task.overlapped and task.class_lanes:  # the logits are prefetched where they are first read: see ``prefetch_pipelined``
@@ -54,13 +52,13 @@ def prefetch_operands(task, unit, j):
             prefetch(task.t + unit.t, j * t_step(task) + t_ahead)
 
 
-@njit(**INLINE)
+@inlined
 def prefetch_pipelined(task, unit, j):
     """Prefetch what follows vector j in a row pipeline, which reads that vector for the first time."""
     prefetch_near(task.x + unit.x, j * x_step(task) + pipeline_distance(task))
 
 
-@njit(**INLINE)
+@inlined
 def prefetch_border(task, unit):
     """Prefetch, for writing, the cache line of g that a row shares with the row before: each row's store fills only a part of
     the line, which therefore has to be read first. The other lines are written by non-temporal stores."""
@@ -68,7 +66,7 @@ def prefetch_border(task, unit):
         prefetch_to_write(task.g + unit.g, 0)
 
 
-@njit(**INLINE)
+@inlined
 def prefetch_next_row(task, unit, j):
     """Prefetch the next row while this row's gradient is computed, if the logits are larger than the caches."""
     if task.large and task.class_lanes and not task.stores_exp:
@@ -81,7 +79,7 @@ def prefetch_next_row(task, unit, j):
 # tail, and with row lanes non-temporal stores are used only if all vectors of a unit are whole and aligned.
 
 
-@njit(**INLINE)
+@inlined
 def is_non_temporal(task, unit):
     """Return whether this unit's g can be written by non-temporal stores."""
     if task.class_lanes:
@@ -92,7 +90,7 @@ def is_non_temporal(task, unit):
     return task.non_temporal != 0 and every_lane(unit.writes) and misaligned == 0
 
 
-@njit(**INLINE)
+@inlined
 def aligned(task, unit):
     """Return how to write a unit in aligned vectors: the mask of its head; its body, a unit that begins where g is aligned; the
     number of whole vectors of the body; the mask of its tail, the vector after those."""
@@ -104,7 +102,7 @@ def aligned(task, unit):
     return first_lanes(before), body, body.full, first_lanes(tail)
 
 
-@njit(**INLINE)
+@inlined
 def write_zeros(task, unit):
     """Write zeros to g of a unit whose rows are all ignored."""
     zero = splat(task.x, 0.0)

@@ -2,8 +2,6 @@
 
 from collections import namedtuple
 
-from numba import njit
-
 from fastxent._kernels.addressing import g_step, tile_step
 from fastxent._kernels.compensated_sums import halve_lanes, split_sum, total_over_classes, widen_add
 from fastxent._kernels.inputs import full_logits, logits, target_weights, vector_max
@@ -13,7 +11,7 @@ from fastxent._kernels.stored_exponentials import store_exponentials
 from fastxent._simd.elementary import Shift, exp_reduced, exp_scaled, reduce_argument, shift_by
 from fastxent._simd.lanes import concat, max_across, max_of_halves, repeat
 from fastxent._simd.memory import itemsize, load, scratch, store, store_each
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import LANES, WIDE, all_lanes, any_lane, splat, where, widen
 
 HALVES = 128  # vectors of scratch for half-computed exponentials, on hosts with few registers
@@ -26,15 +24,15 @@ INTERLEAVED = GROUP if WIDE else 2  # vectors whose exponentials are computed in
 # vectors j, ..., and ``finish(task, data, top, stop)`` once that was done for all vectors below ``stop``. Both return ``top``,
 # a running maximum of what is read ahead.
 Overlap = namedtuple("Overlap", "step finish data")
-NOTHING = Overlap(njit(**INLINE)(lambda task, data, top, j: top), njit(**INLINE)(lambda task, data, top, stop: top), None)
+NOTHING = Overlap(inlined(lambda task, data, top, j: top), inlined(lambda task, data, top, stop: top), None)
 
 
-@njit(**INLINE)
+@inlined
 def _itself(x):
     return x
 
 
-@njit(**INLINE)
+@inlined
 def _twice(x):
     return repeat(x, 2)
 
@@ -43,19 +41,19 @@ def _twice(x):
 in_register, from_register = (_itself, _itself) if WIDE else (max_of_halves, _twice)
 
 
-@njit(**INLINE)
+@inlined
 def no_maximum(task):
     """Return the running maximum over nothing, -inf."""
     return in_register(splat(task.x, -INF))
 
 
-@njit(**INLINE)
+@inlined
 def group_length(task):
     """Return the number of vectors between two steps of the overlapped work: fewer for a gradient, where a step does more."""
     return INTERLEAVED if WIDE or task.stores_exp or not task.class_lanes else 2 * INTERLEAVED
 
 
-@njit(**INLINE)
+@inlined
 def vector_sums(task, unit, j, mask, m, shift):
     """Return the sums over vector j, and store its exponentials if the task does."""
     x = logits(task, unit, j, mask)
@@ -67,14 +65,12 @@ def vector_sums(task, unit, j, mask, m, shift):
 def concatenated(size):
     """Return a function that concatenates the results of ``vector`` for ``size`` vectors from j on."""
     if size == 1:
-        return njit(**INLINE)(lambda vector, task, unit, j: vector(task, unit, j))
+        return inlined(lambda vector, task, unit, j: vector(task, unit, j))
     half = concatenated(size // 2)
-    return njit(**INLINE)(
-        lambda vector, task, unit, j: concat(half(vector, task, unit, j), half(vector, task, unit, j + size // 2))
-    )
+    return inlined(lambda vector, task, unit, j: concat(half(vector, task, unit, j), half(vector, task, unit, j + size // 2)))
 
 
-@njit(**INLINE)
+@inlined
 def full_weights(task, unit, j):
     return target_weights(task, unit, j, all_lanes())
 
@@ -83,7 +79,7 @@ def wide_group(size):
     """Return a function that sums over ``size`` vectors from j on, interleaved, for processors do not look far enough ahead."""
     several = concatenated(size)
 
-    @njit(**INLINE)
+    @inlined
     def group(task, unit, j, m, shift):
         for k in range(j, j + size):
             prefetch_operands(task, unit, k)
@@ -105,14 +101,14 @@ def wide_group(size):
 eight, two = wide_group(GROUP), wide_group(2)
 
 
-@njit(**INLINE)
+@inlined
 def add_terms(a, b):
     top, s, q_sum, q_dot, e_dot = a
     more, t, r_sum, r_dot, f_dot = b
     return top + more, s + t, q_sum + r_sum, q_dot + r_dot, e_dot + f_dot
 
 
-@njit(**INLINE)
+@inlined
 def add_sums(task, totals, sums):
     """Return the float64 totals plus the sums over some vectors."""
     top, s, q_sum, q_dot, e_dot = totals
@@ -127,7 +123,7 @@ def add_sums(task, totals, sums):
     return top, s, q_sum, q_dot, e_dot
 
 
-@njit(**INLINE)
+@inlined
 def wide_groups(task, unit, start, stop, m, shift, totals, overlap):
     """Add the sums of vectors start ... stop - 1, a multiple of eight, to the totals; return these and the maximum ahead."""
     top = no_maximum(task)
@@ -137,7 +133,7 @@ def wide_groups(task, unit, start, stop, m, shift, totals, overlap):
     return totals, top
 
 
-@njit(**INLINE)
+@inlined
 def wide_pairs(task, unit, start, stop, m, shift, totals):
     """Add the sums of vectors start ... stop - 1, an even number, to the totals."""
     for j in range(start, stop, 2):
@@ -145,7 +141,7 @@ def wide_pairs(task, unit, start, stop, m, shift, totals):
     return totals
 
 
-@njit(**INLINE)
+@inlined
 def first_half(task, unit, j, shift, r, power):
     """Reduce the arguments of vector j's exponentials; store both results, to ``r`` and to ``power``."""
     prefetch_operands(task, unit, j)
@@ -154,7 +150,7 @@ def first_half(task, unit, j, shift, r, power):
     store(power, half[1])
 
 
-@njit(**INLINE)
+@inlined
 def other_half(task, unit, j, m, r, power):
     """Return the sums over vector j, whose exponentials are finished from what ``first_half`` stored."""
     x = full_logits(task, unit, j)  # read first: the exponential may overwrite it
@@ -163,14 +159,14 @@ def other_half(task, unit, j, m, r, power):
     return sums_of(task, x, e, target_weights(task, unit, j, all_lanes()), m)
 
 
-@njit(**INLINE)
+@inlined
 def pair(task, unit, j, m, r, power):
     """Return the sums over vectors j and j + 1."""
     vector = LANES * itemsize(r)
     return add_terms(other_half(task, unit, j, m, r, power), other_half(task, unit, j + 1, m, r + vector, power + vector))
 
 
-@njit(**INLINE)
+@inlined
 def narrow_group(task, unit, first, end, m, r, power, totals, top, overlap):
     """Add the sums of vectors first ... end - 1 to the totals, after ``first_half``; return these and the maximum ahead."""
     zero = splat(m, 0.0)
@@ -185,7 +181,7 @@ def narrow_group(task, unit, first, end, m, r, power, totals, top, overlap):
     return add_sums(task, totals, sums), top
 
 
-@njit(**INLINE)
+@inlined
 def narrow_groups(task, unit, start, stop, m, shift, totals, overlap):
     """Add the sums of vectors start ... stop - 1, an even number, to the totals; return these and the maximum ahead.
 
@@ -214,7 +210,7 @@ def narrow_groups(task, unit, start, stop, m, shift, totals, overlap):
 groups = wide_groups if WIDE else narrow_groups
 
 
-@njit(**INLINE)
+@inlined
 def block_max(task, unit, start, stop):
     """Return the maximum over vectors start ... stop - 1."""
     if task.packed and not (task.capped or task.tempered):  # found when the tile was filled, for the logits as stored
@@ -223,7 +219,7 @@ def block_max(task, unit, start, stop):
     return max_across(m) if task.class_lanes else m
 
 
-@njit(**INLINE)
+@inlined
 def state_of(task, unit, start, stop, m, overlap):
     """Return the state of vectors start ... stop - 1 with m, their maximum or a larger one; and the maximum ahead.
 
@@ -265,7 +261,7 @@ def state_of(task, unit, start, stop, m, overlap):
     return state, top
 
 
-@njit(**INLINE)
+@inlined
 def span_state(task, unit):
     """Return the state of the unit's vectors, in one trip through memory: a block is read again from the nearest caches."""
     if task.packed or task.stores_exp:

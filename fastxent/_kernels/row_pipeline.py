@@ -13,8 +13,6 @@ gradient (see ``Coefficients``) is rescaled to a exp(m_k - m) for part k.
 
 from collections import namedtuple
 
-from numba import njit
-
 from fastxent._abi.variant import MOST_STORED
 from fastxent._kernels.addressing import g_step, unit_from_class, write
 from fastxent._kernels.gradient import Coefficients, gradient_vector, put_label
@@ -26,7 +24,7 @@ from fastxent._kernels.stored_exponentials import exponentials, store_exponentia
 from fastxent._simd.elementary import shift_by
 from fastxent._simd.lanes import max_across
 from fastxent._simd.memory import get, itemsize, put, scratch, store, store_non_temporal
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import LANES, WIDE, absolute, all_lanes, first_lanes, iota, lane, maximum, splat, where, widen
 
 # Number of vectors by which the gradient that is written is ahead of the logits that are read at the same time. Rows are often
@@ -50,14 +48,14 @@ Pending = namedtuple("Pending", "unit f stop y y_at")
 # with the following two functions, which also write the pending row.
 
 
-@njit(**INLINE)
+@inlined
 def write_and_read(task, pipeline, top, j):
     """Write the pending gradient that goes with vectors j, ..., and return the running maximum of the unit ahead."""
     write_pending(task, pipeline.pending, j)
     return running_max(task, pipeline.ahead, top, j)
 
 
-@njit(**INLINE)
+@inlined
 def finish_both(task, pipeline, top, stop):
     """Do what remains after ``write_and_read`` of all vectors below ``stop``, and return the maximum of the unit ahead."""
     finish_pending(task, pipeline.pending, stop)
@@ -69,7 +67,7 @@ def finish_both(task, pipeline, top, stop):
 # ----------------------------------------------------------------------------------------------------
 
 
-@njit(**INLINE)
+@inlined
 def running_max(task, ahead, top, j):
     """Return the running maximum ``top``, updated with vectors j, ... of the unit ahead if these are whole."""
     if j + group_length(task) <= ahead.full:
@@ -79,7 +77,7 @@ def running_max(task, ahead, top, j):
     return top
 
 
-@njit(**INLINE)
+@inlined
 def max_of_vectors(task, unit, at, top):
     """Return the running maximum ``top``, updated with the INTERLEAVED whole vectors of the unit from ``at`` on."""
     for j in range(at, at + INTERLEAVED):
@@ -88,7 +86,7 @@ def max_of_vectors(task, unit, at, top):
     return top
 
 
-@njit(**INLINE)
+@inlined
 def max_ahead(task, ahead, top, j):
     """Return the maximum over the unit ahead as a scalar; ``top`` is that of what ``running_max`` has seen below vector j."""
     seen = min(j, ahead.full // group_length(task) * group_length(task))
@@ -96,7 +94,7 @@ def max_ahead(task, ahead, top, j):
     return lane(max_across(m), 0)
 
 
-@njit(**INLINE)
+@inlined
 def max_of(task, ahead):
     """Return the maximum over the unit ahead as a scalar, if ``running_max`` has seen nothing of it."""
     return max_ahead(task, ahead, no_maximum(task), 0)
@@ -107,7 +105,7 @@ def max_of(task, ahead):
 # ----------------------------------------------------------------------------------------------------
 
 
-@njit(**INLINE)
+@inlined
 def row_parts(task):
     """Return the number n of parts of a row and the number of vectors of each but the last.
 
@@ -118,20 +116,20 @@ def row_parts(task):
     return n, ((task.n_vectors + n - 1) // n + GROUP - 1) // GROUP * GROUP
 
 
-@njit(**INLINE)
+@inlined
 def row_part(task, unit, k, length):
     """Return part k of a row as a unit of its own, so that one vector number serves the part that is read, the part whose
     exponentials are computed, and the part that is written."""
     return unit_from_class(task, unit, k * length * LANES, min(length, unit.stop - k * length))
 
 
-@njit(**INLINE)
+@inlined
 def part_numbers(task):
     """Return memory for one number for each part: m_k, and once the row is pending, the part's factor a exp(m_k - m)."""
     return scratch(splat(task.w, 0.0), PART_VECTORS)
 
 
-@njit(**INLINE)
+@inlined
 def rescale_parts(task, unit, f, m, parts):
     """Replace the maximum of each part by its factor. If a factor is so small that float32 would lose digits of it, the stored
     exponentials of the part are rescaled instead."""
@@ -151,7 +149,7 @@ def rescale_parts(task, unit, f, m, parts):
         put(parts, k * itemsize(parts), lane(a, 0))
 
 
-@njit(**INLINE)
+@inlined
 def part_factors(f, parts, k):
     """Return the coefficients of part k, with a, b and g_y splatted from scalars, so that each takes one register."""
     a, b, g_y = splat(f.a, get(parts, k * itemsize(parts))), splat(f.b, lane(f.b, 0)), splat(f.g_y, lane(f.g_y, 0))
@@ -163,7 +161,7 @@ def part_factors(f, parts, k):
 # ----------------------------------------------------------------------------------------------------
 
 
-@njit(**INLINE)
+@inlined
 def no_pending(task, unit):
     """Return the pending row before the first row: nothing is written for it."""
     zero = splat(task.x, 0.0)
@@ -171,7 +169,7 @@ def no_pending(task, unit):
     return Pending(unit, none, 0, -1, -1)
 
 
-@njit(**INLINE)
+@inlined
 def pending_row(task, unit, f, m, parts):
     """Return the row as pending, once all of its exponentials are stored, and write its gradient at both ends, as these may
     share cache lines with other rows."""
@@ -198,7 +196,7 @@ def pending_row(task, unit, f, m, parts):
     return Pending(body, f, stop, y, y_at)
 
 
-@njit(**INLINE)
+@inlined
 def pending_part(task, row, parts, k, length):
     """Return part k of the pending row, and write its first LEAD vectors and its last ones, where the next part may begin."""
     at, stop = k * length, min(length, row.stop - k * length)
@@ -216,7 +214,7 @@ def pending_part(task, row, parts, k, length):
     return pending
 
 
-@njit(**INLINE)
+@inlined
 def write_pending(task, pending, j):
     """Write vectors j + LEAD, ... of the pending gradient, while new exponentials overwrite its old ones in vectors j, ..."""
     at = j + LEAD
@@ -227,7 +225,7 @@ def write_pending(task, pending, j):
             put_pending(task, pending, at, False)
 
 
-@njit(**INLINE)
+@inlined
 def put_pending(task, pending, at, holds_y):
     """Write INTERLEAVED vectors of the pending gradient from ``at`` on, with g_y if ``holds_y``."""
     for j in range(at, at + INTERLEAVED):
@@ -237,7 +235,7 @@ def put_pending(task, pending, at, holds_y):
         store_full(task, pending.unit, j, g)
 
 
-@njit(**INLINE)
+@inlined
 def store_full(task, unit, j, g):
     """Write vector j of g, all lanes of which are live."""
     p = task.g + (unit.g + j * g_step(task))
@@ -247,7 +245,7 @@ def store_full(task, unit, j, g):
         store(p, g)
 
 
-@njit(**INLINE)
+@inlined
 def finish_pending(task, pending, start):
     """Write the rest of the pending gradient, if ``start`` is the first vector with which ``write_pending`` was not called."""
     for j in range(start, pending.stop - LEAD, INTERLEAVED):

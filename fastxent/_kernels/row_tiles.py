@@ -3,8 +3,6 @@
 A tile holds one vector for each class. Rows whose classes are strided are gathered into it instead of transposed.
 """
 
-from numba import njit
-
 from fastxent._abi.argument_block import LINE
 from fastxent._simd.memory import (
     as_stored,
@@ -20,7 +18,7 @@ from fastxent._simd.memory import (
     store,
     store_masked,
 )
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.transpose import BY_MASK, SQUARE, load_transposed, store_transposed
 from fastxent._simd.vector import LANES, all_lanes, count_lanes, first_lanes, iota, maximum, splat, where
 
@@ -29,13 +27,13 @@ PAGE = 4096
 SHORT_ROWS_AHEAD = 2048  # prefetch distance in bytes for short rows, if units are not paired
 
 
-@njit(**INLINE)
+@inlined
 def first_class(task, c):
     """Return the first of 16 classes to take for c = 0, 16, ...: the last 16 begin earlier than c, so that none is missing."""
     return max(0, min(c, task.n_classes - LANES))
 
 
-@njit(**INLINE)
+@inlined
 def load_tile(task, tile, p, n, lanes, mask):
     """Load the logits of n rows into the tile, class by class, and return the rows' maxima, -inf where not ``mask``.
 
@@ -61,7 +59,7 @@ def load_tile(task, tile, p, n, lanes, mask):
     return where(mask, m, -INF)
 
 
-@njit(**INLINE)
+@inlined
 def load_target_tile(task, tile, p, n, lanes, mask):
     """Load the class probabilities of n rows into a tile, class by class; 16 rows are transposed, fewer are gathered."""
     vector = LANES * itemsize(tile)
@@ -76,7 +74,7 @@ def load_target_tile(task, tile, p, n, lanes, mask):
             store(tile + j * vector, gather(p + j * task.t_step, lanes, mask))
 
 
-@njit(**INLINE)
+@inlined
 def copy_out(task, p, place, n):
     """Copy n elements to the gradient, with non-temporal stores if the gradient is written by those."""
     step, from_step = LANES * itemsize(p), LANES * itemsize(place)
@@ -96,19 +94,19 @@ def copy_out(task, p, place, n):
         store_masked(p + n_whole * step, load(place + n_whole * from_step), first_lanes(tail))
 
 
-@njit(**INLINE)
+@inlined
 def tile_bytes(task, tile):
     """Return the size of a transposed unit's tile, which is also the size of the staging buffer after it."""
     return (task.n_classes + LANES) * LANES * itemsize(tile)
 
 
-@njit(**INLINE)
+@inlined
 def target_tile(task, tile):
     """Return the address of a transposed unit's class probabilities, class by class, after its tile and staging buffer."""
     return tile + 2 * tile_bytes(task, tile)
 
 
-@njit(**INLINE)
+@inlined
 def next_tile(task, tile):
     """Return the address of the tile of the second unit of a pair: after all buffers of the first unit, and half a page off,
     so that the two tiles begin at different offsets in their pages."""
@@ -116,13 +114,13 @@ def next_tile(task, tile):
     return tile + ((own * tile_bytes(task, tile) + PAGE - 1) // PAGE * PAGE + PAGE // 2)
 
 
-@njit(**INLINE)
+@inlined
 def prefetch_distance(task, row):
     """Return the prefetch distance in bytes for short rows of ``row`` bytes each."""
     return SHORT_ROWS_AHEAD + LANES * row if task.paired else SHORT_ROWS_AHEAD
 
 
-@njit(**INLINE)
+@inlined
 def prefetch_rows(task, p, row):
     """Prefetch 16 rows of ``row`` bytes at the prefetch distance, if rows are contiguous. Short rows are read and written in
     pieces, which no hardware prefetcher follows."""
@@ -131,7 +129,7 @@ def prefetch_rows(task, p, row):
             prefetch_near(p, at)
 
 
-@njit(**INLINE)
+@inlined
 def write_transposed(task, unit, tile, p, factor, g_y):
     """Write the gradient of a transposed unit, with ``g_y`` at the class indices.
 

@@ -4,8 +4,6 @@ A kernel's steps for one unit are a dependency chain: maximum, sums, coefficient
 of one unit, it can execute steps of another unit, if their instructions are near enough.
 """
 
-from numba import njit
-
 from fastxent._kernels.addressing import empty_unit, locate, panel_of, unscaled, write_tile
 from fastxent._kernels.gradient import write_gradient
 from fastxent._kernels.inputs import label
@@ -43,7 +41,7 @@ from fastxent._kernels.row_pipeline import (
 from fastxent._kernels.row_tiles import next_tile
 from fastxent._kernels.split_rows import to_row
 from fastxent._simd.memory import itemsize, put
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import LANES, any_lane, lane, splat, widen
 
 # ----------------------------------------------------------------------------------------------------
@@ -51,7 +49,7 @@ from fastxent._simd.vector import LANES, any_lane, lane, splat, widen
 # ----------------------------------------------------------------------------------------------------
 
 
-@njit(**INLINE)
+@inlined
 def two_units(task, tile, number, stop):
     """Return units ``number`` and ``number + 1``; the second is empty if it is past the last one."""
     unit = locate(task, tile, number)
@@ -64,7 +62,7 @@ def value_paired(loss):
     """Return the work that computes the loss of two units at a time."""
     put_loss, put_zero_loss = loss.put_loss, loss.put_zero_loss
 
-    @njit(**INLINE)
+    @inlined
     def work(task, tile, first, stop):
         sums = EMPTY_SUM
         for number in range(first, stop, 2):
@@ -87,7 +85,7 @@ def value_and_grad_paired(loss):
     """Return the work that computes loss and gradient of two units at a time."""
     put_loss, put_zero_loss, coefficients = loss.put_loss, loss.put_zero_loss, loss.coefficients
 
-    @njit(**INLINE)
+    @inlined
     def work(task, tile, first, stop):
         sums = EMPTY_SUM
         for number in range(first, stop, 2):
@@ -119,7 +117,7 @@ def value_and_grad_paired(loss):
 # ----------------------------------------------------------------------------------------------------
 
 
-@njit(**INLINE)
+@inlined
 def panel_in_flight(task, tile, first, number, stop):
     """Return the panel that begins with unit ``number``; past the last unit an empty one."""
     at = min(number, stop - task.panel)
@@ -127,13 +125,13 @@ def panel_in_flight(task, tile, first, number, stop):
     return panel if number < stop else empty_panel(panel)
 
 
-@njit(**INLINE)
+@inlined
 def panel_step(task, pipeline, top, j):
     pipeline_step(task, pipeline, pipeline.first + j // INTERLEAVED)
     return top
 
 
-@njit(**INLINE)
+@inlined
 def finish_panel_steps(task, pipeline, top, stop):
     finish_unit(task, pipeline, stop // INTERLEAVED)
     return top
@@ -146,7 +144,7 @@ def by_panels(loss):
     """
     put_loss, put_zero_loss, coefficients = loss.put_loss, loss.put_zero_loss, loss.coefficients
 
-    @njit(**INLINE)
+    @inlined
     def work(task, tile, first, stop):
         sums = EMPTY_SUM
         ahead = panel_in_flight(task, tile, first, first, stop)
@@ -194,7 +192,7 @@ def by_panels(loss):
 def next_kept_of(loss):
     put_zero_loss = loss.put_zero_loss
 
-    @njit(**INLINE)
+    @inlined
     def next_kept(task, tile, number, stop):
         """Return number and unit of the first row from ``number`` on that is not ignored; write zeros for those before it.
 
@@ -212,7 +210,7 @@ def next_kept_of(loss):
     return next_kept
 
 
-@njit(**INLINE)
+@inlined
 def next_part(task, unit, k, n_parts, length, next_unit):
     """Return the part that is read after part k - 1 of a row: its part k, or the first part of the next row."""
     return row_part(task, unit, k, length) if k < n_parts else row_part(task, next_unit, 0, length)
@@ -222,7 +220,7 @@ def value_pipelined(loss):
     """Return the work that computes the loss block by block, while the next block's maximum is found."""
     put_loss, next_kept = loss.put_loss, next_kept_of(loss)
 
-    @njit(**INLINE)
+    @inlined
     def work(task, tile, first, stop):
         sums = EMPTY_SUM
         length = block_length(task)
@@ -251,7 +249,7 @@ def value_and_grad_pipelined(loss):
     """
     put_loss, coefficients, next_kept = loss.put_loss, loss.coefficients, next_kept_of(loss)
 
-    @njit(**INLINE)
+    @inlined
     def work(task, tile, first, stop):
         sums = EMPTY_SUM
         (n_parts, length), parts = row_parts(task), part_numbers(task)

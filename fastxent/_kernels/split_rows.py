@@ -6,8 +6,6 @@ exponentials where the gradient will be, provided that they can be stored there 
 functions of this file return what ``reduce`` and ``inputs`` return.
 """
 
-from numba import njit
-
 from fastxent._abi.argument_block import LINE
 from fastxent._kernels.addressing import locate
 from fastxent._kernels.gradient import holds_label
@@ -16,13 +14,13 @@ from fastxent._kernels.online_softmax import INF, State, empty, merge, rescale, 
 from fastxent._kernels.reduce import span_state
 from fastxent._simd.lanes import max_across, sum_across
 from fastxent._simd.memory import gather, get, put
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import LANES, any_lane, first_lanes, iota, lane, maximum, narrow, splat, where, widen
 
 X_Y = 48  # byte offset of x_y in what a segment saves
 
 
-@njit(**INLINE)
+@inlined
 def save_segment(task, tile, number):
     """Save the statistics of a segment: the first phase of a split row.
 
@@ -44,7 +42,7 @@ def save_segment(task, tile, number):
     return 0.0, 1.0
 
 
-@njit(**INLINE)
+@inlined
 def load_segments(task, first, k):
     """Return the statistics of segments k ... k + 15 of a row, lane by lane, and empty ones for segments that do not exist."""
     at, apart, there = first + LINE * k, iota() * LINE, first_lanes(task.n_segments - k)
@@ -55,7 +53,7 @@ def load_segments(task, first, k):
     )  # fmt: skip
 
 
-@njit(**INLINE)
+@inlined
 def row_state(task, unit, number):
     """Return the statistics of the unit's whole rows; those of a split row are merged from its segments."""
     if not task.split:
@@ -72,7 +70,7 @@ def row_state(task, unit, number):
     return State(m, s_max, s_rest, sum_across(state.q_sum), sum_across(state.q_dot), sum_across(state.e_dot))
 
 
-@njit(**INLINE)
+@inlined
 def to_row(task, number, state):
     """Return what rescales the stored exponentials of a segment to the row's maximum: see ``rescale_stored``."""
     if task.split and task.stores_exp:
@@ -80,7 +78,7 @@ def to_row(task, number, state):
     return splat(task.x, 1.0), splat(task.w, 1.0)
 
 
-@njit(**INLINE)
+@inlined
 def row_label(task, unit, number):
     """Return the label of the unit's whole rows.
 

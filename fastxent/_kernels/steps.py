@@ -5,13 +5,11 @@ losses from the rows' sums, and ``coefficients`` computes what ``gradient`` need
 time.
 """
 
-from numba import njit
-
 from fastxent._kernels.addressing import locate, unscaled, write_tile
 from fastxent._kernels.gradient import write_gradient
 from fastxent._kernels.prefetch import write_zeros
 from fastxent._kernels.split_rows import row_label, row_state, to_row
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import any_lane
 
 # Each ``visit`` takes the number of a unit, and returns an addend and a factor of the loss: see ``parallel_for``.
@@ -21,7 +19,7 @@ def value(loss):
     """Return a ``visit`` that computes the loss."""
     put_loss, put_zero_loss = loss.put_loss, loss.put_zero_loss
 
-    @njit(**INLINE)
+    @inlined
     def visit(task, tile, number):
         unit = locate(task, tile, number)
         if task.split and unit.start > 0:
@@ -38,7 +36,7 @@ def value_and_grad(loss):
     """Return a ``visit`` that computes the loss and its gradient."""
     put_loss, put_zero_loss, coefficients = loss.put_loss, loss.put_zero_loss, loss.coefficients
 
-    @njit(**INLINE)
+    @inlined
     def visit(task, tile, number):
         unit = locate(task, tile, number)
         total, tile_update = (0.0, 1.0), unscaled(task)

@@ -1,16 +1,14 @@
 """Exponentials that the first trip stores for the second: in the unit's tile, or where its gradient will be."""
 
-from numba import njit
-
 from fastxent._kernels.addressing import g_step, read, tile_step, write
 from fastxent._kernels.inputs import logits
 from fastxent._simd.elementary import exp_scaled
 from fastxent._simd.memory import load, load_masked, store, store_masked
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import every_lane
 
 
-@njit(**INLINE)
+@inlined
 def store_exponentials(task, unit, j, e, mask):
     """Store vector j of exp(x - m), if the task does, where ``exponentials`` reads it in the second trip."""
     if task.stores_exp:
@@ -22,7 +20,7 @@ def store_exponentials(task, unit, j, e, mask):
             store(unit.tile + j * tile_step(task, unit), e)
 
 
-@njit(**INLINE)
+@inlined
 def exponentials(task, unit, j, mask, shift, power):
     """Return vector j of exp(x - m): as it was stored, or computed anew."""
     if task.stores_exp:

@@ -5,10 +5,10 @@ from collections import namedtuple
 from functools import partial
 
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba import types
+from numba.extending import intrinsic
 
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import by_types, inlined
 from fastxent._simd.vector import I32, I64, SCALAR, absolute, at_least, call_llvm, fma, lanes_of, splat, where
 
 # exp(x - m) for x <= m, with exp(0) exactly 1 and without the rounding error of x - m, which is the largest one of a plain
@@ -88,7 +88,7 @@ def shift_by(m):
     raise TypeError("shift_by is for kernels")
 
 
-@overload(shift_by, jit_options=INLINE)
+@by_types(shift_by)
 def _shift_by(m):
     mantissa, bias, up, *_ = _FORMAT[m.kind]
     to_grid = 1.5 * 2.0**mantissa * _GRID[m.kind]  # adding and subtracting it rounds to the grid
@@ -105,12 +105,12 @@ def _shift_by(m):
     return shift_by
 
 
-@njit(**INLINE)
+@inlined
 def _minus(x, base):
     return x - base
 
 
-@njit(**INLINE)
+@inlined
 def _itself(x, base):
     return x
 
@@ -120,7 +120,7 @@ def reduce_argument(x, shift):
     raise TypeError("reduce_argument is for kernels")
 
 
-@overload(reduce_argument, jit_options=INLINE)
+@by_types(reduce_argument)
 def _reduce_argument(x, shift):
     mantissa, bias, up, ln2_high, ln2_low, _ = _FORMAT[x.kind]
     offset = 1.5 * 2.0**mantissa + (bias + up)
@@ -142,7 +142,7 @@ def exp_reduced(r, power):
     raise TypeError("exp_reduced is for kernels")
 
 
-@overload(exp_reduced, jit_options=INLINE)
+@by_types(exp_reduced)
 def _exp_reduced(r, power):
     q_of = _polynomial(_FORMAT[r.kind][-1])
 
@@ -153,7 +153,7 @@ def _exp_reduced(r, power):
     return exp_of
 
 
-@njit(**INLINE)
+@inlined
 def exp_scaled(x, shift):
     """Return ``exp(x - m) * 2**UP`` for ``x <= m``, -inf and nan, with an error below 1.5 ulp; ``shift = shift_by(m)``.
 
@@ -168,7 +168,7 @@ def tanh(x, height):
     raise TypeError("tanh is for kernels")
 
 
-@overload(tanh, jit_options=INLINE)
+@by_types(tanh)
 def _tanh(x, height):
     mantissa, bias, _, ln2_high, ln2_low, q = _FORMAT[x.kind]
     offset = 1.5 * 2.0**mantissa + bias
@@ -190,7 +190,7 @@ def _tanh(x, height):
     return tanh
 
 
-@njit(**INLINE)
+@inlined
 def sech_squared(x):
     """Return ``1 - tanh(x)^2``, tanh's slope, as 4 r (1 - r), r = 1 / (1 + e^(2 |x|)): it keeps its digits at a large |x|."""
     d = absolute(x) * -2.0
@@ -204,7 +204,7 @@ def exp_scale(like):
     raise TypeError("exp_scale is for kernels")
 
 
-@overload(exp_scale, jit_options=INLINE)
+@by_types(exp_scale)
 def _exp_scale(like):
     factor = 2.0 ** _FORMAT[like.kind][2]
     return lambda like: factor
@@ -257,7 +257,7 @@ def log(x):
     raise TypeError("log is for kernels")
 
 
-@overload(log, jit_options=INLINE)
+@by_types(log)
 def _log(x):
     _, bias, up, ln2_high, ln2_low, _ = _FORMAT[x.kind]
     least, raised = 2.0 ** (1 - bias), 2.0**up
@@ -280,7 +280,7 @@ def _log(x):
     return log
 
 
-@njit(**INLINE)
+@inlined
 def x_log_x(x):
     """Return ``x log(x)``, and 0 for 0."""
     return where(x == 0.0, x, x * log(x))
@@ -291,7 +291,7 @@ def log1p_to_1(e):
     raise TypeError("log1p_to_1 is for kernels")
 
 
-@overload(log1p_to_1, jit_options=INLINE)
+@by_types(log1p_to_1)
 def _log1p_to_1(e):
     l_of = _polynomial(_L[e.kind][1])
 
@@ -304,7 +304,7 @@ def _log1p_to_1(e):
     return log1p_to_1
 
 
-@njit(**INLINE)
+@inlined
 def log1p(e):
     """Return ``log(1 + e)`` of float64 lanes ``e >= -1/2``, corrected for the rounding error of 1 + e."""
     u = e + 1.0
@@ -316,7 +316,7 @@ def exp_negative(x):
     raise TypeError("exp_negative is for kernels")
 
 
-@overload(exp_negative, jit_options=INLINE)
+@by_types(exp_negative)
 def _exp_negative(x):
     mantissa, bias, up, ln2_high, ln2_low, _ = _FORMAT[x.kind]
     offset = 1.5 * 2.0**mantissa + (bias + up)

@@ -1,9 +1,9 @@
 """Operations between lanes: sums and maxima over the lanes of a vector, and vectors concatenated into one of more lanes."""
 
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import I32, LANES, SCALAR, Vec, broadcast, lane, larger, maximum, pick, splat, where
 
 
@@ -73,7 +73,7 @@ def swap(typingctx, x, distance):
 def _by_swaps(step):
     """Return a function that reduces all lanes by ``step``, in a fixed order, to one value in every lane."""
 
-    @njit(**INLINE)
+    @inlined
     def across(x):
         x = step(x, swap(x, 8))
         x = step(x, swap(x, 4))
@@ -84,11 +84,11 @@ def _by_swaps(step):
 
 
 _largest = _by_swaps(maximum)
-product_across = _by_swaps(njit(**INLINE)(lambda a, b: a * b))
-min_across = _by_swaps(njit(**INLINE)(lambda a, b: where(a < b, a, b)))
+product_across = _by_swaps(inlined(lambda a, b: a * b))
+min_across = _by_swaps(inlined(lambda a, b: where(a < b, a, b)))
 
 
-@njit(**INLINE)
+@inlined
 def max_across(x):
     """Return the largest lane, in every lane; splat from a scalar, so that on a host with narrow registers one holds it."""
     return splat(x, lane(_largest(x), 0))

@@ -4,11 +4,11 @@ Also single elements, atomic counters, and prefetches. Offsets and strides are b
 """
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from fastxent._simd.half import ITEMSIZE, STORED, decode, encode
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import (
     BYTES,
     I8,
@@ -352,7 +352,7 @@ def address(typingctx, p):
     return types.int64(p), lambda context, builder, sig, args: builder.ptrtoint(args[0], I64)
 
 
-@njit(**INLINE)
+@inlined
 def before_aligned(p, n):
     """Return how many of the n elements at ``p`` come before the first aligned vector, which a non-temporal store needs."""
     return min(n, (-address(p)) % (LANES * itemsize(p)) // itemsize(p))

@@ -5,14 +5,17 @@ without the passes for features that no kernel uses, compiling a kernel takes 3.
 """
 
 from llvmlite import binding
-from numba import njit
 from numba.core.codegen import CPUCodeLibrary
 from numba.core.compiler import CompilerBase
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import PassManager, register_pass
-from numba.core.typed_passes import IRLegalization, NativeLowering, NoPythonBackend, NopythonTypeInference, PreLowerStripPhis
-from numba.core.untyped_passes import FixupArgs, IRProcessing, ReconstructSSA, TranslateByteCode
+from numba.core.registry import CPUDispatcher
+from numba.core.typed_passes import NativeLowering, NoPythonBackend, NopythonTypeInference, PreLowerStripPhis
+from numba.core.untyped_passes import FixupArgs, ReconstructSSA, TranslateByteCode
 from numba.extending import overload
+
+from fastxent._simd.known_branches import DecideKnownBranches
+from fastxent._simd.task import names_in_types, names_read, narrowed
 
 
 def _optimize(module, machine):
@@ -55,8 +58,8 @@ class _Compiler(CompilerBase):
     def define_pipelines(self):
         passes = PassManager("inlined")
         for step in (
-            TranslateByteCode, FixupArgs, IRProcessing, ReconstructSSA, NopythonTypeInference, PreLowerStripPhis,
-            IRLegalization, _ToLLVM, NoPythonBackend,
+            TranslateByteCode, FixupArgs, DecideKnownBranches, ReconstructSSA, NopythonTypeInference, PreLowerStripPhis,
+            _ToLLVM, NoPythonBackend,
         ):  # fmt: skip
             passes.add_pass(step, step.__name__)
         passes.finalize()
@@ -64,27 +67,40 @@ class _Compiler(CompilerBase):
 
 
 INLINE = {
-    "forceinline": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False,
-    "pipeline_class": _Compiler,
+    "nopython": True, "forceinline": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
+    "_nrt": False,
 }  # fmt: skip
+
+
+class InlinedFunction(CPUDispatcher):
+    """A function that is compiled once for all tasks that agree in what it reads."""
+
+    def __init__(self, function, options=INLINE):
+        super().__init__(function, targetoptions=dict(options), pipeline_class=_Compiler)
+
+    def narrow(self, args):
+        names = names_read(self.py_func) | names_in_types(args)
+        return tuple(narrowed(argument, names) for argument in args)
+
+    def get_call_template(self, args, kws):
+        return super().get_call_template(self.narrow(args), kws)
+
+
+def inlined(function):
+    """Let kernels call a function, which is inlined there."""
+    return InlinedFunction(function)
+
+
+def by_types(stub):
+    """Let a function of argument types say what a kernel's call of ``stub`` is compiled as."""
+    return overload(stub, jit_options=INLINE | {"pipeline_class": _Compiler})
 
 
 @global_compiler_lock
 def c_function(function, signature):
     """Compile a function that C can call; return the library that holds its IR, with all callees inlined, and its symbol."""
-    dispatcher = njit(**INLINE | {"no_cfunc_wrapper": False})(function)
-    dispatcher.compile(signature)
+    dispatcher = InlinedFunction(function, INLINE | {"no_cfunc_wrapper": False})
+    dispatcher.compile(signature.return_type(*dispatcher.narrow(signature.args)))
     (result,) = dispatcher.overloads.values()
     result.library._ensure_finalized()
     return result.library, result.fndesc.llvm_cfunc_wrapper_name
-
-
-# ----------------------------------------------------------------------------------------------------
-# Kernel functions that choose their code at compile time
-# ----------------------------------------------------------------------------------------------------
-
-
-def as_needed(choose):
-    """Return a kernel function, compiled as what ``choose`` returns for the task's constants; result types may differ."""
-    overload(choose, jit_options=INLINE, strict=False)(lambda task, *more: choose(dict(task.constants)))
-    return choose

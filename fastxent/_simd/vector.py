@@ -21,14 +21,15 @@ No fast-math flag is set anywhere: masked logits are -inf, and a flag that assum
 import operator
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models, register_default
 from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_global, signature
-from numba.extending import infer_getattr, intrinsic, lower_builtin, lower_getattr_generic
+from numba.extending import infer_getattr, intrinsic, lower_builtin, lower_cast, lower_getattr_generic
 
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
+from fastxent._simd.task import Task
 
 LANES = 16
 # The host. One with AVX-512 has 32 registers of 16 lanes; on others 16 lanes take two or four registers.
@@ -65,18 +66,6 @@ class Ptr(types.Type):
     def __init__(self, storage, kind):
         self.storage, self.kind = storage, kind
         super().__init__(name=f"Ptr({storage} as {kind})")
-
-
-class Task(types.Type):
-    """Address of a kernel's arguments: 8-byte slots, named by ``fields``, and constants known to the compiler.
-
-    fields    : tuple of (name, slot, "int" | "float" | (storage, kind))
-    constants : tuple of (name, bool): a branch on one of them costs nothing and drops the code not taken
-    """
-
-    def __init__(self, fields, constants):
-        self.fields, self.constants = fields, constants
-        super().__init__(name=f"Task({fields}, {constants})")
 
 
 @register_default(Vec)
@@ -117,6 +106,11 @@ def _read_field(context, builder, task, address, attr):
     value = builder.load(builder.bitcast(at, wanted.as_pointer()))
     value.set_metadata("invariant.load", builder.module.add_metadata([]))  # no kernel writes it, so LLVM may hoist the load
     return value
+
+
+@lower_cast(Task, Task)
+def _narrow(context, builder, wide, narrow, address):
+    return address  # of the same block
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -366,7 +360,7 @@ def pick(builder, x, y, order):
     return builder.shuffle_vector(x, y, ir.Constant(lanes_of(I32, len(order)), order))
 
 
-@njit(**INLINE)
+@inlined
 def first_lanes(n):
     """Return the mask of the first ``n`` lanes."""
     return iota() < n

@@ -10,10 +10,10 @@ from numba import cfunc, types
 
 from fastxent._abi.variant import Layout, Variant
 from fastxent._codegen import compiler
-from fastxent._simd import vector
 from fastxent._simd.elementary import Shift, exp_scaled, log, log1p, shift_by, tanh
 from fastxent._simd.lanes import concat, fold, repeat
 from fastxent._simd.memory import itemsize, load, store
+from fastxent._simd.task import Task
 from fastxent._simd.vector import narrow, where, widen
 
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -62,7 +62,7 @@ def run(function, x, y, storage_x, storage_y, kind, m=None):
     """Apply a function of 16 lanes to x (a multiple of 16 elements), into y."""
     pointers = (("x", 0, (storage_x, kind)), ("y", 1, (storage_y, kind)), ("m", 2, (storage_x, kind)))
     fields = (*pointers, ("n", 3, "int"))
-    compiled = cfunc(types.void(vector.Task(fields, ())))(function)
+    compiled = cfunc(types.void(Task(fields, ())))(function)
     block = np.array([x.ctypes.data, y.ctypes.data, 0 if m is None else m.ctypes.data, x.size], np.int64)
     FUNCTION(compiled.address)(block.ctypes.data)
     return y

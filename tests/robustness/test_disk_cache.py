@@ -19,10 +19,13 @@ from importlib.util import find_spec
 from modulefinder import ModuleFinder
 from pathlib import Path
 from textwrap import dedent
+from types import FunctionType
 
 import pytest
 
 import fastxent
+from fastxent._abi.tasks import TASKS
+from fastxent._abi.variant import Schedule
 from fastxent._codegen import cache_key, disk_cache
 from tests.helpers.processes import run_script
 
@@ -139,13 +142,41 @@ def test_every_source_of_a_kernel_counts(monkeypatch):
     ).split()
     apart = ("machine_code", "cache_key", "disk_cache")
     own = {m for m in modules if not m.endswith(apart)}
-    assert own - set(cache_key.sources()) == {"fastxent._codegen"}
-    assert {"fastxent._fastpath.front_end.arrays", "fastxent._runtime.plan"} <= set(cache_key.sources())
-    read, ids = cache_key._source, {cache_key.build_id()}
-    for changed in cache_key.sources():
-        monkeypatch.setattr(cache_key, "_source", lambda name, changed=changed: read(name) + b" " * (name == changed))
-        ids.add(cache_key.build_id.__wrapped__())
-    assert len(ids) == 1 + len(cache_key.sources())
+    kernels = [*TASKS, "run_arrays"]
+    assert own - set().union(*map(cache_key.sources, kernels)) == {"fastxent._codegen"}
+    assert {"fastxent._fastpath.front_end.arrays", "fastxent._runtime.plan"} <= set(cache_key.sources("run_arrays"))
+    read = cache_key._source
+    for kernel in kernels:
+        monkeypatch.setattr(cache_key, "_source", read)
+        ids = {cache_key.build_id(kernel)}
+        for changed in cache_key.sources(kernel):
+            monkeypatch.setattr(cache_key, "_source", lambda name, changed=changed: read(name) + b" " * (name == changed))
+            ids.add(cache_key.build_id.__wrapped__(kernel))
+        assert len(ids) == 1 + len(cache_key.sources(kernel))
+
+
+def test_of_the_losses_a_kernel_is_made_of_those_that_count():
+    """Found by what is compiled for it: the modules of its functions, and of theirs."""
+    from fastxent._kernels import tasks
+    from fastxent._simd.task import callees, names_in
+
+    def modules(function: FunctionType) -> set[str]:
+        values = [function.__globals__.get(name) for name in names_in(function.__code__)[1]]
+        values += [cell.cell_contents for cell in function.__closure__ or ()]
+        found = (modules(callee) for value in values for callee in callees(value))
+        return {function.__module__}.union(*found)
+
+    for kernel, task in TASKS.items():
+        found = set().union(*(modules(tasks.work_of(kernel, schedule).py_func) for schedule in Schedule))
+        losses = {name.rpartition(".")[2] for name in found if name.startswith(cache_key.LOSSES)}
+        assert losses == set(task.losses), kernel
+        others = {f"{cache_key.LOSSES}.{other}" for t in TASKS.values() for other in t.losses if other not in losses}
+        assert not others & set(cache_key.sources(kernel))
+
+
+def test_the_code_around_the_kernels_does_not_count():
+    for name in ("fastxent._runtime.plan", "fastxent._runtime.run", "fastxent._fastpath.front_end.arrays"):
+        assert name not in cache_key.sources("value_and_grad")
 
 
 def syntax(source: bytes) -> ast.Module:
@@ -158,7 +189,7 @@ def syntax(source: bytes) -> ast.Module:
 
 
 def test_a_source_counts_but_for_comments_and_docstrings():
-    for name in cache_key.sources():
+    for name in cache_key.sources("run_tensors"):
         spec = find_spec(name)
         source = Path(spec.origin).read_bytes()
         code = cache_key.without_comments(source)
@@ -166,7 +197,7 @@ def test_a_source_counts_but_for_comments_and_docstrings():
         assert cache_key._source(name) == code
 
 
-BUILD_ID = "import sys\nsys.path[:0] = sys.argv[1:]\nfrom fastxent._codegen.cache_key import build_id\nprint(build_id())"
+BUILD_ID = "import sys\nsys.path[:0] = sys.argv[1:]\nfrom fastxent._codegen.cache_key import build_id\nprint(build_id('value'))"
 
 
 def test_whoever_edits_a_comment_or_a_docstring_compiles_nothing_again(package):
@@ -186,29 +217,26 @@ def test_whoever_edits_a_comment_or_a_docstring_compiles_nothing_again(package):
     assert len(set(ids[:4])) == 1 and ids[4] != ids[0]
 
 
-def test_files_of_other_builds_make_room(tmp_path, monkeypatch):
-    """Those read longest ago go first; none of this build, and nothing that is not a file of fastxent's."""
+def test_what_was_read_longest_ago_makes_room(tmp_path, monkeypatch):
+    """But nothing that is not a file of fastxent's, nor what is written now."""
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(disk_cache, "LIMIT", 3000)
-    this, other, old = "value-1111-a.fastxent", "value-2222-{}.fastxent", "value-abcd.fastxent"
-    disk_cache.write(this, b"x" * 900)
-    for nth, name in enumerate((old, *map(other.format, "ab"))):
-        disk_cache.write(name, b"x" * 400)
-        os.utime(tmp_path / name, (nth, 0))
-    os.utime(tmp_path / this, (0, 0))
-    (tmp_path / "folder-0000-a.fastxent").mkdir()
-    (tmp_path / "link-0000-a.fastxent").symlink_to(tmp_path / "notes.txt")
+    for nth, letter in enumerate("abc"):
+        disk_cache.write(f"value-{letter}.fastxent", b"x" * 400)
+        os.utime(tmp_path / f"value-{letter}.fastxent", (nth, 0))
+    (tmp_path / "folder-a.fastxent").mkdir()
+    (tmp_path / "link-a.fastxent").symlink_to(tmp_path / "notes.txt")
     (tmp_path / "notes.txt").write_text("y" * 5000)
     before = {f.name for f in tmp_path.iterdir()}
-    disk_cache.write("value-1111-b.fastxent", b"x" * 500)  # 932 + 3 * 432 + 532 bytes
-    assert {f.name for f in tmp_path.iterdir()} == before | {"value-1111-b.fastxent"}
-    disk_cache.write("value-1111-c.fastxent", b"x" * 1000)  # 792 too many
-    gone = {old, other.format("a")}
-    assert {f.name for f in tmp_path.iterdir()} == before - gone | {"value-1111-b.fastxent", "value-1111-c.fastxent"}
-    for letter in "de":
-        disk_cache.write(f"value-1111-{letter}.fastxent", b"x" * 2000)
-    assert {f.name for f in tmp_path.iterdir() if "1111" in f.name} == {f"value-1111-{letter}.fastxent" for letter in "abcde"}
-    assert (tmp_path / "link-0000-a.fastxent").is_symlink() and not (tmp_path / other.format("b")).exists()
+    disk_cache.write("value-d.fastxent", b"x" * 1600)  # 3 * 432 + 1632 bytes
+    assert {f.name for f in tmp_path.iterdir()} == before | {"value-d.fastxent"}
+    disk_cache.write("value-e.fastxent", b"x" * 700)  # 660 too many
+    assert {f.name for f in tmp_path.iterdir()} == before - {"value-a.fastxent", "value-b.fastxent"} | {
+        "value-d.fastxent", "value-e.fastxent"
+    }  # fmt: skip
+    disk_cache.write("value-f.fastxent", b"x" * 4000)
+    assert {f.name for f in tmp_path.glob("value-*")} == {"value-f.fastxent"}
+    assert (tmp_path / "link-a.fastxent").is_symlink()
 
 
 def test_who_removes_what_another_removes_finds_nothing_amiss(tmp_path, monkeypatch):
@@ -288,9 +316,9 @@ def test_the_version_of_numba_counts(monkeypatch):
     import numba
 
     assert numba.__version__.encode() in cache_key._numba()
-    before = cache_key.build_id()
+    before = cache_key.build_id("value")
     monkeypatch.setattr(cache_key, "_numba", lambda: b"another")
-    assert cache_key.build_id.__wrapped__() != before
+    assert cache_key.build_id.__wrapped__("value") != before
 
 
 X86 = platform.machine() in ("x86_64", "AMD64")

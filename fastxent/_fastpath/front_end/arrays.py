@@ -1,18 +1,16 @@
 """The builtin that takes NumPy's arrays."""
 
-from numba import njit
-
 from fastxent._abi import argument_block as abi
 from fastxent._fastpath.front_end import objects, words
 from fastxent._fastpath.front_end.launch import loss_of, released, run
 from fastxent._fastpath.front_end.memory import argument, call_with, set_word, word
 from fastxent._fastpath.front_end.strategy import extents_but, has_rows, ready_for
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 
 X, G, Y = (abi.SLOT[name] for name in ("x", "g", "y"))
 
 
-@njit(**INLINE)
+@inlined
 def is_array(process, array, dtype, n_axes, flags):
     """Is it an array with these flags, of this dtype and number of axes?"""
     if word(array, objects.TYPE) != word(process, words.NDARRAY_TYPE) or word(array, objects.FLAGS) & flags != flags:
@@ -20,7 +18,7 @@ def is_array(process, array, dtype, n_axes, flags):
     return word(array, objects.DTYPE) == dtype and word(array, objects.NDIM) & objects.LOW_HALF == n_axes
 
 
-@njit(**INLINE)
+@inlined
 def has_option_types(call, options):
     """Are the options, which equal those of the call, of the same types? True == 1 == 1.0."""
     for nth in range(words.N_OPTIONS):
@@ -29,7 +27,7 @@ def has_option_types(call, options):
     return True
 
 
-@njit(**INLINE)
+@inlined
 def may_write(family, logits, target, out):
     """May the gradient be written here? It has the logits' shape, and lies where they do, or apart from all that is read."""
     axis, n_axes, sizes = word(family, words.CLASS_AXIS), word(family, words.N_AXES), word(logits, objects.DIMS)
@@ -44,7 +42,7 @@ def may_write(family, logits, target, out):
     return not (g < y + 8 * n_rows and y < g + x_bytes)
 
 
-@njit(**INLINE)
+@inlined
 def is_like(process, call, logits, target, out, options):
     """Is this a call like the stored one, but for the extents?"""
     family, flags = word(call, words.TASK_AT), objects.CONTIGUOUS_AND_ALIGNED
@@ -62,7 +60,7 @@ def is_like(process, call, logits, target, out, options):
     return is_array(process, out, x_dtype, n_axes, flags | objects.WRITEABLE) and may_write(family, logits, target, out)
 
 
-@njit(**INLINE)
+@inlined
 def ran(call, team, args):
     process, family = word(call, words.PROCESS_AT), word(call, words.TASK_AT)
     logits, target, out = word(args, 1), word(args, 2), word(args, 3)

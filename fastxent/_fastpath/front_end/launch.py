@@ -5,12 +5,10 @@ thread that computes in Python takes up to 5 ms. Longer work releases it, so tha
 is in a place that everybody looks at: its block is in use, and there is one such task at a time, which has tiles of its own.
 """
 
-from numba import njit
-
 from fastxent._abi import argument_block as abi
 from fastxent._fastpath.front_end import words
 from fastxent._fastpath.front_end.memory import call_with, clear, number, set_word, word
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 
 ROUND, OWN_NUMBER, TEAM, TILES, PLANNED = (abi.SLOT[name] for name in ("round", "thread_number", "team", "tiles", "n_rows"))
 SUM, BAD_AT, DIVISOR_AT = (
@@ -20,19 +18,19 @@ SUM, BAD_AT, DIVISOR_AT = (
 ROW = 12
 
 
-@njit(**INLINE)
+@inlined
 def released(process):
     """The task that another thread runs without the GIL, or 0."""
     return word(word(process, words.RELEASED_AT), 0)
 
 
-@njit(**INLINE)
+@inlined
 def is_long(task, block):
     n_rows, n_classes = word(block, PLANNED), word(block, PLANNED + 1)
     return n_rows * (n_classes + ROW) > word(task, words.MOST_HELD)
 
 
-@njit(**INLINE)
+@inlined
 def launch(process, block, team):
     if team > 1:
         call_with(word(process, words.PARALLEL), word(process, words.LAUNCH), block, team, 0)
@@ -40,7 +38,7 @@ def launch(process, block, team):
         call_with(word(process, words.LAUNCH), block)
 
 
-@njit(**INLINE)
+@inlined
 def run(process, task, team):
     """Run a task, whose operands are in its block, on so many threads. 1: done; 0: a class index is out of range, and nothing
     has been written; ``NOT_THERE``: it would have to wait for another one."""
@@ -65,6 +63,6 @@ def run(process, task, team):
     return 1 if number(block, BAD_AT) == 0.0 else 0
 
 
-@njit(**INLINE)
+@inlined
 def loss_of(block):
     return number(block, SUM) / number(block, DIVISOR_AT)

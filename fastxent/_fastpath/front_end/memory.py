@@ -1,12 +1,12 @@
 """Words at addresses, and C functions at addresses."""
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastxent._abi import argument_block as abi
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import I8, I64, SCALAR, call_llvm
 
 
@@ -62,7 +62,7 @@ def call_with(typingctx, function, *values):
     return types.int64(types.int64, types.StarArgTuple(values)), codegen
 
 
-@njit(**INLINE)
+@inlined
 def argument(from_int, args, nth):
     """The nth argument, a Python int, as a number; -1 if it is none. ``from_int``: CPython's function."""
     return call_with(from_int, word(args, nth))

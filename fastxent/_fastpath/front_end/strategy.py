@@ -4,7 +4,7 @@ Python takes a tenth of a millisecond for that. Which kernel does the work is lo
 met yet is for Python to get.
 """
 
-from numba import float64, njit
+from numba import float64
 
 from fastxent._abi import argument_block as abi
 from fastxent._abi.variant import LANES
@@ -13,17 +13,16 @@ from fastxent._fastpath.front_end.launch import DIVISOR_AT, PLANNED
 from fastxent._fastpath.front_end.memory import number, set_word, word
 from fastxent._runtime import plan
 from fastxent._runtime.plan import MOST_DIRECT
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 
 UNIFORM, SAVE_SEGMENT, WORKS = (abi.SLOT[name] for name in ("uniform", "save_segment", "kernel"))
 
 uses_class_lanes, strategy, number_of, n_checks, useful_threads = (
-    njit(**INLINE)(choice)
-    for choice in (plan.uses_class_lanes, plan.strategy, plan.number_of, plan.n_checks, plan.useful_threads)
+    inlined(choice) for choice in (plan.uses_class_lanes, plan.strategy, plan.number_of, plan.n_checks, plan.useful_threads)
 )
 
 
-@njit(**INLINE)
+@inlined
 def kernel_for(family, number):
     """Where the family has the kernel with this number; 0: it has not met it."""
     at = family + 8 * words.KERNELS
@@ -34,7 +33,7 @@ def kernel_for(family, number):
     return 0
 
 
-@njit(**INLINE)
+@inlined
 def set_axis(at, extent, stride, row):
     set_word(at, 0, extent)
     for operand in range(1, 4):
@@ -42,7 +41,7 @@ def set_axis(at, extent, stride, row):
     set_word(at, 4, row)
 
 
-@njit(**INLINE)
+@inlined
 def set_axes(family, n_rows, n_classes, inner, extent):
     """The row axes, as `plan.row_axes` has them, and how many they are. ``extent``: of the innermost."""
     size, axes = word(family, words.SIZE), family + 8 * words.AXES
@@ -54,12 +53,12 @@ def set_axes(family, n_rows, n_classes, inner, extent):
     return 2
 
 
-@njit(**INLINE)
+@inlined
 def trait(family, nth):
     return word(family, words.TRAITS + nth) != 0
 
 
-@njit(**INLINE)
+@inlined
 def traits_of(family):
     """What the choice depends on besides extents, as ``tasks`` has written it."""
     return plan.Traits(
@@ -68,7 +67,7 @@ def traits_of(family):
     )  # fmt: skip
 
 
-@njit(**INLINE)
+@inlined
 def made_ready(family, outer, n_classes, inner):
     """Make a family's block ready for arrays that are dense, of these extents before the classes, of them, and behind them: how
     many threads have something to do, or ``NOT_THERE``, ``NOT_MET``."""
@@ -103,7 +102,7 @@ def made_ready(family, outer, n_classes, inner):
     return useful_threads(s.n_chunks, elements)
 
 
-@njit(**INLINE)
+@inlined
 def extents_but(sizes, axis, first, stop):
     """The product of these extents, but for the class axis."""
     n = 1
@@ -112,7 +111,7 @@ def extents_but(sizes, axis, first, stop):
     return n
 
 
-@njit(**INLINE)
+@inlined
 def ready_for(family, sizes):
     """`made_ready` for arrays of these extents."""
     axis, n_axes = word(family, words.CLASS_AXIS), word(family, words.N_AXES)
@@ -122,7 +121,7 @@ def ready_for(family, sizes):
     return made_ready(family, before, word(sizes, axis), behind)
 
 
-@njit(**INLINE)
+@inlined
 def has_rows(family, sizes, target_sizes):
     """Has the target the extents of the logits, or those of their rows?"""
     axis, soft = word(family, words.CLASS_AXIS), word(family, words.SOFT) != 0

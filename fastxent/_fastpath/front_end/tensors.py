@@ -1,18 +1,18 @@
 """The builtin that takes PyTorch's tensors."""
 
-from numba import float32, float64, njit
+from numba import float32, float64
 
 from fastxent._abi import argument_block as abi
 from fastxent._fastpath.front_end import objects, words
 from fastxent._fastpath.front_end.launch import PLANNED, loss_of, released, run
 from fastxent._fastpath.front_end.memory import argument, call_with, narrow_number, set_word, word
 from fastxent._fastpath.front_end.strategy import has_rows, ready_for
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 
 X, T, Y, W, U = (abi.SLOT[name] for name in ("x", "t", "y", "w", "u"))
 
 
-@njit(**INLINE)
+@inlined
 def told(process, function, tensor):
     """What a function of PyTorch's C interface tells about a tensor; 0 if it fails."""
     found = process + 8 * words.FOUND
@@ -20,7 +20,7 @@ def told(process, function, tensor):
     return word(found, 0) if failed & objects.LOW_HALF == 0 else 0
 
 
-@njit(**INLINE)
+@inlined
 def is_dense(process, tensor, n_axes, axis, innermost):
     """Is it in C order, or, if the classes lie innermost, are all other axes?"""
     if told(process, words.DIM, tensor) != n_axes:
@@ -43,7 +43,7 @@ def is_dense(process, tensor, n_axes, axis, innermost):
     return True
 
 
-@njit(**INLINE)
+@inlined
 def ready_for_tensors(process, family, x, target):
     """`made_ready` for these tensors, if they are as the family's."""
     axis, n_axes = word(family, words.CLASS_AXIS), word(family, words.N_AXES)
@@ -58,7 +58,7 @@ def ready_for_tensors(process, family, x, target):
     return ready_for(family, sizes)
 
 
-@njit(**INLINE)
+@inlined
 def bytes_of(slot, block, itemsize):
     """Of an operand, but for the class weights: they are of a number of classes."""
     n_rows, n_classes = word(block, PLANNED), word(block, PLANNED + 1)
@@ -67,7 +67,7 @@ def bytes_of(slot, block, itemsize):
     return n_rows * itemsize if slot == Y or slot == U else 0
 
 
-@njit(**INLINE)
+@inlined
 def element(process, tensor, nbytes, itemsize):
     """The address of a tensor's first element; 0 if from there on so many bytes are not in its memory."""
     handle, found = tensor + word(process, words.TENSOR_HANDLE), process + 8 * words.FOUND
@@ -82,7 +82,7 @@ def element(process, tensor, nbytes, itemsize):
     return at if failed & objects.LOW_HALF == 0 else 0
 
 
-@njit(**INLINE)
+@inlined
 def set_operands(process, call, block, of_family, tensors, n_tensors):
     """Write where the operands are into the block; is each as long as it must be?"""
     operand, nothing = call + 8 * words.OPERANDS, word(process, words.NOTHING)
@@ -106,7 +106,7 @@ def set_operands(process, call, block, of_family, tensors, n_tensors):
     return True
 
 
-@njit(**INLINE)
+@inlined
 def ran(call, team, args, n_args):
     process, task = word(call, words.PROCESS_AT), word(call, words.TASK_AT)
     if released(process) == task:

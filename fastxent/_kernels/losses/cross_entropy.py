@@ -22,21 +22,19 @@ Two differences would lose digits by cancellation, so they are computed from oth
     b = u (s - 1) / s, where k q_y is replaced by ``e_hot``, exactly 1. If Q is too small for that, k is 0 and ``q_hot`` is nan.
 """
 
-from numba import njit
-
 from fastxent._kernels.addressing import multiply_rows, put_rows, sum_rows
 from fastxent._kernels.gradient import Coefficients, scaled
 from fastxent._kernels.inputs import common_weight, sample_weights, through_cap, transformed
 from fastxent._kernels.online_softmax import log_s, s_of
 from fastxent._simd.elementary import exp_scale, exp_scaled, shift_by
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import absolute, any_lane, narrow, splat, where, widen
 
 NAN, SMALLEST_Q = float("nan"), 1e-200
 CONFIDENT = 0.0625  # a row with r below this has a log of its own: in a product of many rows' s, 1 + r would lose digits
 
 
-@njit(**INLINE)
+@inlined
 def target_sums(task, state, y):
     """Return Q and D, including the terms of a class index."""
     below = widen(transformed(task, y.raw_x_y)) - widen(state.m)
@@ -49,7 +47,7 @@ def target_sums(task, state, y):
     return q_sum, q_dot
 
 
-@njit(**INLINE)
+@inlined
 def row_loss(task, unit, state, y):
     """Return l of every row, in float64; 0 for an ignored one."""
     q_sum, q_dot = target_sums(task, state, y)
@@ -59,7 +57,7 @@ def row_loss(task, unit, state, y):
     return where(unit.kept, loss * sample_weights(task, unit), 0.0)
 
 
-@njit(**INLINE)
+@inlined
 def sum_loss(task, unit, state, y):
     """Return the sum of -D over the rows and the product of their s: with Q = 1, l = log s - D, and one log does for many rows.
 
@@ -74,7 +72,7 @@ def sum_loss(task, unit, state, y):
     return 0.0 - sum_rows(task, where(unit.kept, q_dot, 0.0)), multiply_rows(task, s)
 
 
-@njit(**INLINE)
+@inlined
 def put_loss(task, unit, state, y):
     """Store the rows' losses if they are wanted; return their sum, as ``parallel_for`` takes it: an addend and a factor."""
     plain = task.weighted == 0 and task.sampled == 0 and task.z == 0.0 and not task.soft  # Q = 1: l = log s - D
@@ -87,7 +85,7 @@ def put_loss(task, unit, state, y):
     return sum_rows(task, loss), 1.0
 
 
-@njit(**INLINE)
+@inlined
 def put_zero_loss(task, unit):
     """Store zero losses if they are wanted: all of the unit's rows are ignored."""
     if task.store_loss != 0:
@@ -95,7 +93,7 @@ def put_zero_loss(task, unit):
     return 0.0, 1.0
 
 
-@njit(**INLINE)
+@inlined
 def coefficients(task, unit, state, y, to_row):
     """Return the gradient's coefficients. ``to_row`` turns stored exponentials into exp(x - m): see ``split_rows.to_row``."""
     power, rest = to_row

@@ -3,8 +3,6 @@
 h_c = d2l/dx_c^2 = u Q p_c (1 - p_c)
 """
 
-from numba import njit
-
 from fastxent._kernels.addressing import g_step, locate, unscaled, write, write_tile
 from fastxent._kernels.gradient import write_gradient
 from fastxent._kernels.inputs import label, logits
@@ -13,18 +11,18 @@ from fastxent._kernels.prefetch import write_zeros
 from fastxent._kernels.reduce import span_state
 from fastxent._kernels.split_rows import to_row
 from fastxent._simd.elementary import exp_scaled
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import all_lanes, any_lane, narrow, splat
 
 
-@njit(**INLINE)
+@inlined
 def hessian_vector(task, unit, j, mask, f, s_max, s_rest):
     """Return vector j of h_c = a e_c (s - e_c) / s, with s - e_c = (s_max - e_c) + s_rest."""
     e = exp_scaled(logits(task, unit, j, mask), f.shift)
     return e * f.a * (((s_max - e) + s_rest) * f.inverse_s)
 
 
-@njit(**INLINE)
+@inlined
 def grad_hess(task, tile, number):
     """Write the gradient, and the Hessian diagonal with the gradient's strides."""
     unit = locate(task, tile, number)

@@ -10,18 +10,16 @@ and at y, where the difference 1 - p_y = (s - e_y) / s would lose digits by canc
 The gradient is divided by the temperature once more: 1 / temperature is the task's ``factor``.
 """
 
-from numba import njit
-
 from fastxent._kernels.addressing import put_rows, row_values
 from fastxent._kernels.gradient import Coefficients, scaled
 from fastxent._kernels.inputs import sample_weights, transformed
 from fastxent._kernels.online_softmax import log_s, s_of
 from fastxent._simd.elementary import exp_scaled, shift_by
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import narrow, splat, where, widen
 
 
-@njit(**INLINE)
+@inlined
 def put_loss(task, unit, state, y):
     """Store log p_y and H of every row if they are wanted: 0 for an ignored row."""
     if task.store_loss != 0:
@@ -33,7 +31,7 @@ def put_loss(task, unit, state, y):
     return 0.0, 1.0
 
 
-@njit(**INLINE)
+@inlined
 def put_zero_loss(task, unit):
     """Store zeros if results are wanted: all of the unit's rows are ignored."""
     if task.store_loss != 0:
@@ -42,7 +40,7 @@ def put_zero_loss(task, unit):
     return 0.0, 1.0
 
 
-@njit(**INLINE)
+@inlined
 def coefficients(task, unit, state, y, to_row):
     """Return the gradient's coefficients. ``to_row``: see ``split_rows.to_row``."""
     x, s, (power, rest) = task.x, s_of(state), to_row

@@ -7,8 +7,6 @@ Binary: x is the logit of the second of two classes, t its probability, P its ex
 No term of l is negative, so none cancels digits of another.
 """
 
-from numba import njit
-
 from fastxent._abi.argument_block import DIVISOR
 from fastxent._abi.variant import POINTS
 from fastxent._kernels.addressing import sum_rows
@@ -17,23 +15,23 @@ from fastxent._kernels.reduce import concatenated
 from fastxent._simd.elementary import exp_negative, log1p_to_1, x_log_x
 from fastxent._simd.lanes import fold
 from fastxent._simd.memory import get, itemsize, load_masked, store_each, store_masked
-from fastxent._simd.numba_backend import INLINE, as_needed
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import LANES, WIDE, absolute, all_lanes, at_least, first_lanes, fma, splat, where
 
 # Each of these reads vector j of an array: 16 elements, of which only the lanes in ``mask`` are read.
 
 
-@njit(**INLINE)
+@inlined
 def logits_at(task, mask, j):
     return load_masked(task.x + j * LANES * itemsize(task.x), mask)
 
 
-@njit(**INLINE)
+@inlined
 def targets_at(task, mask, j):
     return load_masked(task.t + j * LANES * itemsize(task.t), mask)
 
 
-@njit(**INLINE)
+@inlined
 def periodic(p, period, mask, j):
     """Return vector j of an array with this period, of which one period and 16 more elements are stored at ``p``."""
     first = j * LANES
@@ -42,12 +40,12 @@ def periodic(p, period, mask, j):
     return load_masked(p + first * itemsize(p), mask)
 
 
-@njit(**INLINE)
+@inlined
 def weights_at(task, mask, j):
     return periodic(task.w, task.w_period, mask, j)
 
 
-@njit(**INLINE)
+@inlined
 def positive_weights_at(task, mask, j):
     return periodic(task.u, task.u_period, mask, j)
 
@@ -59,7 +57,7 @@ def binary_loss(size):
     """Return the formula of the binary loss."""
     several = concatenated(size)
 
-    @njit(**INLINE)
+    @inlined
     def formula(task, mask, j, factor):
         x, t = several(logits_at, task, mask, j), several(targets_at, task, mask, j)
         negative, positive = splat(t, 1.0) - t, t
@@ -90,7 +88,7 @@ def divergence_term(size):
     """Return the formula of t (log t - x), where x is the logarithm of a probability."""
     several = concatenated(size)
 
-    @njit(**INLINE)
+    @inlined
     def formula(task, mask, j, factor):
         x, t = several(logits_at, task, mask, j), several(targets_at, task, mask, j)
         term = x_log_x(t) - t * x
@@ -103,7 +101,7 @@ def divergence_term_of_logs(size):
     """Return the formula of exp(t) (t - x). A t above 0 is no logarithm of a probability, but may occur."""
     several = concatenated(size)
 
-    @njit(**INLINE)
+    @inlined
     def formula(task, mask, j, factor):
         x, t = several(logits_at, task, mask, j), several(targets_at, task, mask, j)
         e = exp_negative(absolute(t) * -1.0)
@@ -117,16 +115,16 @@ def pointwise(formula):
     """Return a ``visit`` that computes the sum of the losses of a unit's elements, and stores losses and gradient if wanted."""
     one, two, four = formula(1), formula(2), formula(4)
 
-    @as_needed
-    def group(constants):
+    @inlined
+    def group(task, mask, j, factor):
         """Choose the number of vectors that keeps the processor busy: it does not look far enough ahead by itself."""
         if not WIDE:
-            return lambda task, mask, j, factor: one(task, mask, j, factor)
-        if constants["double"]:
-            return lambda task, mask, j, factor: two(task, mask, j, factor)
-        return lambda task, mask, j, factor: four(task, mask, j, factor)
+            return one(task, mask, j, factor)
+        if task.double:
+            return two(task, mask, j, factor)
+        return four(task, mask, j, factor)
 
-    @njit(**INLINE)
+    @inlined
     def visit(task, tile, number):
         first = number * POINTS // LANES
         n = min(task.n_rows - number * POINTS, POINTS)

@@ -1,18 +1,16 @@
 """Softmax, its logarithm and log-sum-exp, without a target: each function takes the number of one unit."""
 
-from numba import njit
-
 from fastxent._kernels.addressing import locate, put_rows, unscaled, write_out, write_tile
 from fastxent._kernels.gradient import exponentials
 from fastxent._kernels.inputs import logits
 from fastxent._kernels.online_softmax import log_s, s_of
 from fastxent._kernels.split_rows import row_state, to_row
 from fastxent._simd.elementary import shift_by
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import all_lanes, narrow, widen
 
 
-@njit(**INLINE)
+@inlined
 def softmax(task, tile, number):
     """Write p_c = exp(x_c - m) / s."""
     unit = locate(task, tile, number)
@@ -26,7 +24,7 @@ def softmax(task, tile, number):
     return 0.0, 1.0
 
 
-@njit(**INLINE)
+@inlined
 def log_softmax(task, tile, number):
     """Write log p_c = (x_c - m) - log s, computed in float64. Not x_c - lse: at a large m, lse loses the digits of log s."""
     unit = locate(task, tile, number)
@@ -40,7 +38,7 @@ def log_softmax(task, tile, number):
     return 0.0, 1.0
 
 
-@njit(**INLINE)
+@inlined
 def logsumexp(task, tile, number):
     """Write lse = m + log s."""
     unit = locate(task, tile, number)

@@ -1,7 +1,5 @@
 """Loss, log-sum-exp, entropy, prediction, and the target class's probability and rank, in one kernel."""
 
-from numba import njit
-
 from fastxent._kernels.addressing import locate, put_rows, row_values, x_step
 from fastxent._kernels.inputs import label, logits
 from fastxent._kernels.losses.cross_entropy import put_loss, put_zero_loss
@@ -10,13 +8,13 @@ from fastxent._kernels.reduce import span_state
 from fastxent._simd.elementary import exp_scaled, shift_by
 from fastxent._simd.lanes import min_across, sum_across
 from fastxent._simd.memory import gather, get, itemsize
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import LANES, all_lanes, any_lane, iota, lane, narrow, splat, where, widen
 
 NONE = 1 << 62  # larger than every class number
 
 
-@njit(**INLINE)
+@inlined
 def class_numbers(task, j):
     """Return the class number of each lane of vector j."""
     if task.class_lanes:
@@ -24,7 +22,7 @@ def class_numbers(task, j):
     return splat(task.y, j)
 
 
-@njit(**INLINE)
+@inlined
 def stats(task, tile, number):
     """Write the statistics of one unit's rows.
 

@@ -1,7 +1,5 @@
 """Sums over classes that are no softmax: each function takes one unit of rows, as in ``steps``."""
 
-from numba import njit
-
 from fastxent._kernels.addressing import locate, put_rows
 from fastxent._kernels.compensated_sums import halve_lanes, total_over_classes, widen_add
 from fastxent._kernels.inputs import full_logits, logits, target_weights
@@ -9,17 +7,17 @@ from fastxent._kernels.online_softmax import INF
 from fastxent._kernels.reduce import concatenated
 from fastxent._simd.elementary import exp_scale, exp_scaled, log, log1p, shift_by, x_log_x
 from fastxent._simd.lanes import fold, max_across
-from fastxent._simd.numba_backend import INLINE, as_needed
+from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import WIDE, absolute, all_lanes, any_lane, maximum, narrow, splat, where, widen
 
 
-@njit(**INLINE)
+@inlined
 def reads(unit, j):
     """Return the mask of the lanes of vector j that are read."""
     return all_lanes() if j < unit.full else unit.reads
 
 
-@njit(**INLINE)
+@inlined
 def empty_total(task):
     """Return a sum of nothing and its rounding error."""
     nothing = widen(halve_lanes(task, splat(task.x, 0.0)))
@@ -29,29 +27,29 @@ def empty_total(task):
 def group_of_terms(size):
     """Return a function that sums x log x over ``size`` vectors from j on, interleaved."""
     several = concatenated(size)
-    return njit(**INLINE)(lambda task, unit, j: fold(x_log_x(several(full_logits, task, unit, j))))
+    return inlined(lambda task, unit, j: fold(x_log_x(several(full_logits, task, unit, j))))
 
 
 one, two, four = group_of_terms(1), group_of_terms(2), group_of_terms(4)
 
 
-@as_needed
-def group_terms(constants):
+@inlined
+def group_terms(task, unit, j):
     """Choose the number of vectors that keeps the processor busy: it does not look far enough ahead by itself."""
     if not WIDE:
-        return lambda task, unit, j: one(task, unit, j)
-    if constants["double"]:
-        return lambda task, unit, j: two(task, unit, j)
-    return lambda task, unit, j: four(task, unit, j)
+        return one(task, unit, j)
+    if task.double:
+        return two(task, unit, j)
+    return four(task, unit, j)
 
 
-@njit(**INLINE)
+@inlined
 def group_size(task):
     """Return the number of vectors that ``group_terms`` takes."""
     return (2 if task.double else 4) if WIDE else 1
 
 
-@njit(**INLINE)
+@inlined
 def entropy(task, tile, number):
     """Write -sum_c p_c log p_c, where the logits are probabilities p_c; 0 log 0 = 0."""
     unit = locate(task, tile, number)
@@ -66,7 +64,7 @@ def entropy(task, tile, number):
     return 0.0, 1.0
 
 
-@njit(**INLINE)
+@inlined
 def exponents(task, unit, j):
     """Return x, and b, which takes the place of target weights; where b is 0, x counts as -inf."""
     mask = reads(unit, j)
@@ -74,7 +72,7 @@ def exponents(task, unit, j):
     return where(b == 0.0, splat(b, -INF), logits(task, unit, j, mask)), b
 
 
-@njit(**INLINE)
+@inlined
 def logsumexp_of_products(task, tile, number):
     """Write log |sum_c b_c exp(x_c)| and the sum's sign.
 
