@@ -1,5 +1,10 @@
 """What a process pays before its first result, and how much memory it takes."""
 
+import os
+import subprocess
+import sys
+import tempfile
+
 from suites.speed import number_of_threads
 
 from benchmarks.bars import OUT, TORCH, TORCH_IN_PLACE
@@ -25,6 +30,41 @@ class Start:
 
     def timeraw_first_call(self):
         return "fastxent.cross_entropy_value_and_grad(x, y)", ARRAYS
+
+
+FIRST = """
+import sys
+import time
+import numpy as np
+import fastxent
+x, y = np.zeros(tuple(map(int, sys.argv[1:])), np.float32), np.zeros(int(sys.argv[1]), int)
+start = time.process_time()
+fastxent.cross_entropy_value_and_grad(x, y)
+print(time.process_time() - start)
+"""
+
+
+class FirstCall:
+    """Processor time of the first loss and gradient of a process: with an empty cache, and with what that has left there."""
+
+    params = (["64 10", "64 1000", "16 100000"], ["compiled", "from the cache"])
+    param_names = ("shape", "kernels")
+    unit = "s"
+    version = "1"
+    timeout = 300
+
+    def setup(self, shape, kernels):
+        self.folder = tempfile.TemporaryDirectory()
+        if kernels != "compiled":
+            self.track_first_call(shape, kernels)
+
+    def track_first_call(self, shape, kernels):
+        env = {**os.environ, "NUMBA_CACHE_DIR": self.folder.name, "FASTXENT_PREBUILT": "0"}
+        command = [sys.executable, "-c", FIRST, *shape.split()]
+        return float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
+
+    def teardown(self, shape, kernels):
+        self.folder.cleanup()
 
 
 class Memory:
