@@ -40,8 +40,19 @@ def file_name(name: str, variant: Variant) -> str:
 @lru_cache(maxsize=1)
 def build_id() -> str:
     """Return a hash of the sources and of Numba's version."""
-    parts = (name.encode() + _source(name) for name in sources())
-    return hashlib.sha256(b"".join(parts) + _numba()).hexdigest()[:16]
+    hashed = _hashed_sources().copy()
+    hashed.update(_numba())
+    return str(hashed.hexdigest()[:16])
+
+
+def source_id() -> str:
+    """Return a hash of the sources."""
+    return str(_hashed_sources().hexdigest())
+
+
+@lru_cache(maxsize=1)
+def _hashed_sources() -> Any:
+    return hashlib.sha256(b"".join(name.encode() + _source(name) for name in sources()))
 
 
 @lru_cache(maxsize=1)
