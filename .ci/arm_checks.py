@@ -107,4 +107,6 @@ if __name__ == "__main__":
     n = values()
     bits()
     assert "numba" not in sys.modules
-    print(f"{DTYPE.name}: {n} calls, {sum(registry.origins().values())} kernels, {time.perf_counter() - start:.0f} s: all right")
+    print(
+        f"{DTYPE.name}: {n} calls, {sum(registry.origins().values())} kernels, {time.perf_counter() - start:.0f} s: all right"
+    )

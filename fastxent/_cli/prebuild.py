@@ -64,13 +64,11 @@ def _compile_level(
             code = result.get(SECONDS * len(kernels))
             file = kernel_name(*kernel) + SUFFIX
             (folder / file).write_bytes(code)
-            files[file] = {"sha256": hashlib.sha256(code).hexdigest(), "bytes": len(code), "task": kernel[0]}
-            files[file]["variant"] = {name: _plain(value) for name, value in kernel[1]._asdict().items()}
+            files[file] = {
+                "sha256": hashlib.sha256(code).hexdigest(), "bytes": len(code), "kernel": kernel[0],
+                "variant": {field: getattr(value, "name", value) for field, value in kernel[1]._asdict().items() if value},
+            }  # fmt: skip
     return files
-
-
-def _plain(value: Any) -> Any:
-    return value.name if hasattr(value, "name") else value
 
 
 def _begin(level: levels.Level) -> None:

@@ -24,6 +24,9 @@ class _Library(CPUCodeLibrary):
     def _finalize_final_module(self) -> None:
         self._finalized = True
 
+    def get_pointer_to_function(self, name: str) -> int:
+        return 0  # nobody calls it
+
 
 class _Codegen(JITCPUCodegen):
     """Numba's code generator without its execution engine."""
@@ -49,6 +52,9 @@ class _Codegen(JITCPUCodegen):
         module = super()._create_empty_module(name)
         module.triple = self._level.triple
         return module
+
+    def set_env(self, env_name: str, env: Any) -> None:
+        """Numba would write it into the machine code."""
 
     def _get_host_cpu_name(self) -> str:
         return self._level.cpu
