@@ -37,7 +37,7 @@ def prebuild(
         if not (folder / MANIFEST).is_file():
             raise CommandError(f"{folder} is not empty, and holds no prebuilt kernels")
         shutil.rmtree(folder)
-    manifest = {"sources": source_id(), "versions": _versions(), "levels": {}}
+    manifest: dict[str, Any] = {"sources": source_id(), "versions": _versions(), "levels": {}}
     for level in levels.LEVELS:
         if level.name in names:
             (folder / level.name).mkdir(parents=True)

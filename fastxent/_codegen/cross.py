@@ -11,7 +11,6 @@ import sys
 from typing import Any
 
 from llvmlite import binding
-from numba.core import config
 from numba.core.codegen import CPUCodeLibrary, JITCPUCodegen
 from numba.core.registry import cpu_target
 
@@ -31,7 +30,7 @@ class _Library(CPUCodeLibrary):
 class _Codegen(JITCPUCodegen):
     """Numba's code generator without its execution engine."""
 
-    _library_class = _Library
+    _library_class = _Library  # type: ignore[assignment]
 
     def __init__(self, level: Level) -> None:
         self._level = level
@@ -41,7 +40,7 @@ class _Codegen(JITCPUCodegen):
         level = self._level
         self._tm_features = level.features
         self._tm = binding.Target.from_triple(level.triple).create_target_machine(
-            level.cpu, level.features, opt=config.OPT, reloc="static" if level.machine == "x86_64" else "default",
+            level.cpu, level.features, opt=3, reloc="static" if level.machine == "x86_64" else "default",
             codemodel="jitdefault", jit=True,
         )  # fmt: skip
         self._target_data = self._tm.target_data
