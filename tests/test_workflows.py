@@ -22,7 +22,7 @@ def validate(*files: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_valid():
-    assert {file.stem for file in WORKFLOWS} == {"tests", "benchmarks", "dashboard"}
+    assert {file.stem for file in WORKFLOWS} == {"tests", "benchmarks", "dashboard", "wheels"}
     done = validate(*WORKFLOWS)
     assert done.returncode == 0, done.stdout
 
@@ -40,7 +40,7 @@ def test_modules_files_and_extras_exist(file):
         assert find_spec(module) is not None, module
     for path in re.findall(r"\bbenchmarks/[\w/]+\.\w+", text):
         assert (ROOT / path).is_file(), path
-    extras = set(re.findall(r'-e "\.\[(\w+)\]"', text))
+    extras = set(re.findall(r'(?:-e "\.|\.whl\))\[(\w+)\]"', text))
     assert extras and all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)
 
 

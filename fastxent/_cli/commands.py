@@ -96,6 +96,10 @@ def info(args: argparse.Namespace) -> int:
     from fastxent import show_config
 
     config = show_config()
+    if args.kernels:
+        from fastxent._runtime.config import kernels
+
+        config["common kernels"] = kernels()
     if args.json:
         output.print_json(config)
     else:
@@ -115,4 +119,20 @@ def warmup(args: argparse.Namespace) -> int:
         else:
             fastxent.warmup(progress=progress)
     print(f"kernels are ready ({perf_counter() - start:.1f} s)")
+    return 0
+
+
+def prebuild(args: argparse.Namespace) -> int:
+    from time import perf_counter
+
+    from fastxent._cli.prebuild import PLACE, prebuild
+    from fastxent._runtime.threads import available_cpus
+
+    if args.jobs is not None and args.jobs < 1:
+        raise CommandError(f"--jobs {args.jobs} is not above 0")
+    folder, start = Path(args.into) if args.into else PLACE, perf_counter()
+    with output.progress("kernels") as progress:
+        n = prebuild(args.levels, folder, args.jobs or available_cpus(), args.kernels, progress)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{n} kernels in {folder}, {size / 1e6:.1f} MB ({perf_counter() - start:.1f} s)")
     return 0

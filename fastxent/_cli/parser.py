@@ -9,6 +9,8 @@ from typing import Any
 from fastxent._abi.dtypes import NAMES
 from fastxent._cli import commands
 
+LEVELS = "x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64"  # of `_codegen.levels`, which imports more than --help may wait for
+
 
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="fastxent", description="Fast and exact cross-entropy on the CPU.")
@@ -39,10 +41,20 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=commands.bench)
     command.add_argument("options", nargs=argparse.REMAINDER)
 
-    add("info", commands.info, "show the CPU, the threads, the versions and the cache folder")
+    command = add("info", commands.info, "show the CPU, the threads, the versions, the cache folder and the prebuilt kernels")
+    command.add_argument("--kernels", action="store_true", help="list the common kernels, and where each would come from")
 
     command = add("warmup", commands.warmup, "compile the kernels now, not at their first use", json=False)
     command.add_argument("--dtype", nargs="+", choices=NAMES, metavar="DTYPE", help=", ".join(NAMES))
+
+    text = "compile the common kernels for levels of processors, as wheels bring them"
+    command = add("prebuild", commands.prebuild, text, json=False)
+    command.add_argument("--levels", nargs="+", required=True, choices=LEVELS, metavar="LEVEL", help=", ".join(LEVELS))
+    command.add_argument("--into", metavar="DIR", help="write the files here (default: where this fastxent looks for them)")
+    command.add_argument(
+        "--kernels", nargs="+", metavar="PATTERN", default=["*"], help="only those of such names, as value*-f32-*"
+    )
+    command.add_argument("--jobs", type=int, metavar="N", help="processes that compile (default: one a core)")
     return main
 
 

@@ -43,8 +43,17 @@ def file_name(name: str, variant: Variant) -> str:
 @cache
 def build_id(kernel: str) -> str:
     """Return a hash of a kernel's sources and of Numba's version."""
-    parts = (name.encode() + _source(name) for name in sources(kernel))
-    return hashlib.sha256(b"".join(parts) + _numba()).hexdigest()[:16]
+    return _hash_of(sources(kernel), _numba())[:16]
+
+
+@lru_cache(maxsize=1)
+def source_id() -> str:
+    """Return a hash of the sources of all kernels."""
+    return _hash_of(_modules(ROOMS + FRONT_END))
+
+
+def _hash_of(modules: list[str], more: bytes = b"") -> str:
+    return hashlib.sha256(b"".join(name.encode() + _source(name) for name in modules) + more).hexdigest()
 
 
 @lru_cache(maxsize=1)

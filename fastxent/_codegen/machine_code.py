@@ -1,4 +1,4 @@
-"""Loads the machine code of a kernel from the disk cache, or compiles it now.
+"""Loads the machine code of a kernel from the disk cache, takes the one of the package, or compiles it now.
 
 Only compiling needs Numba, whose import takes half a second. Numba is imported, and compiles, in threads of ``uninterrupted``:
 an interrupt would leave a half-imported package behind.
@@ -9,21 +9,35 @@ from __future__ import annotations
 from llvmlite import binding
 
 from fastxent._abi.variant import SYMBOL, Variant
-from fastxent._codegen import disk_cache
+from fastxent._codegen import disk_cache, prebuilt
 from fastxent._codegen.cache_key import file_name
 
+COMPILED = "compiled"
 
-def loaded(name: str, variant: Variant) -> tuple[int, object] | None:
-    """Return the address of a kernel and the owner that keeps its code alive, or None if it is not on disk."""
+
+def found(name: str, variant: Variant) -> tuple[bytes | None, str]:
+    """Return the code of a kernel that need not be compiled, or None, and where it comes from.
+
+    The disk cache goes first: what lies there was compiled for this very processor.
+    """
     code = disk_cache.read(file_name(name, variant))
-    return None if code is None else link(code)
+    if code is not None:
+        return code, "disk cache"
+    code = prebuilt.read(name, variant)
+    return code, COMPILED if code is None else f"prebuilt for {prebuilt.available().level}"
 
 
-def made(name: str, variant: Variant) -> tuple[int, object]:
-    """Compile a kernel, write it to the disk cache, and return its address and owner as `loaded` does."""
+def loaded(name: str, variant: Variant) -> tuple[int, object, str] | None:
+    """Return the address of a kernel, what keeps its code alive, and where it comes from; None: it must be compiled."""
+    code, origin = found(name, variant)
+    return None if code is None else (*link(code), origin)
+
+
+def made(name: str, variant: Variant) -> tuple[int, object, str]:
+    """Compile a kernel, write it to the disk cache, and return what `loaded` does."""
     code = compiled(name, variant)
     disk_cache.write(file_name(name, variant), code)
-    return link(code)
+    return *link(code), COMPILED
 
 
 def compiled(name: str, variant: Variant) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ class Kernel(NamedTuple):
     call: Callable[[object], None]  # valid for "launch" only, whose one argument is the argument block
     address: int
     owner: object  # keeps the machine code alive
+    origin: str = ""  # where the machine code comes from
 
 
 _kernels: dict[tuple[str, Variant], Kernel] = {}
@@ -26,7 +28,7 @@ _ANY = Variant("f32")  # for kernels that read no logits
 
 
 def kernel(name: str, variant: Variant = _ANY) -> Kernel:
-    """Return the compiled kernel ``name`` for ``variant``: from memory, from the disk cache, or compiled now."""
+    """Return the compiled kernel ``name`` for ``variant``: from memory, the disk cache or the package, or compiled now."""
     try:
         return _kernels[name, variant]
     except KeyError:
@@ -41,7 +43,12 @@ def kernel(name: str, variant: Variant = _ANY) -> Kernel:
     return _kernels[name, variant]
 
 
-def _keep(name: str, variant: Variant, get: Callable[[str, Variant], tuple[int, object] | None]) -> None:
+def origins() -> dict[str, int]:
+    """Return how many kernels of this process come from where."""
+    return dict(Counter(kernel.origin for kernel in list(_kernels.values())))
+
+
+def _keep(name: str, variant: Variant, get: Callable[[str, Variant], tuple[int, object, str] | None]) -> None:
     """Get a kernel and register it, unless another thread has done so in the meantime."""
     found = None if (name, variant) in _kernels else get(name, variant)
     if found is not None:

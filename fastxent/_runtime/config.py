@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import sys
@@ -13,16 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from fastxent import __version__
-from fastxent._abi.dtypes import ITEMSIZE, STORAGE
-from fastxent._abi.variant import BUILTINS, Variant
+from fastxent._abi.dtypes import STORAGE
 from fastxent._codegen import disk_cache, patience, registry
 from fastxent._codegen.uninterrupted import imported
-from fastxent._runtime import fastpath, threads
-from fastxent._runtime.plan import make_plan
+from fastxent._runtime import common, threads
 from fastxent._runtime.threads import available_cpus, get_num_threads
-
-# Few, more and many classes; a language model's logits, past the caches; those of pixels, in the caches and past them.
-_COMMON = ((64, 10), (64, 200), (64, 1000), (4096, 32000), (8, 21, 64, 64), (16, 150, 128, 128))
 
 
 def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[int, int, str], None] | None = None) -> None:
@@ -52,9 +46,7 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
     for dtype in dtypes:
         if dtype not in STORAGE:
             raise ValueError(f"dtypes holds {dtype!r}; allowed are {', '.join(STORAGE)}")
-    jobs = [(name, Variant("f32")) for name in ("launch", "check", *(BUILTINS if fastpath.ENABLED else ()))]
-    for dtype in dtypes:
-        jobs += [(name, _variant_for(name, shape, dtype)) for shape in _COMMON for name in ("value", "value_and_grad")]
+    jobs = common.warm(dtypes)
     with patience.quietly():
         for done, (name, variant) in enumerate(jobs):
             if progress is not None:
@@ -62,12 +54,6 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
             registry.kernel(name, variant)
     if progress is not None:
         progress(len(jobs), len(jobs), "done")
-
-
-def _variant_for(task: str, shape: tuple[int, ...], dtype: str) -> Variant:
-    """Return the variant for a C-contiguous array with the classes on the second axis."""
-    strides = tuple(math.prod(shape[axis + 1 :]) * ITEMSIZE[STORAGE[dtype]] for axis in range(len(shape)))
-    return make_plan(task, shape, (strides,) * 3, 1, STORAGE[dtype], labelled=True).variant
 
 
 def show_config() -> dict[str, Any]:
@@ -84,7 +70,7 @@ def show_config() -> dict[str, Any]:
     --------
     >>> import fastxent as fx
     >>> sorted(fx.show_config())
-    ['cache', 'cpu', 'threads', 'vectors', 'versions']
+    ['cache', 'cpu', 'kernels', 'threads', 'vectors', 'versions']
     """
     packages = ("numpy", "numba", "llvmlite", "torch", "scikit-learn", "scipy")
     versions = {"python": platform.python_version(), "fastxent": __version__} | {name: _version(name) for name in packages}
@@ -99,7 +85,14 @@ def show_config() -> dict[str, Any]:
         "threads": {"default": _or_why_not(get_num_threads), "pool": _or_why_not(_pool)},
         "versions": {name: found for name, found in versions.items() if found is not None},
         "cache": {"folder": _or_why_not(disk_cache.cache_folder), **refused},
+        "kernels": {"prebuilt": _or_why_not(lambda: _prebuilt().available().why), **_loaded()},
     }
+
+
+def kernels() -> dict[str, str]:
+    """Return where this process would get each of the common kernels from, by the kernel's name."""
+    found = imported("fastxent._codegen.machine_code").found
+    return {_prebuilt().kernel_name(*kernel): found(*kernel)[1] for kernel in common.kernels()}
 
 
 def _or_why_not(fact: Callable[[], Any]) -> Any:
@@ -126,6 +119,15 @@ def _llvm_name() -> str:
 def _widest_register() -> int:
     features = _binding().get_host_cpu_features()
     return next((bits for name, bits in (("avx512f", 512), ("avx2", 256)) if features.get(name)), 128)
+
+
+def _prebuilt() -> Any:
+    return imported("fastxent._codegen.prebuilt")  # it imports llvmlite
+
+
+def _loaded() -> dict[str, int]:
+    """Return how many kernels this process has, by where they come from."""
+    return {f"loaded: {origin}": n for origin, n in registry.origins().items()}
 
 
 def _binding() -> Any:

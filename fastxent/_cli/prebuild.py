@@ -1,0 +1,98 @@
+"""Compiles the common kernels for levels of processors into a folder, as `_codegen.prebuilt` reads it.
+
+The kernels of a level are compiled by processes that do nothing else: what a kernel is compiled for is settled when its modules
+are imported (`_codegen.cross`). The files do not depend on the machine, the time, or the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import fastxent
+from fastxent._abi.variant import Variant
+from fastxent._cli.output import CommandError
+from fastxent._codegen import levels
+from fastxent._codegen.cache_key import source_id
+from fastxent._codegen.prebuilt import FOLDER, MANIFEST, SUFFIX, kernel_name
+
+PLACE = Path(fastxent.__file__).parent / FOLDER  # where fastxent looks for them
+SECONDS = 300  # that no kernel takes: a process that dies leaves its task unanswered
+KERNELS_A_PROCESS = 25  # compiling one leaves some 20 MB behind
+
+Progress = Callable[[int, int, str], None]
+
+
+def prebuild(
+    names: Sequence[str], folder: Path, jobs: int, patterns: Sequence[str] = ("*",), progress: Progress | None = None
+) -> int:
+    """Compile the kernels whose names match one of ``patterns`` for the levels of these names; return how many there are."""
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MANIFEST).is_file():
+            raise CommandError(f"{folder} is not empty, and holds no prebuilt kernels")
+        shutil.rmtree(folder)
+    manifest: dict[str, Any] = {"sources": source_id(), "versions": _versions(), "levels": {}}
+    for level in levels.LEVELS:
+        if level.name in names:
+            (folder / level.name).mkdir(parents=True)
+            manifest["levels"][level.name] = _compile_level(level, folder / level.name, jobs, patterns, progress)
+    # The manifest comes last: a build that ended early left none.
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    return sum(map(len, manifest["levels"].values()))
+
+
+def _compile_level(
+    level: levels.Level, folder: Path, jobs: int, patterns: Sequence[str], progress: Progress | None
+) -> dict[str, Any]:
+    """Write the files of a level, and return what the manifest says of each."""
+    files: dict[str, Any] = {}
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(jobs, _begin, (level,), KERNELS_A_PROCESS) as pool:
+        kernels = [kernel for kernel in pool.apply(_common_kernels) if any(fnmatch(kernel_name(*kernel), p) for p in patterns)]
+        if not kernels:
+            raise CommandError(f"no kernel matches {' or '.join(patterns)}")
+        results = [pool.apply_async(_compile, kernel) for kernel in kernels]
+        for done, (kernel, result) in enumerate(zip(kernels, results, strict=True)):
+            if progress is not None:
+                progress(done, len(kernels), f"{level.name} {kernel_name(*kernel)}")
+            code = result.get(SECONDS * len(kernels))
+            file = kernel_name(*kernel) + SUFFIX
+            (folder / file).write_bytes(code)
+            files[file] = {
+                "sha256": hashlib.sha256(code).hexdigest(), "bytes": len(code), "kernel": kernel[0],
+                "variant": {field: getattr(value, "name", value) for field, value in kernel[1]._asdict().items() if value},
+            }  # fmt: skip
+    return files
+
+
+def _begin(level: levels.Level) -> None:
+    from fastxent._codegen import cross
+
+    cross.use(level)
+
+
+def _common_kernels() -> list[tuple[str, Variant]]:
+    from fastxent._runtime import common
+
+    return common.kernels()
+
+
+def _compile(name: str, variant: Variant) -> bytes:
+    from fastxent._codegen import compiler
+
+    return compiler.object_code(name, variant)
+
+
+def _versions() -> dict[str, str]:
+    import llvmlite
+    import numba
+    from llvmlite import binding
+
+    llvm = ".".join(map(str, binding.llvm_version_info))
+    return {"fastxent": fastxent.__version__, "numba": numba.__version__, "llvmlite": llvmlite.__version__, "llvm": llvm}

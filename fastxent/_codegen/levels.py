@@ -1,0 +1,48 @@
+"""The levels of processors that kernels are compiled for ahead of time; a process uses the best one that its processor has."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llvmlite import binding
+
+from fastxent._simd import host
+
+
+class Level(NamedTuple):
+    name: str
+    machine: str  # architecture, as in a triple and in the name of a wheel
+    triple: str  # what the machine code is for, as LLVM writes it
+    cpu: str  # LLVM's name of the least such processor
+    features: str  # what it has, as LLVM writes it; the kernels look for some of these
+
+    @property
+    def needs(self) -> set[str]:
+        return set(self.features.split(",")) - {""}
+
+
+def _x86(name: str, *features: str) -> Level:
+    return Level(name, "x86_64", "x86_64-unknown-linux-gnu", name, ",".join(f"+{f}" for f in sorted(features)))
+
+
+# The levels of the x86-64 psABI, each with the features of those before it. 64-bit Arm has NEON and converts half precision.
+_V2 = "cx16", "popcnt", "sahf", "sse3", "sse4.1", "sse4.2", "ssse3"
+_V3 = *_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "xsave"
+_V4 = *_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"
+LEVELS = (
+    _x86("x86-64-v2", *_V2),
+    _x86("x86-64-v3", *_V3),
+    _x86("x86-64-v4", *_V4),
+    Level("aarch64", "aarch64", "aarch64-unknown-linux-gnu", "generic", ""),
+)
+NAMES = tuple(level.name for level in LEVELS)
+
+
+def of_this_cpu() -> list[Level]:
+    """Return the levels of the processor that Numba compiles for, the best first.
+
+    Calling conventions are those of Linux: other systems have no level.
+    """
+    machine, _, system = binding.get_process_triple().partition("-")
+    has = set(host.features(binding).split(","))
+    return [level for level in reversed(LEVELS) if level.machine == machine and "linux" in system and level.needs <= has]
