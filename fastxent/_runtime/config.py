@@ -81,7 +81,11 @@ def show_config() -> dict[str, Any]:
             "llvm name": _or_why_not(_llvm_name),
             "cores available": _or_why_not(available_cpus),
         },
-        "vectors": {"lanes": 16, "widest register, bits": _or_why_not(_widest_register)},
+        "vectors": {
+            "lanes": 16,
+            "widest register, bits": _or_why_not(_widest_register),
+            "instruction set": _or_why_not(_instruction_set),
+        },
         "threads": {"default": _or_why_not(get_num_threads), "pool": _or_why_not(_pool)},
         "versions": {name: found for name, found in versions.items() if found is not None},
         "cache": {"folder": _or_why_not(disk_cache.cache_folder), **refused},
@@ -128,6 +132,14 @@ def _prebuilt() -> Any:
 def _loaded() -> dict[str, int]:
     """Return how many kernels this process has, by where they come from."""
     return {f"loaded: {origin}": n for origin, n in registry.origins().items()}
+
+
+def _instruction_set() -> str:
+    """Return the vector instructions that this processor has. The kernels' vectors are of fixed length, which is NEON with SVE."""
+    features = _binding().get_host_cpu_features()
+    names = (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("avx", "AVX"), ("sse2", "SSE"), ("sve", "SVE, of which NEON is used"))
+    arm = "NEON" if platform.machine().lower() in ("aarch64", "arm64") else "none that is known"
+    return next((name for feature, name in names if features.get(feature)), arm)
 
 
 def _binding() -> Any:

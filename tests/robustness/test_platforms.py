@@ -1,4 +1,4 @@
-"""Other processors and smaller installations. Arm, macOS and Windows are untested: nothing here can run there."""
+"""Other processors and smaller installations. macOS and Windows are untested; .ci/arm runs kernels on an emulated Arm."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from fastxent._runtime import config
 from tests.helpers.processes import ROOT, run_script
 
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86 processors")
@@ -116,3 +118,21 @@ assert results == [before]
 print("well")
 """
     assert run_script(code, PYTHONPATH=os.pathsep.join(sys.path)) == "well"
+
+
+@pytest.mark.parametrize(
+    "machine, features, name, bits",
+    [
+        ("x86_64", {"sse2", "avx", "avx2", "avx512f"}, "AVX-512", 512),
+        ("x86_64", {"sse2", "avx", "avx2"}, "AVX2", 256),
+        ("x86_64", {"sse2"}, "SSE", 128),
+        ("aarch64", {"sve", "neon"}, "SVE, of which NEON is used", 128),
+        ("arm64", {"neon"}, "NEON", 128),
+    ],
+)
+def test_info_names_the_vector_instructions(machine, features, name, bits, monkeypatch):
+    found = SimpleNamespace(get_host_cpu_features=lambda: dict.fromkeys(features, True))
+    monkeypatch.setattr(config, "_binding", lambda: found)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    vectors = config.show_config()["vectors"]
+    assert vectors["instruction set"] == name and vectors["widest register, bits"] == bits
