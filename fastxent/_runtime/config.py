@@ -135,7 +135,7 @@ def _loaded() -> dict[str, int]:
 
 
 def _instruction_set() -> str:
-    """Return the vector instructions that this processor has. The kernels' vectors are of fixed length, which is NEON with SVE."""
+    """Return the vector instructions of this processor. Our vectors have a fixed length, which is NEON where there is SVE."""
     features = _binding().get_host_cpu_features()
     names = (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("avx", "AVX"), ("sse2", "SSE"), ("sve", "SVE, of which NEON is used"))
     arm = "NEON" if platform.machine().lower() in ("aarch64", "arm64") else "none that is known"
