@@ -56,6 +56,15 @@ def check_n_threads(value: object, name: str) -> int | None:
     return None if value is None else check_threads(value, name)
 
 
+def check_memory_limit(value: object, name: str) -> int | None:
+    if value is None:
+        return None
+    number = check_integer(value, name)
+    if number < 1:
+        raise ValueError(f"{name} = {number} is less than 1")
+    return number
+
+
 def check_reduction(reduction: str, name: str = "reduction", allowed: tuple[str, ...] = REDUCTIONS) -> str:
     if reduction not in allowed:
         raise ValueError(f"{name} = {reduction!r} is not one of {', '.join(map(repr, allowed))}")
@@ -81,6 +90,7 @@ OPTIONS = (
     Option("z_loss", 0.0, "float", fields=("z",)),
     Option("temperature", 1.0, "float", check_positive, ("temperature", "factor"), "tempered"),
     Option("softcap", None, "float", fields=("cap",), flag="capped"),
+    Option("memory_limit", None, check=check_memory_limit),  # decides the blocks, see ``blocks``; no kernel reads it
     Option("n_threads", None, check=check_n_threads, fields=("team",)),
 )
 _CHECKS = {option.name: option.check for option in OPTIONS if option.check is not None}
