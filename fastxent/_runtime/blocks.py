@@ -22,7 +22,7 @@ def rows_per_block(n_rows: int, n_features: int, n_classes: int, itemsize: int, 
     """Return how many rows of logits to hold at a time: at least 1, and equally many in all blocks but the last.
 
     ``itemsize``: bytes of an element of input and weight; products of half precision are computed and held in float32.
-    ``memory_limit``: most bytes of a call beside its inputs and results; None: 64 MB, or the bytes of the weight if it has more.
+    ``memory_limit``: most bytes of a call beside arguments and results; None: 64 MB, or the bytes of the weight if it has more.
 
     >>> rows_per_block(2048, 256, 50257, 4)
     288
