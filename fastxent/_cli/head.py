@@ -51,6 +51,7 @@ class Product(FileArray):
             np.matmul(hidden, weight.T, out=logits[:, classes])
             if self.bias is not None:
                 logits[:, classes] += self.bias[classes]
+            self.head.release()
         self.read_bytes = self.head.n_bytes + self.hidden.read_bytes
         return logits.reshape(*lead, n_classes)
 
@@ -59,4 +60,3 @@ class Product(FileArray):
 
     def release(self) -> None:
         self.hidden.release()
-        self.head.release()
