@@ -40,6 +40,17 @@ def check_positive(value: float, name: str) -> float:
     return number
 
 
+def check_finite(value: float, name: str) -> float:
+    number = check_number(value, name)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} = {value} is not finite")
+    return number
+
+
+def check_softcap(value: float | None, name: str) -> float | None:
+    return None if value is None else check_positive(value, name)
+
+
 def check_integer(value: object, name: str) -> int:
     if isinstance(value, (bool, np.bool_, np.ma.MaskedArray)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
@@ -54,6 +65,15 @@ def check_integer(value: object, name: str) -> int:
 
 def check_n_threads(value: object, name: str) -> int | None:
     return None if value is None else check_threads(value, name)
+
+
+def check_memory_limit(value: object, name: str) -> int | None:
+    if value is None:
+        return None
+    number = check_integer(value, name)
+    if number < 1:
+        raise ValueError(f"{name} = {number} is less than 1")
+    return number
 
 
 def check_reduction(reduction: str, name: str = "reduction", allowed: tuple[str, ...] = REDUCTIONS) -> str:
@@ -78,9 +98,10 @@ OPTIONS = (
     Option("reduction", "mean", "int", check_reduction, ("loss", "store_loss", "average")),
     Option("ignore_index", -100, "int", check_integer, ("ignore",)),
     Option("label_smoothing", 0.0, "float", check_fraction, ("confidence", "uniform"), "smooth"),
-    Option("z_loss", 0.0, "float", fields=("z",)),
+    Option("z_loss", 0.0, "float", check_finite, ("z",)),
     Option("temperature", 1.0, "float", check_positive, ("temperature", "factor"), "tempered"),
-    Option("softcap", None, "float", fields=("cap",), flag="capped"),
+    Option("softcap", None, "float", check_softcap, ("cap",), "capped"),
+    Option("memory_limit", None, check=check_memory_limit),  # decides the blocks, see ``blocks``; no kernel reads it
     Option("n_threads", None, check=check_n_threads, fields=("team",)),
 )
 _CHECKS = {option.name: option.check for option in OPTIONS if option.check is not None}

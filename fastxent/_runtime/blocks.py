@@ -1,0 +1,53 @@
+"""Decides how many rows of logits a linear layer with cross-entropy holds at a time, given shapes and a memory budget.
+
+Each block of rows reads the weight twice (for the logits and for the gradient of the input) and the weight's gradient once, so
+the largest block that the budget allows is the fastest. The choice depends on shapes alone, never on threads: a call has the
+same blocks, and so the same sums, at any number of threads.
+"""
+
+from __future__ import annotations
+
+from fastxent._runtime.options import checked
+
+# The least default budget in bytes: 300 rows of 50257 float32 classes.
+LEAST_BUDGET = 64_000_000
+# Bytes of the scratch beside the logits: some classes' converted weights, or their share of the weight's gradient. It fits the
+# caches, and its products are still as fast as large ones.
+SCRATCH = 4_000_000
+# Blocks of many rows or classes are multiples of this: BLAS works on 16 rows at a time, our kernels on 16 classes.
+MULTIPLE = 16
+
+
+def rows_per_block(n_rows: int, n_features: int, n_classes: int, itemsize: int, memory_limit: int | None = None) -> int:
+    """Return how many rows of logits to hold at a time: at least 1, and equally many in all blocks but the last.
+
+    ``itemsize``: bytes of an element of input and weight; products of half precision are computed and held in float32.
+    ``memory_limit``: most bytes of a call beside arguments and results; None: 64 MB, or the bytes of the weight if it has more.
+
+    >>> rows_per_block(2048, 256, 50257, 4)
+    288
+    >>> rows_per_block(2048, 256, 50257, 4, memory_limit=16_000_000)
+    48
+    """
+    budget = checked("memory_limit", memory_limit)
+    if budget is None:
+        budget = max(LEAST_BUDGET, n_features * n_classes * itemsize)
+    # A row's logits become their gradient in place; beside them lie the row's input, gathered or converted, and its gradient.
+    unit = max(itemsize, 4)
+    row_bytes = unit * (n_classes + 2 * n_features)
+    most = max(1, (budget - min(SCRATCH, unit * n_features * n_classes)) // max(row_bytes, 1))
+    if most >= n_rows:
+        return max(1, n_rows)
+    rows = -(-n_rows // -(-n_rows // most))
+    multiple = MULTIPLE if most >= MULTIPLE else 1
+    return min(-(-rows // multiple) * multiple, most // multiple * multiple)
+
+
+def classes_per_block(n_features: int, itemsize: int) -> int:
+    """Return how many classes' weights, or their gradients, fit the scratch; half precision lies there in float32.
+
+    >>> classes_per_block(256, 4)
+    3904
+    """
+    fit = SCRATCH // (max(itemsize, 4) * max(n_features, 1))
+    return max(MULTIPLE, fit // MULTIPLE * MULTIPLE)
