@@ -1,0 +1,120 @@
+"""The products of a linear layer with a block of rows at a time: the logits of all rows never exist together.
+
+    for block in blocks(layer, kept, memory_limit):     block.logits = block.input @ linear_weight.T + linear_bias
+        ...                                             a kernel turns the logits into their gradient, in place
+        gradients.add(block)                            two more products, which use it
+
+Input and weights of half precision are multiplied in float32, and gradients add up in float32 over the blocks, in whatever
+precision the input is: each is rounded once, in the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastxent._runtime.blocks import classes_per_block, rows_per_block
+from fastxent.torch._bridge import empty
+
+
+class Layer(NamedTuple):
+    """A linear layer and the rows that go through it."""
+
+    input: Tensor  # (N, D)
+    linear_weight: Tensor  # (C, D)
+    linear_bias: Tensor | None  # (C,)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype of products, logits and sums."""
+        return torch.promote_types(self.input.dtype, torch.float32)
+
+
+class Block(NamedTuple):
+    """Some of the rows. The next block overwrites the logits."""
+
+    part: slice  # of the kept rows
+    rows: slice | Tensor  # the same, counted over all rows
+    input: Tensor  # (B, D), in the precision of the products
+    logits: Tensor  # (B, C)
+
+
+def blocks(layer: Layer, kept: Tensor | None, memory_limit: int | None) -> Iterator[Block]:
+    """Yield the rows whose numbers are in ``kept``, or all rows, block by block."""
+    n_rows = len(layer.input) if kept is None else len(kept)
+    n_classes, n_features = layer.linear_weight.shape
+    size = rows_per_block(n_rows, n_features, n_classes, layer.input.itemsize, memory_limit)
+    logits = empty((min(size, n_rows), n_classes), layer.precision)
+    for start in range(0, n_rows, size):
+        part = slice(start, min(start + size, n_rows))
+        rows = part if kept is None else kept[part]
+        block = Block(part, rows, layer.input[rows].to(layer.precision), logits[: part.stop - start])
+        _multiply(layer, block)
+        yield block
+
+
+def _multiply(layer: Layer, block: Block) -> None:
+    # Autocast leaves products with out= alone, so these stay in the precision of their operands.
+    for classes, weight in _slabs(layer):
+        out = block.logits[:, classes]
+        if layer.linear_bias is None:
+            torch.mm(block.input, weight.T, out=out)
+        else:
+            torch.addmm(layer.linear_bias[classes].to(layer.precision), block.input, weight.T, out=out)
+
+
+def _slabs(layer: Layer) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the weights in the precision of the products: all classes at once, or as many as are converted at a time."""
+    weight = layer.linear_weight
+    n_classes, n_features = weight.shape
+    if weight.dtype == layer.precision:
+        yield slice(0, n_classes), weight
+        return
+    size = classes_per_block(n_features, weight.itemsize)
+    converted = empty((min(size, n_classes), n_features), layer.precision)
+    for start in range(0, n_classes, size):
+        classes = slice(start, min(start + size, n_classes))
+        yield classes, converted[: classes.stop - start].copy_(weight[classes])
+
+
+class Gradients:
+    """The gradients of a layer, to which each block adds its part; those that are not wanted take no product."""
+
+    def __init__(self, layer: Layer, wanted: Sequence[bool], kept: Tensor | None) -> None:
+        self.layer, self.wanted = layer, wanted
+        self.is_first = True  # the first block writes, the others add
+        shapes = [() if t is None else t.shape for t in layer]
+        self.input, self.linear_weight, self.linear_bias = (
+            empty(shape if is_wanted else (0,), layer.precision) for shape, is_wanted in zip(shapes, wanted, strict=True)
+        )
+        if kept is not None:  # a row in no block has the gradient 0
+            self.input.zero_()
+
+    def add(self, block: Block) -> None:
+        """Add the part of a block whose logits have become their gradient."""
+        g = block.logits
+        beta = 0.0 if self.is_first else 1.0
+        if self.wanted[0]:
+            whole = isinstance(block.rows, slice)
+            out = self.input[block.rows] if whole else torch.empty_like(block.input)
+            for classes, weight in _slabs(self.layer):
+                out.addmm_(g[:, classes], weight, beta=float(classes.start > 0))
+            if not whole:
+                self.input.index_copy_(0, block.rows, out)
+        if self.wanted[1]:
+            self.linear_weight.addmm_(g.T, block.input, beta=beta)
+        if self.wanted[2]:
+            part = g.sum(0)
+            self.linear_bias.copy_(part) if self.is_first else self.linear_bias.add_(part)
+        self.is_first = False
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of input, weight and bias; one that is not wanted is empty."""
+        results = self.input, self.linear_weight, self.linear_bias
+        if self.is_first:
+            for gradient in results:
+                gradient.zero_()
+        return results
