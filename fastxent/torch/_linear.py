@@ -113,10 +113,6 @@ def linear_cross_entropy(
         )  # fmt: skip
     named = {"input": input, "linear_weight": linear_weight, "target": target, "linear_bias": linear_bias, "weight": weight}
     require_tensors("linear_cross_entropy", named | {"sample_weight": sample_weight})
-    logits_shape = shape_of_logits(input, linear_weight, linear_bias)
-    soft = target.shape == logits_shape
-    if soft and ignore_index is not None:
-        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     values = Options(
         nn._reduction.get_enum(reduction),
         -100 if ignore_index is None else check_integer(ignore_index, "ignore_index"),
@@ -128,7 +124,12 @@ def linear_cross_entropy(
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     memory_limit = checked("memory_limit", memory_limit)
     layer = input, linear_weight, linear_bias
-    rows = logits_shape[:-1]
+    if is_traced():  # sizes are tensors, which must not be compared
+        return _by_whole_logits(layer, target, weight, sample_weight, values)
+    logits_shape = shape_of_logits(*layer)
+    rows, soft = logits_shape[:-1], target.shape == logits_shape
+    if soft and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     fits = (soft or target.shape == rows) and (sample_weight is None or sample_weight.shape == rows)
     if not (fits and takes_layer(*layer)):
         return _by_whole_logits(layer, target, weight, sample_weight, values)
@@ -178,9 +179,7 @@ def shape_of_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | 
 def takes_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> bool:
     """Return whether the operators take this layer."""
     layer = [t for t in (input, linear_weight, linear_bias) if t is not None]
-    if is_traced() or linear_weight.dim() != 2:
-        return False
-    if not all(t.is_cpu and t.layout == torch.strided and not t.is_nested for t in layer):
+    if linear_weight.dim() != 2 or not all(t.is_cpu and t.layout == torch.strided and not t.is_nested for t in layer):
         return False
     if not is_watched() and any(stands_for_another(t) for t in layer):
         return False

@@ -86,10 +86,9 @@ class Gradients:
     def __init__(self, layer: Layer, wanted: Sequence[bool], kept: Tensor | None) -> None:
         self.layer, self.wanted = layer, wanted
         self.is_first = True  # the first block writes, the others add
-        shapes = [() if t is None else t.shape for t in layer]
-        self.input, self.linear_weight, self.linear_bias = (
-            empty(shape if is_wanted else (0,), layer.precision) for shape, is_wanted in zip(shapes, wanted, strict=True)
-        )
+        x, w, b = (t.shape if t is not None and is_wanted else (0,) for t, is_wanted in zip(layer, wanted, strict=True))
+        self.input, self.linear_weight = empty(x, layer.precision), empty(w, layer.precision)
+        self.linear_bias = torch.zeros(b, dtype=torch.float64, device="cpu")  # of one number a class, which costs nothing
         if kept is not None:  # a row in no block has the gradient 0
             self.input.zero_()
 
@@ -107,14 +106,12 @@ class Gradients:
         if self.wanted[1]:
             self.linear_weight.addmm_(g.T, block.input, beta=beta)
         if self.wanted[2]:
-            part = g.sum(0)
-            self.linear_bias.copy_(part) if self.is_first else self.linear_bias.add_(part)
+            self.linear_bias += g.sum(0)
         self.is_first = False
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of input, weight and bias; one that is not wanted is empty."""
-        results = self.input, self.linear_weight, self.linear_bias
         if self.is_first:
-            for gradient in results:
-                gradient.zero_()
-        return results
+            self.input.zero_()
+            self.linear_weight.zero_()
+        return self.input, self.linear_weight, self.linear_bias.to(self.layer.precision)

@@ -58,7 +58,7 @@ def check_layer(layer: Layer) -> None:
         found = f"input: {list(x.shape)}, linear_weight: {list(w.shape)}, linear_bias: {None if b is None else list(b.shape)}"
         raise RuntimeError(f"size mismatch (got {found})")
     if x.dtype not in STORAGE or w.dtype != x.dtype or (b is not None and b.dtype != x.dtype):
-        raise RuntimeError(f"expected floating point numbers of one dtype, got {[t and t.dtype for t in layer]}")
+        raise RuntimeError(f"expected floating point numbers of one dtype, got {[t.dtype for t in layer if t is not None]}")
     _bridge.check_memory(*layer)
 
 
@@ -189,7 +189,8 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, .
 def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     results: list[Tensor | None] = [None] * ctx.n_inputs
     if grad_output is not None:
-        tensors, made = ctx.saved_tensors[:_N_TENSORS], ctx.saved_tensors[_N_TENSORS:]
+        saved = ctx.saved_tensors  # looked at once: a checkpoint computes them anew each time
+        tensors, made = saved[:_N_TENSORS], saved[_N_TENSORS:]
         places = [at for at in PLACES if ctx.needs_input_grad[at]]
         gradients = _gradients(ctx, tensors, made, places, grad_output)
         for at, gradient in zip(places, gradients, strict=True):

@@ -31,6 +31,7 @@ from fastxent.torch._linear import (
 from fastxent.torch._linear_blocks import Gradients, Layer, blocks
 from fastxent.torch._linear_operators import LAYER_SCHEMA, PLACES, Rows, check_layer, gradients_fake, layer_of, rows_of
 from fastxent.torch._policy import decomposition, log_prob_and_entropy
+from fastxent.torch._watched import is_traced
 
 
 def linear_log_prob_and_entropy(
@@ -100,17 +101,18 @@ def linear_log_prob_and_entropy(
         )  # fmt: skip
     named = {"input": input, "linear_weight": linear_weight, "target": target, "linear_bias": linear_bias}
     require_tensors("linear_log_prob_and_entropy", named)
-    logits_shape = shape_of_logits(input, linear_weight, linear_bias)
     temperature = checked("temperature", temperature)
     options = Options(NONE, check_integer(ignore_index, "ignore_index"), 0.0, 0.0, 0.0)
     memory_limit = checked("memory_limit", memory_limit)
     layer = input, linear_weight, linear_bias
-    fits = target.shape == logits_shape[:-1] and not target.is_floating_point() and takes_layer(*layer)
-    like_logits = stand_in(*layer) if fits else None
-    if like_logits is None or needs_whole_logits(layer, target):
-        return log_prob_and_entropy(whole_logits(*layer), target, temperature=temperature, ignore_index=options.ignore_index)
-    flat = target.reshape(like_logits.shape[0])
-    if not takes(like_logits, flat, None, None, options):
+    fits = not is_traced() and target.shape == shape_of_logits(*layer)[:-1] and takes_layer(*layer)
+    flat = target.reshape(-1) if fits and target.numel() > 0 else None
+    if (
+        flat is None
+        or flat.is_floating_point()
+        or not takes(stand_in(*layer), flat, None, None, options)
+        or needs_whole_logits(layer, target)
+    ):
         return log_prob_and_entropy(whole_logits(*layer), target, temperature=temperature, ignore_index=options.ignore_index)
     x, w, b = flat_layer(*layer)
     results = operator(x, w, flat, b, temperature, options.ignore_index, memory_limit)

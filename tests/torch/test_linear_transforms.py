@@ -45,7 +45,7 @@ def whole(x: Tensor, w: Tensor, y: Tensor, *, linear_bias: Tensor | None = None,
 def step(function: Loss, tensors: tuple[Tensor, ...], reduction: str = "mean", **options: Any) -> list[Tensor]:
     x, w, b = (t.detach().clone().requires_grad_() for t in tensors[:3])
     loss = function(x, w, tensors[3], linear_bias=b, reduction=reduction, **options)
-    (loss * torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)).sum().backward()
+    (loss * torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)).sum().backward()
     return [loss.detach(), x.grad, w.grad, b.grad]
 
 
@@ -203,7 +203,7 @@ def test_traced():
 def test_what_torchscript_saves_runs_without_fastxent():
     x, w, b, y = make(5, dtype=torch.float32)
     traced = torch.jit.trace(lambda x, w, y: linear_cross_entropy(x, w, y), (x, w, y), check_trace=False)
-    assert "fastxent" not in str(traced.inlined_graph)
+    assert "fastxent::" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(x, w, y), linear_cross_entropy(x, w, y))
 
 
