@@ -280,7 +280,12 @@ class LinearCrossEntropyLoss(nn.Module):
             raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
         super().__init__()
         self.register_buffer("weight", weight)
-        self.num_classes, self.out_features, self.reduction, self.ignore_index = num_classes, out_features, reduction, ignore_index
+        self.num_classes, self.out_features, self.reduction, self.ignore_index = (
+            num_classes,
+            out_features,
+            reduction,
+            ignore_index,
+        )
         self.label_smoothing, self.options, self.z_loss = label_smoothing, options, z_loss
         self.softcap, self.memory_limit = softcap, memory_limit
         n_outputs = math.prod(out_features, start=num_classes)

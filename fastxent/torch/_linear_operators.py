@@ -147,7 +147,7 @@ def _value(*arguments: Any) -> Tensor:
 
 
 def _value_and_grad(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, reduced, and the gradients of input, weight and bias in the precision of the products."""
+    """Return the loss, reduced, and the gradients of input, weight and bias in the precision of their sums."""
     tensors, options, memory_limit = _parts(arguments)
     layer = layer_of(tensors)
     check_layer(layer)
@@ -252,7 +252,7 @@ def _value_and_grad_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 def gradients_fake(layer: Layer, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     x, w, b = (
-        layer.input.new_empty(t.shape if t is not None and is_wanted else (0,), dtype=layer.precision)
+        layer.input.new_empty(t.shape if t is not None and is_wanted else (0,), dtype=layer.accumulated)
         for t, is_wanted in zip(layer, wanted, strict=True)
     )
     return x, w, b

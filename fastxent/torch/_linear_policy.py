@@ -143,10 +143,10 @@ def _checked(
 def _value(*arguments: Any) -> tuple[Tensor, Tensor]:
     *operands, temperature, ignore_index, memory_limit = arguments
     layer, rows = _checked(*operands, temperature, ignore_index)
-    log_prob, entropy = (torch.zeros(len(layer.input), dtype=layer.precision, device="cpu") for _ in range(2))
+    log_prob, entropy = (torch.zeros(len(layer.input), dtype=layer.accumulated, device="cpu") for _ in range(2))
     for block in blocks(layer, rows.kept, memory_limit):
         call = _bridge.prepare(block.logits, rows.target[block.part], None, None)
-        made = torch.empty(2, len(block.logits), dtype=layer.precision, device="cpu")
+        made = torch.empty(2, len(block.logits), dtype=layer.accumulated, device="cpu")
         _bridge.run_task(
             "log_prob_and_entropy", call, block.logits, _FLAGS, loss=made[0].data_ptr(), entropy=made[1].data_ptr(),
             ignore=ignore_index, temperature=temperature,
@@ -156,7 +156,7 @@ def _value(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _gradient(of_log_prob: Tensor, of_entropy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of input, weight and bias, in the precision of the products; empty if not wanted."""
+    """Return the gradients of input, weight and bias, in the precision of their sums; empty if not wanted."""
     *operands, temperature, ignore_index, memory_limit, wanted = arguments
     layer, rows = _checked(*operands, temperature, ignore_index)
     if of_log_prob.shape != layer.input.shape[:1] or of_entropy.shape != of_log_prob.shape:

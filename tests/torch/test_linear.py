@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastxent._runtime.blocks import SCRATCH
-from fastxent.torch import LinearCrossEntropyLoss, linear_cross_entropy, linear_log_prob_and_entropy, log_prob_and_entropy
+from fastxent.torch import (
+    LinearCrossEntropyLoss,
+    _linear_blocks,
+    linear_cross_entropy,
+    linear_log_prob_and_entropy,
+    log_prob_and_entropy,
+)
 from tests.helpers.cases import REDUCTIONS
 from tests.helpers.opponent import torch_loss
 from tests.helpers.processes import run_script
@@ -42,10 +48,14 @@ class Problem(NamedTuple):
         return self[:3]
 
 
-def make(option: str = "index", dtype: torch.dtype = torch.float32, n_rows: int = N_ROWS, n_features: int = N_FEATURES) -> Problem:
+def make(
+    option: str = "index", dtype: torch.dtype = torch.float32, n_rows: int = N_ROWS, n_features: int = N_FEATURES
+) -> Problem:
     case = make_case(dtype, (n_rows, N_CLASSES), option)
     generator = torch.Generator().manual_seed(n_rows + n_features)
-    x, w, b = (torch.randn(shape, generator=generator) for shape in ((n_rows, n_features), (N_CLASSES, n_features), (N_CLASSES,)))
+    x, w, b = (
+        torch.randn(shape, generator=generator) for shape in ((n_rows, n_features), (N_CLASSES, n_features), (N_CLASSES,))
+    )
     return Problem(x.to(dtype), w.to(dtype), b.to(dtype), case.target, case.options)
 
 
@@ -68,6 +78,11 @@ def step(function, problem: Problem, reduction: str = "mean", **more: Any) -> li
     return [loss.detach(), x.grad, w.grad, b.grad]
 
 
+def multiply_bfloat16(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    """Whether products of bfloat16 are computed as such, whatever the processor can do."""
+    monkeypatch.setattr(_linear_blocks, "multiplies_bfloat16", lambda: native)
+
+
 def assert_no_worse(ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor], ulps: float = 1.0) -> None:
     """At most PyTorch's error, plus an ulp of the largest value."""
     for name, a, b, t in zip(("loss", "input", "linear_weight", "linear_bias"), ours, theirs, truth, strict=True):
@@ -84,9 +99,10 @@ def assert_no_worse(ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("option", OPTIONS)
-def test_no_worse_than_pytorch(option, reduction, dtype):
-    if "probabilities" in option and dtype == torch.float16:
-        pytest.skip("two more kernels, which tests of cross_entropy run")
+def test_no_worse_than_pytorch(option, reduction, dtype, monkeypatch):
+    if "probabilities" in option and dtype.itemsize == 2:
+        pytest.skip("more kernels, which tests of cross_entropy run")
+    multiply_bfloat16(monkeypatch, reduction != "sum")  # either way
     problem = make(option, dtype)
     truth = step(whole, problem.to(torch.float64), reduction)
     theirs = step(whole, problem, reduction)
@@ -97,8 +113,9 @@ def test_no_worse_than_pytorch(option, reduction, dtype):
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="since PyTorch 2.13")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_worse_than_pytorchs_function_in_chunks(dtype):
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_no_worse_than_pytorchs_function_in_chunks(dtype, monkeypatch):
+    multiply_bfloat16(monkeypatch, False)  # as PyTorch's chunks do
     problem = make("ignore weight", dtype, 64, 32)
     truth = step(whole, problem.to(torch.float64))
     theirs = step(F.linear_cross_entropy, problem, options=nn.LinearCrossEntropyOptions(batch_chunk_size=16))
@@ -118,16 +135,16 @@ def test_any_block_size_gives_the_same(reduction, size):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_the_weights_gradient_of_64_blocks_is_as_exact_as_of_one():
-    """In half precision each block would round what it adds."""
+@pytest.mark.parametrize(("native", "factor"), [(False, 1.001), (True, 1.1)], ids=["float32", "bfloat16"])
+def test_the_weights_gradient_of_64_blocks_is_as_exact_as_of_one(native, factor, monkeypatch):
+    """A gradient that added up in bfloat16 would be rounded 64 times; a product in bfloat16 is rounded where it is written."""
+    multiply_bfloat16(monkeypatch, native)
     problem = make("index", torch.bfloat16, 64 * 16)
     truth = step(whole, problem.to(torch.float64), "sum")
-    one, many = (
-        step(linear_cross_entropy, problem, "sum", memory_limit=limit) for limit in (1 << 30, limit_of(16))
-    )
+    one, many = (step(linear_cross_entropy, problem, "sum", memory_limit=limit) for limit in (1 << 30, limit_of(16)))
     for nth in (2, 3):
         errors = [(result[nth].double() - truth[nth]).abs().mean() for result in (one, many)]
-        assert errors[1] <= 1.001 * errors[0]
+        assert errors[1] <= factor * errors[0]
 
 
 def test_order_of_the_rows_and_ignored_rows_do_not_matter():
