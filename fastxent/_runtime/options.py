@@ -101,7 +101,7 @@ OPTIONS = (
     Option("z_loss", 0.0, "float", check_finite, ("z",)),
     Option("temperature", 1.0, "float", check_positive, ("temperature", "factor"), "tempered"),
     Option("softcap", None, "float", check_softcap, ("cap",), "capped"),
-    Option("memory_limit", None, check=check_memory_limit),  # decides the blocks, see ``blocks``; no kernel reads it
+    Option("memory_limit", None, "int?", check_memory_limit),  # decides the blocks, see ``blocks``; no kernel reads it
     Option("n_threads", None, check=check_n_threads, fields=("team",)),
 )
 _CHECKS = {option.name: option.check for option in OPTIONS if option.check is not None}

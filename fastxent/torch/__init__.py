@@ -17,6 +17,8 @@ functions are in this module; read ``_dispatch`` next. The other modules:
 * ``_decomposition`` computes the loss with PyTorch's operators. It serves what must be differentiated further: double backward,
   forward-mode AD, ``torch.func``, probabilities that require a gradient.
 * ``_policy`` is `log_prob_and_entropy`, from the operator to the backward.
+* ``_linear`` is `linear_cross_entropy`; ``_linear_operators`` runs it block by block (``_linear_blocks``). ``_linear_policy`` is
+  `linear_log_prob_and_entropy`.
 * ``_install`` replaces PyTorch's cross-entropy in the whole process.
 """
 
@@ -31,9 +33,14 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fastxent.torch._dispatch import route
 from fastxent.torch._fastpath import lookup
 from fastxent.torch._install import install, installed, uninstall
+from fastxent.torch._linear import LinearCrossEntropyLoss, linear_cross_entropy
+from fastxent.torch._linear_policy import linear_log_prob_and_entropy
 from fastxent.torch._policy import log_prob_and_entropy
 
-__all__ = ["CrossEntropyLoss", "cross_entropy", "install", "installed", "log_prob_and_entropy", "uninstall"]
+__all__ = [
+    "CrossEntropyLoss", "LinearCrossEntropyLoss", "cross_entropy", "install", "installed", "linear_cross_entropy",
+    "linear_log_prob_and_entropy", "log_prob_and_entropy", "uninstall",
+]  # fmt: skip
 
 
 def cross_entropy(

@@ -46,7 +46,7 @@ class _Eager(torch.autograd.Function):
         try:
             factor = grad_output.item()
         except RuntimeError:  # perhaps a wrapper tensor, which has no value; tested only now, since it is rare
-            if not (_stands_for_others(grad_output) or is_seen_by_a_mode()):
+            if not (stands_for_others(grad_output) or is_seen_by_a_mode()):
                 raise
             return _times(grad, grad_output), None
         if factor == 1.0:  # if another backward needs grad, it must not become a .grad, which is accumulated in place
@@ -78,7 +78,7 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
     out = input.detach() if inplace else None
     grad = None if call is None or watched else call.gradient_of_rows(input, target, weight, grad_output, out)
     if grad is None:
-        if _stands_for_others(grad_output) or is_dual(grad_output):
+        if stands_for_others(grad_output) or is_dual(grad_output):
             return _differentiable(ctx, grad_output)
         if watched or torch._is_functional_tensor(grad_output):
             with DisableTorchFunctionSubclass():
@@ -142,6 +142,6 @@ def is_dual(t: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
-def _stands_for_others(t: Tensor) -> bool:
+def stands_for_others(t: Tensor) -> bool:
     """Return whether a tensor is a wrapper of ``torch.func``, such as vmap's (batched gradients: ``is_grads_batched``)."""
     return torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)

@@ -189,7 +189,7 @@ def _run(name: str, call: Call, g: Tensor, options: Options, factor: float = 1.0
         name, call, g, flags_of(call.y is not None, *options[1:]), loss=address(loss), factor=factor,
         divisor=call.divisor if average else 1.0, average=average, **fields(options, call.x.shape[call.axis]),
     )  # fmt: skip
-    return _scalar(total / divisor, call.acc) if loss is None else loss
+    return scalar(total / divisor, call.acc) if loss is None else loss
 
 
 def run_task(name: str, call: Call, g: Tensor, flags: dict[str, bool], **more: float) -> tuple[float, float]:
@@ -206,7 +206,7 @@ def run_task(name: str, call: Call, g: Tensor, flags: dict[str, bool], **more: f
     return total, divisor
 
 
-def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+def scalar(value: float, dtype: torch.dtype) -> Tensor:
     try:
         return torch.scalar_tensor(value, dtype=dtype, device="cpu")
     except RuntimeError:  # scalar_tensor refuses what float32 rounds to infinity; torch.tensor takes it, in twice the time
@@ -269,8 +269,11 @@ def gradient_like(input: Tensor) -> Tensor:
     contiguous = input.is_contiguous()
     if nbytes < buffers.SMALLEST or not (contiguous or torch.ops.aten.is_non_overlapping_and_dense(input)):
         return torch.empty_like(input)
-    dtype = input.dtype
-    g = torch.from_numpy(buffers.empty(input.shape if contiguous else (input.numel(),), _NUMPY[dtype]))
-    if g.dtype != dtype:  # NumPy lacks it
-        g = g.view(dtype)
+    g = empty(input.shape if contiguous else (input.numel(),), input.dtype)
     return g if contiguous else g.as_strided(input.shape, input.stride())
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return ``torch.empty``; a large tensor is in recycled memory with huge pages."""
+    tensor = torch.from_numpy(buffers.empty(shape, _NUMPY[dtype]))
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)  # NumPy lacks bfloat16

@@ -62,11 +62,17 @@ def differentiable_backward(tensors: Sequence[Tensor], options: Options, grad_ou
 
 def differentiable_gradient(compute: Callable[[], Sequence[Tensor]], input: Tensor, grad_outputs: Sequence[Tensor]) -> Tensor:
     """Return the gradient of what ``compute`` gives, such that it can be differentiated again, along tangents too."""
+    return differentiable_gradients(compute, [input], grad_outputs)[0]
+
+
+def differentiable_gradients(
+    compute: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Return the gradients with respect to several tensors, as `differentiable_gradient` does for one."""
     again = torch.is_grad_enabled()  # if not, the gradient has at most a tangent: it must not hold a graph
     with torch.enable_grad():
         results = [result.to(g.dtype) for result, g in zip(compute(), grad_outputs, strict=True)]
-        (grad,) = torch.autograd.grad(results, input, grad_outputs, create_graph=again)
-    return grad
+        return torch.autograd.grad(results, inputs, grad_outputs, create_graph=again)
 
 
 def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:

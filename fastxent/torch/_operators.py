@@ -37,7 +37,7 @@ def _value_and_grad_impl(
     return value_and_grad(input, target, weight, sample_weight, Options(*options))
 
 
-def _value_fake(
+def value_fake(
     input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, reduction: int, *_: Any
 ) -> Tensor:
     for other in (target, weight, sample_weight):
@@ -54,7 +54,7 @@ def _value_fake(
 
 
 def _value_and_grad_fake(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return _value_fake(input, *arguments), torch.empty_like(input)
+    return value_fake(input, *arguments), torch.empty_like(input)
 
 
 def _operator_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
@@ -92,7 +92,7 @@ torch.library.define("fastxent::cross_entropy", f"({_ARGUMENTS}) -> Tensor")
 torch.library.define("fastxent::cross_entropy_value_and_grad", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 torch.library.impl("fastxent::cross_entropy", "CPU", _value_impl)
 torch.library.impl("fastxent::cross_entropy_value_and_grad", "CPU", _value_and_grad_impl)
-torch.library.register_fake("fastxent::cross_entropy", _value_fake)
+torch.library.register_fake("fastxent::cross_entropy", value_fake)
 torch.library.register_fake("fastxent::cross_entropy_value_and_grad", _value_and_grad_fake)
 for _operator in ("fastxent::cross_entropy", "fastxent::cross_entropy_value_and_grad"):
     torch.library.register_autograd(_operator, _operator_backward, setup_context=_operator_context)

@@ -112,4 +112,14 @@ def test_every_option_is_here():
     assert set(inspect.signature(ft.cross_entropy).parameters) == here
     assert set(inspect.signature(ft.CrossEntropyLoss).parameters) == here - {"input", "target", "sample_weight"}
     assert set(inspect.signature(ft.log_prob_and_entropy).parameters) == {"input", "target", "temperature", "ignore_index"}
-    assert set(ft.__all__) == {"CrossEntropyLoss", "cross_entropy", "install", "installed", "log_prob_and_entropy", "uninstall"}
+    layer = {"linear_weight", "linear_bias", "memory_limit"}
+    assert set(inspect.signature(ft.linear_cross_entropy).parameters) == (
+        (here | layer | {"options"}) - {"size_average", "reduce", "inplace"}
+    )
+    assert set(inspect.signature(ft.linear_log_prob_and_entropy).parameters) == (
+        layer | {"input", "target", "temperature", "ignore_index"}
+    )
+    assert set(ft.__all__) == {
+        "CrossEntropyLoss", "LinearCrossEntropyLoss", "cross_entropy", "install", "installed", "linear_cross_entropy",
+        "linear_log_prob_and_entropy", "log_prob_and_entropy", "uninstall",
+    }  # fmt: skip

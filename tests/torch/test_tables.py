@@ -29,6 +29,8 @@ OTHER_DEFAULTS = {
     ("softmax", "axis"): None,
     ("log_softmax", "axis"): None,
     ("logsumexp", "axis"): None,
+    ("linear_cross_entropy", "ignore_index"): None,  # PyTorch's: -100 for class indices alone
+    ("LinearCrossEntropyLoss", "ignore_index"): None,
 }
 
 
