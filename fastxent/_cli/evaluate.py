@@ -83,7 +83,7 @@ def evaluate(
         A file cannot be read, or its content does not fit.
     """
     options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    return _evaluate(open_array(logits), open_array(targets), axis, BLOCK_BYTES, options, progress)
+    return _evaluate(open_array(logits), open_array(targets), axis, options, progress)
 
 
 def evaluate_head(
@@ -118,16 +118,17 @@ def evaluate_head(
     """
     x = Product(open_array(hidden), open_array(head), None if bias is None else open_array(bias))
     options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    return _evaluate(x, open_array(targets), -1, HEAD_BLOCK_BYTES, options, progress)
+    block_rows = HEAD_BLOCK_BYTES // (sum(x.head.shape) * x.dtype.itemsize)  # of logits and of hidden states
+    return _evaluate(x, open_array(targets), -1, options, progress, block_rows)
 
 
 def _evaluate(
     x: FileArray,
     t: FileArray,
     axis: int,
-    block_bytes: int,
     options: dict[str, Any],
     progress: Callable[[int, int], None] | None,
+    block_rows: int | None = None,
 ) -> Evaluation:
     axis, by_index = _check_headers(x, t, axis)
     n_classes, row_shape = x.shape[axis], x.shape[:axis] + x.shape[axis + 1 :]
@@ -135,7 +136,9 @@ def _evaluate(
     options, ignore_index = options | {"weight": w}, options["ignore_index"]
     x = x.in_blocks(axis)
     t = t.in_blocks(None if by_index else axis)
-    block_rows = max(1, min(BLOCK_ROWS, block_bytes // (n_classes * x.dtype.itemsize)))
+    if block_rows is None:
+        block_rows = BLOCK_BYTES // (n_classes * x.dtype.itemsize)
+    block_rows = max(1, min(BLOCK_ROWS, block_rows))
 
     def work() -> Iterator[tuple[Index, Index]]:
         for rows in blocks(row_shape, block_rows):

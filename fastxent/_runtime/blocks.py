@@ -14,6 +14,8 @@ LEAST_BUDGET = 64_000_000
 # Bytes of the scratch beside the logits: some classes' converted weights, or their share of the weight's gradient. It fits the
 # caches, and its products are still as fast as large ones.
 SCRATCH = 4_000_000
+# Bytes that are not for logits: the scratch, and what BLAS packs of a product (OpenBLAS: of the gradient of the weight, all).
+RESERVE = 2 * SCRATCH
 # Blocks of many rows or classes are multiples of this: BLAS works on 16 rows at a time, our kernels on 16 classes.
 MULTIPLE = 16
 
@@ -25,9 +27,9 @@ def rows_per_block(n_rows: int, n_features: int, n_classes: int, itemsize: int, 
     ``memory_limit``: most bytes of a call beside arguments and results; None: 64 MB, or the bytes of the weight if it has more.
 
     >>> rows_per_block(2048, 256, 50257, 4)
-    288
+    256
     >>> rows_per_block(2048, 256, 50257, 4, memory_limit=16_000_000)
-    48
+    32
     """
     budget = checked("memory_limit", memory_limit)
     if budget is None:
@@ -35,7 +37,7 @@ def rows_per_block(n_rows: int, n_features: int, n_classes: int, itemsize: int, 
     # A row's logits become their gradient in place; beside them lie the row's input, gathered or converted, and its gradient.
     unit = max(itemsize, 4)
     row_bytes = unit * (n_classes + 2 * n_features)
-    most = max(1, (budget - min(SCRATCH, unit * n_features * n_classes)) // max(row_bytes, 1))
+    most = max(1, (budget - min(RESERVE, unit * n_features * n_classes)) // max(row_bytes, 1))
     if most >= n_rows:
         return max(1, n_rows)
     rows = -(-n_rows // -(-n_rows // most))
@@ -43,11 +45,11 @@ def rows_per_block(n_rows: int, n_features: int, n_classes: int, itemsize: int, 
     return min(-(-rows // multiple) * multiple, most // multiple * multiple)
 
 
-def classes_per_block(n_features: int, itemsize: int) -> int:
-    """Return how many classes' weights, or their gradients, fit the scratch; half precision lies there in float32.
+def classes_per_block(n_others: int, itemsize: int) -> int:
+    """Return for how many classes a matrix of ``n_others`` numbers a class fits the scratch; half precision lies in float32.
 
     >>> classes_per_block(256, 4)
     3904
     """
-    fit = SCRATCH // (max(itemsize, 4) * max(n_features, 1))
+    fit = SCRATCH // (max(itemsize, 4) * max(n_others, 1))
     return max(MULTIPLE, fit // MULTIPLE * MULTIPLE)

@@ -133,10 +133,18 @@ def check_layer(
 
 
 @np.errstate(all="ignore")  # inf and nan are numbers here
-def run_task(name: str, layer: Layer, outputs: dict[str, Array], gradients: Gradients | None = None, **fields: float) -> float:
+def run_task(
+    name: str,
+    layer: Layer,
+    outputs: dict[str, Array],
+    gradients: Gradients | None = None,
+    cap: float | None = None,
+    **fields: float,
+) -> float:
     """Run a task on all logits; return the sum of the losses.
 
-    ``outputs`` are arrays of one value for each kept row. The task's gradient goes into ``gradients``.
+    ``outputs`` are arrays of one value for each kept row. The task's gradient goes into ``gradients``. ``cap``: a softcap for a
+    task that does not apply it to all that it computes.
     """
     n_features, n_classes, n_kept = layer.x.shape[1], len(layer.weight), layer.n_kept
     if n_kept == 0 or n_classes == 0:
@@ -151,6 +159,8 @@ def run_task(name: str, layer: Layer, outputs: dict[str, Array], gradients: Grad
         x = np.ascontiguousarray(layer.x[rows], layer.precision)
         t = None if layer.t is None else _with_classes_together(layer.t[rows])
         weight.multiply(x, layer.bias, logits)
+        if cap is not None:
+            np.multiply(np.tanh(np.divide(logits, cap, out=logits), out=logits), cap, out=logits)
         at = {field: address(a[first:]) for field, a in outputs.items()}
         if gradients is not None:
             at["g"] = address(logits)
@@ -182,12 +192,14 @@ class Weight:
     def __init__(self, layer: Layer) -> None:
         self.w, precision = layer.weight, layer.precision
         self.as_it_lies = self.w.dtype == precision and _is_for_blas(self.w)
-        self.step = classes_per_block(self.w.shape[1], self.w.itemsize)
-        self.scratch = np.empty((min(self.step, len(self.w)), self.w.shape[1]), precision)
+        n_classes, n_features = self.w.shape
+        self.scratch = np.empty((min(classes_per_block(n_features, self.w.itemsize), n_classes), n_features), precision)
 
-    def classes(self) -> Iterator[slice]:
-        for first in range(0, len(self.w), self.step):
-            yield slice(first, min(first + self.step, len(self.w)))
+    def classes(self, n_others: int) -> Iterator[slice]:
+        """Yield so many classes at a time that a matrix of ``n_others`` numbers a class is as small as the scratch."""
+        n_classes, step = len(self.w), classes_per_block(n_others, self.w.itemsize)
+        for first in range(0, n_classes, step):
+            yield slice(first, min(first + step, n_classes))
 
     def of(self, classes: slice) -> Array:
         """Return the weights of some classes; the next call may overwrite them."""
@@ -203,7 +215,7 @@ class Weight:
         if self.as_it_lies and bias is None:
             np.matmul(x, self.w.T, out=out)
             return
-        for classes in self.classes():
+        for classes in self.classes(self.w.shape[1]):
             np.matmul(x, self.of(classes).T, out=out[:, classes])
             if bias is not None:
                 out[:, classes] += bias[classes]
@@ -213,7 +225,7 @@ class Weight:
             np.matmul(g, self.w, out=out)
             return
         out[...] = 0
-        for classes in self.classes():
+        for classes in self.classes(self.w.shape[1]):
             out += g[:, classes] @ self.of(classes)
 
 
@@ -244,10 +256,11 @@ class Gradients:
         weight.gradient_of_input(g, dinput)
         if not self.in_place:
             self.input[rows] = dinput
-        if self.is_first:
-            np.matmul(g.T, x, out=self.weight)
-        else:
-            for classes in weight.classes():
+        # OpenBLAS packs all of g in its own memory: so some classes at a time.
+        for classes in weight.classes(max(x.shape)):
+            if self.is_first:
+                np.matmul(g[:, classes].T, x, out=self.weight[classes])
+            else:
                 share = weight.scratch[: classes.stop - classes.start]
                 np.matmul(g[:, classes].T, x, out=share)
                 self.weight[classes] += share

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fastxent as fx
 from fastxent import reference as ref
-from fastxent._runtime.blocks import LEAST_BUDGET, SCRATCH, classes_per_block, rows_per_block
+from fastxent._runtime.blocks import LEAST_BUDGET, RESERVE, classes_per_block, rows_per_block
 from tests.helpers.cases import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64, REDUCTIONS, make_case, make_rng
 from tests.helpers.opponent import one_torch_thread, torch_loss
 from tests.helpers.processes import run_script
@@ -151,7 +151,7 @@ def test_blocks_row_order_and_dropped_rows_change_rounding_only(rows, features, 
     options = dict(linear_bias=rng.standard_normal(CLASSES), reduction=reduction)
     function = fx.linear_cross_entropy_value_and_grad
     loss, gradients = whole = function(h, w, target, **options)
-    limit = 4 * (min(features * CLASSES, 10**6) + block * (CLASSES + 2 * features))
+    limit = 4 * (min(features * CLASSES, 2 * 10**6) + block * (CLASSES + 2 * features))
     assert_same(function(h, w, target, memory_limit=limit, **options), whole)
 
     order = rng.permutation(rows)
@@ -272,7 +272,7 @@ def test_half_precision_sums_over_blocks_are_rounded_once():
 H, W = np.zeros((2, 3), np.float32), np.zeros((4, 3), np.float32)
 ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "input is a number", dict(input=1.0)),
-    (TypeError, "input has dtype complex128", dict(input=H + 0j)),
+    (TypeError, "input has dtype complex64", dict(input=H + np.complex64())),
     (ValueError, r"linear_weight has shape \(3,\); it must be \(classes, features\)", dict(linear_weight=W[0])),
     (ValueError, r"input has shape \(2, 3\) and linear_weight \(4, 2\)", dict(linear_weight=W[:, :2])),
     (TypeError, "linear_weight has dtype float64; it must be that of input, float32", dict(linear_weight=W.astype(float))),
@@ -327,33 +327,36 @@ def test_blocks_fit_the_budget_and_cover_all_rows():
             rows = rows_per_block(n, d, v, size, limit)
             budget = limit or max(LEAST_BUDGET, d * v * size)
             assert 1 <= rows <= n
-            assert rows == 1 or unit * rows * (v + 2 * d) + min(SCRATCH, unit * v * d) <= budget
+            assert rows == 1 or unit * rows * (v + 2 * d) + min(RESERVE, unit * v * d) <= budget
             assert rows in (1, n) or rows % 16 == 0 or rows < 16
         assert classes_per_block(d, size) % 16 == 0
 
 
 PEAK = """
-import sys, resource, numpy as np, fastxent as fx
-n, d, v, limit, name = *map(int, sys.argv[1:5]), sys.argv[5]
+import sys, ml_dtypes, numpy as np, fastxent as fx
+n, d, v, limit, dtype = *map(int, sys.argv[1:5]), np.dtype(sys.argv[5])
 rng = np.random.default_rng(0)
-dtype = np.dtype(name)
-h, w = rng.standard_normal((n, d), dtype), rng.standard_normal((v, d), dtype)
+h, w = (rng.standard_normal(shape, np.float32).astype(dtype) for shape in ((n, d), (v, d)))
 y = rng.integers(0, v, n)
-# A small call first: it compiles, and it starts the threads and the buffers of BLAS.
+def peak(): return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
+# A small call first: it compiles, and starts the threads.
 fx.linear_cross_entropy_value_and_grad(h[:256], w[:5000], y[:256] % 5000)
 fx.release_buffers()
-def peak(): return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
 loss, gradients = fx.linear_cross_entropy_value_and_grad(h, w, y, memory_limit=limit or None)
-print(peak() - before - sum(g.nbytes for g in gradients if g is not None))
+print(peak() - before - gradients.input.nbytes - gradients.linear_weight.nbytes)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory as Linux reports it")
-@pytest.mark.parametrize("rows", [1024, 4096])
+@pytest.mark.parametrize(("rows", "dtype"), [(1024, "float32"), (4096, "float32"), (4096, "bfloat16")])
 @pytest.mark.parametrize("limit", [0, 24_000_000])
-def test_peak_of_resident_memory(rows, limit):
-    """Beside inputs and gradients: the default budget, whatever the number of rows, or the given one and 16 MB at most."""
-    extra = int(run_script(PEAK, str(rows), "64", "32000", str(limit), "float32"))
+def test_peak_of_resident_memory(rows, dtype, limit):
+    """Beside inputs and gradients: the default budget, whatever the number of rows, or the given one and 16 MB at most.
+
+    In half precision the sum of the weight's gradient, in float32, is beside that.
+    """
+    extra = int(run_script(PEAK, str(rows), "64", "32000", str(limit), dtype))
+    extra -= 4 * 64 * 32000 if dtype == "bfloat16" else 0
     assert extra <= (limit + 16_000_000 if limit else LEAST_BUDGET)
