@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CrossEntropyStats",
+    "LinearGradients",
     "binary_cross_entropy_with_logits",
     "binary_cross_entropy_with_logits_value_and_grad",
     "cross_entropy",
@@ -17,6 +18,10 @@ __all__ = [
     "functional",
     "get_num_threads",
     "kl_div",
+    "linear_cross_entropy",
+    "linear_cross_entropy_stats",
+    "linear_cross_entropy_value_and_grad",
+    "linear_log_prob_and_entropy",
     "log_prob_and_entropy",
     "log_softmax",
     "logsumexp",
@@ -47,6 +52,13 @@ if TYPE_CHECKING:
         cross_entropy_value_and_grad,
         nll_loss,
     )
+    from fastxent.linear import (
+        LinearGradients,
+        linear_cross_entropy,
+        linear_cross_entropy_stats,
+        linear_cross_entropy_value_and_grad,
+        linear_log_prob_and_entropy,
+    )
     from fastxent.policy import log_prob_and_entropy
     from fastxent.special import entropy, kl_div, log_softmax, logsumexp, softmax
 
@@ -56,6 +68,13 @@ _HOME = {
     "_runtime.buffers": ("release_buffers", "set_buffer_limit"),
     "_runtime.threads": ("get_num_threads", "set_num_threads"),
     "binary": ("binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits_value_and_grad"),
+    "linear": (
+        "LinearGradients",
+        "linear_cross_entropy",
+        "linear_cross_entropy_stats",
+        "linear_cross_entropy_value_and_grad",
+        "linear_log_prob_and_entropy",
+    ),
     "policy": ("log_prob_and_entropy",),
     "special": ("entropy", "kl_div", "log_softmax", "logsumexp", "softmax"),
 }
@@ -64,7 +83,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """Import a public module or function when its name is first used (PEP 562)."""
-    modules = ("binary", "functional", "policy", "reference", "special", "torch")
+    modules = ("binary", "functional", "linear", "policy", "reference", "special", "torch")
     if name not in (*__all__, *modules):
         raise AttributeError(f"module 'fastxent' has no attribute {name!r}")
     import_module("fastxent._codegen.uninterrupted").imported("numpy")  # if half imported, it could not be imported again

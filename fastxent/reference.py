@@ -1,6 +1,6 @@
 """The mathematics of fastxent in textbook NumPy: slow, short, in float64.
 
-Every function has the name and the arguments of its fast twin in `fastxent`, less ``out`` and ``n_threads``.
+Every function has the name and the arguments of its fast twin in `fastxent`, less ``out``, ``n_threads`` and ``memory_limit``.
 It is the oracle of the tests and the baseline of the benchmarks, so it is written from the formula, not from
 the fast code, and it checks no argument, but that no mask is lost. Logits of any float type are widened to
 float64 and results stay float64; `numpy.longdouble` logits stay as wide as they are, which gives a truth that
@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 __all__ = [
     "CrossEntropyStats",
+    "LinearGradients",
     "binary_cross_entropy_with_logits",
     "binary_cross_entropy_with_logits_value_and_grad",
     "cross_entropy",
@@ -38,6 +39,10 @@ __all__ = [
     "cross_entropy_value_and_grad",
     "entropy",
     "kl_div",
+    "linear_cross_entropy",
+    "linear_cross_entropy_stats",
+    "linear_cross_entropy_value_and_grad",
+    "linear_log_prob_and_entropy",
     "log_prob_and_entropy",
     "log_softmax",
     "logsumexp",
@@ -59,6 +64,14 @@ class CrossEntropyStats(NamedTuple):
     target_prob: Array
     prediction: Array
     target_rank: Array
+
+
+class LinearGradients(NamedTuple):
+    """The gradients of `linear_cross_entropy_value_and_grad`, in the shapes of its arguments."""
+
+    input: Array
+    linear_weight: Array
+    linear_bias: Array | None
 
 
 class _Rows(NamedTuple):
@@ -141,6 +154,21 @@ def _probabilities(x: Array) -> tuple[Array, Array]:
     n = (e == 1).sum(-1, keepdims=True)
     rest = np.where(e == 1, 0.0, e).sum(-1, keepdims=True)
     return e / (n + rest), ((n - e) + rest) / (n + rest)
+
+
+def _layer(
+    input: npt.ArrayLike, linear_weight: npt.ArrayLike, linear_bias: npt.ArrayLike | None, softcap: float | None
+) -> tuple[Array, Array]:
+    """Logits of a linear layer, capped, and the derivative of the cap."""
+    x = _wide(input) @ _wide(linear_weight).T + (0.0 if linear_bias is None else _wide(linear_bias))
+    if softcap is None:
+        return x, np.ones_like(x)
+    return softcap * np.tanh(x / softcap), 1 - np.tanh(x / softcap) ** 2
+
+
+def _penalties(r: _Rows, z: float) -> Array:
+    """u z lse^2 of each row."""
+    return np.where(r.keep, r.u * z * logsumexp(r.x, -1) ** 2, 0.0) if z else np.zeros(r.u.shape, r.x.dtype)
 
 
 def _log_of_sum(f: Any, e: Array, axis: Axis, keepdims: bool) -> tuple[Array, Array]:
@@ -404,6 +432,167 @@ def log_prob_and_entropy(
     """
     stats = cross_entropy_stats(_wide(logits) / temperature, target, axis=axis, ignore_index=ignore_index)
     return 0.0 - stats.loss, stats.entropy
+
+
+@_formula
+def linear_cross_entropy(
+    input: npt.ArrayLike,
+    linear_weight: npt.ArrayLike,
+    target: npt.ArrayLike,
+    *,
+    linear_bias: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
+    sample_weight: npt.ArrayLike | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Array:
+    """Cross-entropy of logits x = input linear_weight' + linear_bias, plus u z_loss lse^2; softcap tanh(x / softcap) for x.
+
+    Parameters
+    ----------
+    input : array_like, shape (..., D)
+    linear_weight : array_like, shape (V, D)
+    target : array_like, shape (...) for class indices, (..., V) for class probabilities
+    linear_bias : array_like, shape (V,), optional
+    weight, sample_weight, ignore_index, label_smoothing, reduction
+        As in `cross_entropy`.
+    z_loss : float
+    softcap : float, optional
+
+    Returns
+    -------
+    scalar, or ndarray of the shape of the rows with ``reduction="none"``
+
+    Examples
+    --------
+    >>> print(f"{linear_cross_entropy([[2.0]], [[1.0], [0.0]], [0]):.8f}")  # log(1 + exp(-2))
+    0.12692801
+    """
+    x, _ = _layer(input, linear_weight, linear_bias, softcap)
+    r = _rows(x, target, -1, weight, sample_weight, ignore_index, label_smoothing)
+    return _reduce(_losses(r) + _penalties(r, z_loss), r.divisor, reduction)
+
+
+@_formula
+def linear_cross_entropy_value_and_grad(
+    input: npt.ArrayLike,
+    linear_weight: npt.ArrayLike,
+    target: npt.ArrayLike,
+    *,
+    linear_bias: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
+    sample_weight: npt.ArrayLike | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Array, LinearGradients]:
+    """The same and its gradients: with g that of the logits, g linear_weight, g' input and the sum of g over the rows.
+
+    Parameters
+    ----------
+    input, linear_weight, target, linear_bias, weight, sample_weight, ignore_index, label_smoothing, reduction, z_loss, softcap
+        As in `linear_cross_entropy`. With ``reduction="none"`` the gradients are those of the sum.
+
+    Returns
+    -------
+    loss : scalar or ndarray
+        As from `linear_cross_entropy`.
+    gradients : LinearGradients
+
+    Examples
+    --------
+    >>> loss, gradients = linear_cross_entropy_value_and_grad([[2.0]], [[0.0], [0.0]], [0])
+    >>> print(gradients.input, gradients.linear_weight.T)
+    [[0.]] [[-1.  1.]]
+    """
+    x, slope = _layer(input, linear_weight, linear_bias, softcap)
+    r = _rows(x, target, -1, weight, sample_weight, ignore_index, label_smoothing)
+    push = (2 * z_loss * r.u * logsumexp(r.x, -1))[..., None] * softmax(r.x, -1) if z_loss else 0.0
+    g = (_gradients(r) + push) * slope / (r.divisor if reduction == "mean" else 1)
+    g = np.where(r.keep[..., None], g, 0.0)
+    return _reduce(_losses(r) + _penalties(r, z_loss), r.divisor, reduction), _through_layer(
+        g, np.where(r.keep[..., None], _wide(input), 0.0), _wide(linear_weight), linear_bias is not None
+    )
+
+
+def _through_layer(g: Array, h: Array, w: Array, biased: bool) -> LinearGradients:
+    rows = g.reshape(-1, len(w))
+    return LinearGradients(g @ w, rows.T @ h.reshape(len(rows), -1), rows.sum(0) if biased else None)
+
+
+@_formula
+def linear_cross_entropy_stats(
+    input: npt.ArrayLike,
+    linear_weight: npt.ArrayLike,
+    target: npt.ArrayLike,
+    *,
+    linear_bias: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
+    sample_weight: npt.ArrayLike | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "none",
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> CrossEntropyStats:
+    """`cross_entropy_stats` of the logits of a linear layer, with the loss of `linear_cross_entropy`.
+
+    Parameters
+    ----------
+    input, linear_weight, target, linear_bias, weight, sample_weight, ignore_index, label_smoothing, reduction, z_loss, softcap
+        As in `linear_cross_entropy`.
+
+    Returns
+    -------
+    CrossEntropyStats
+
+    Examples
+    --------
+    >>> print(linear_cross_entropy_stats([[2.0]], [[1.0], [0.0]], [1]).target_rank)
+    [1]
+    """
+    x, _ = _layer(input, linear_weight, linear_bias, softcap)
+    r = _rows(x, target, -1, weight, sample_weight, ignore_index, label_smoothing)
+    loss = _reduce(_losses(r) + _penalties(r, z_loss), r.divisor, reduction)
+    return cross_entropy_stats(x, target, ignore_index=ignore_index)._replace(loss=loss)
+
+
+@_formula
+def linear_log_prob_and_entropy(
+    input: npt.ArrayLike,
+    linear_weight: npt.ArrayLike,
+    target: npt.ArrayLike,
+    *,
+    linear_bias: npt.ArrayLike | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> tuple[Array, Array]:
+    """`log_prob_and_entropy` of the logits of a linear layer.
+
+    Parameters
+    ----------
+    input, linear_weight, linear_bias
+        As in `linear_cross_entropy`.
+    target, temperature, ignore_index
+        As in `log_prob_and_entropy`.
+
+    Returns
+    -------
+    log_prob, entropy : ndarray, shape of `target`
+
+    Examples
+    --------
+    >>> log_prob, entropy = linear_log_prob_and_entropy([[2.0]], [[0.0], [0.0]], [1])
+    >>> print(log_prob.round(4), entropy.round(4))
+    [-0.6931] [0.6931]
+    """
+    x, _ = _layer(input, linear_weight, linear_bias, None)
+    return log_prob_and_entropy(x, target, temperature=temperature, ignore_index=ignore_index)
 
 
 @_formula

@@ -15,17 +15,19 @@ def evaluate(args: argparse.Namespace) -> int:
     from fastxent._cli import evaluate as evaluation
     from fastxent._cli.files import InputError
 
+    _check_evaluated(args)
     try:
         with output.progress("bytes") as progress:
-            result = evaluation.evaluate(
-                args.logits,
-                args.targets,
-                axis=args.axis,
-                weight=args.weight,
-                ignore_index=args.ignore_index,
-                label_smoothing=args.label_smoothing,
-                progress=progress,
-            )
+            options = {
+                "weight": args.weight,
+                "ignore_index": args.ignore_index,
+                "label_smoothing": args.label_smoothing,
+                "progress": progress,
+            }
+            if args.hidden is None:
+                result = evaluation.evaluate(args.logits, args.targets, axis=args.axis, **options)
+            else:  # the one file is that of the targets
+                result = evaluation.evaluate_head(args.hidden, args.head, args.logits, bias=args.bias, **options)
     except InputError as error:
         raise CommandError(str(error)) from error
     except MemoryError as error:
@@ -35,6 +37,21 @@ def evaluate(args: argparse.Namespace) -> int:
     else:
         print(output.evaluation_table(result))
     return 0
+
+
+def _check_evaluated(args: argparse.Namespace) -> None:
+    """Raise an error unless the options name logits and targets, or hidden states, a head and targets."""
+    if args.hidden is None:
+        if args.targets is None:
+            raise CommandError("the following arguments are required: TARGETS")
+        if args.head is not None or args.bias is not None:
+            raise CommandError("--head and --bias go with --hidden")
+    elif args.head is None:
+        raise CommandError("--hidden needs --head")
+    elif args.targets is not None:
+        raise CommandError("with --hidden, name one more file: TARGETS")
+    elif args.axis != -1:
+        raise CommandError("--axis is for LOGITS: with --hidden the classes are on the last axis")
 
 
 def demo(args: argparse.Namespace) -> int:

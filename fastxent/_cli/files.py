@@ -66,6 +66,10 @@ class FileArray:
         """Return an array whose rows can be read block by block, this one if possible; the classes are on `axis`."""
         return self
 
+    def to_read_again(self) -> FileArray:
+        """Return an array of which any block can be read any number of times, this one if possible."""
+        return self
+
     def release(self) -> None:
         """Release the memory of what was read so far."""
 
@@ -110,8 +114,14 @@ class Streamed(FileArray):
         # In C order, with the classes, if any, on the last axis, the blocks follow each other in the file.
         if not self.header.fortran and axis in (None, len(self.shape) - 1):
             return self
+        return self._whole("has its rows scattered")
+
+    def to_read_again(self) -> FileArray:
+        return self._whole("is read more than once")
+
+    def _whole(self, why: str) -> FileArray:
         if self.n_bytes > WHOLE_BYTES:
-            raise InputError(f"{self.name} has its rows scattered and is too large for that; use a .npy file")
+            raise InputError(f"{self.name} {why} and is too large for that; use a .npy file")
         return Mapped(self.name, self.header._replace(offset=0), self._read(self.n_bytes))
 
     def _raw(self, index: Index) -> Array:

@@ -24,7 +24,11 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("evaluate", commands.evaluate, "evaluate logits in a file: loss, accuracy, calibration")
     command.add_argument("logits", metavar="LOGITS", help=".npy, .npz or FILE.npz:key; floating point")
-    command.add_argument("targets", metavar="TARGETS", help="likewise; class indices or class probabilities")
+    targets = command.add_argument("targets", metavar="TARGETS", help="likewise; class indices or class probabilities")
+    targets.required = False  # with --hidden, TARGETS are the only file
+    command.add_argument("--hidden", metavar="FILE", help="in place of LOGITS: the input of a linear layer, features last")
+    command.add_argument("--head", metavar="FILE", help="its weight, classes x features; it may be larger than the memory")
+    command.add_argument("--bias", metavar="FILE", help="its bias, one number a class")
     command.add_argument("--axis", type=int, default=-1, metavar="N", help="axis of the classes (default: last)")
     command.add_argument("--ignore-index", type=int, default=-100, metavar="N", help="class index of rows to leave out (-100)")
     command.add_argument("--label-smoothing", type=float, default=0.0, metavar="X", help="from 0 to 1 (0)")

@@ -217,32 +217,40 @@ def new_gradient(x: Array, axis: int) -> Array:
 def check_target(
     target: object, x: Array, axis: int, ignore: int, float_labels: bool = False
 ) -> tuple[Array | None, Array | None]:
-    """Return ``(y, None)`` for class indices, ``(None, t)`` for class probabilities."""
+    """Return ``(y, None)`` for class indices, ``(None, t)`` for class probabilities, laid out as the logits x."""
+    y, t = target_for(target, x.shape, axis, ignore, float_labels)
+    return y, None if t is None else laid_out_as(t, x, axis)
+
+
+def target_for(
+    target: object, shape: tuple[int, ...], axis: int, ignore: int, float_labels: bool = False
+) -> tuple[Array | None, Array | None]:
+    """Return the target of logits of a shape, as `check_target` does, but class probabilities as they lie."""
     a = as_array(target, "target")
-    rows = x.shape[:axis] + x.shape[axis + 1 :]
+    rows = shape[:axis] + shape[axis + 1 :]
     if a.size == 0 and not isinstance(target, np.ndarray) and a.shape == rows:
         a = a.astype(np.int64)  # NumPy makes float64 of an empty list
-    if a.shape == x.shape:
+    if a.shape == shape:
         if storage(a.dtype) is None:
             raise TypeError(
-                f"target has the shape of logits, {x.shape}, and dtype {a.dtype}; "
+                f"target has the shape of logits, {shape}, and dtype {a.dtype}; "
                 "class probabilities (one-hot ones too) must be floating"
             )
-        return None, laid_out_as(native(a), x, axis)
+        return None, native(a)
     if a.shape != rows:
         raise ValueError(
-            f"target has shape {a.shape}; for logits of shape {x.shape} with class axis {axis} it must be {rows} "
-            f"(class indices) or {x.shape} (class probabilities)"
+            f"target has shape {a.shape}; for logits of shape {shape} with class axis {axis} it must be {rows} "
+            f"(class indices) or {shape} (class probabilities)"
         )
     if storage(a.dtype) is not None:
         if not float_labels:
             raise TypeError(f"target has dtype {a.dtype}; class indices must be integers: pass target.astype(int)")
-        return _from_floats(a, x.shape[axis], ignore), None
+        return _from_floats(a, shape[axis], ignore), None
     if a.dtype.kind not in "iu":
         raise TypeError(f"target has dtype {a.dtype}; class indices must be integers")
     # int(): NumPy 1 would compare uint64 with int64 as floats.
     if a.dtype.kind == "u" and a.itemsize == 8 and a.size and int(a.max()) > np.iinfo(np.int64).max:
-        raise _out_of_range(a, (a >= x.shape[axis]) & (a != np.uint64(max(ignore, 0))), x.shape[axis])
+        raise _out_of_range(a, (a >= shape[axis]) & (a != np.uint64(max(ignore, 0))), shape[axis])
     return np.ascontiguousarray(a, dtype=np.int64).reshape(rows), None
 
 

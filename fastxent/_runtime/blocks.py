@@ -22,7 +22,7 @@ def rows_per_block(n_rows: int, n_features: int, n_classes: int, itemsize: int, 
     """Return how many rows of logits to hold at a time: at least 1, and equally many in all blocks but the last.
 
     ``itemsize``: bytes of an element of input and weight; products of half precision are computed and held in float32.
-    ``memory_limit``: most bytes of a call beside its inputs and results; None: 64 MB, or the bytes of the weight if it has more.
+    ``memory_limit``: most bytes of a call beside arguments and results; None: 64 MB, or the bytes of the weight if it has more.
 
     >>> rows_per_block(2048, 256, 50257, 4)
     288
@@ -33,8 +33,9 @@ def rows_per_block(n_rows: int, n_features: int, n_classes: int, itemsize: int, 
     if budget is None:
         budget = max(LEAST_BUDGET, n_features * n_classes * itemsize)
     # A row's logits become their gradient in place; beside them lie the row's input, gathered or converted, and its gradient.
-    row_bytes = max(itemsize, 4) * (n_classes + 2 * n_features)
-    most = max(1, (budget - SCRATCH) // max(row_bytes, 1))
+    unit = max(itemsize, 4)
+    row_bytes = unit * (n_classes + 2 * n_features)
+    most = max(1, (budget - min(SCRATCH, unit * n_features * n_classes)) // max(row_bytes, 1))
     if most >= n_rows:
         return max(1, n_rows)
     rows = -(-n_rows // -(-n_rows // most))

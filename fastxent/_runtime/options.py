@@ -40,6 +40,17 @@ def check_positive(value: float, name: str) -> float:
     return number
 
 
+def check_finite(value: float, name: str) -> float:
+    number = check_number(value, name)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} = {value} is not finite")
+    return number
+
+
+def check_softcap(value: float | None, name: str) -> float | None:
+    return None if value is None else check_positive(value, name)
+
+
 def check_integer(value: object, name: str) -> int:
     if isinstance(value, (bool, np.bool_, np.ma.MaskedArray)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
@@ -87,9 +98,9 @@ OPTIONS = (
     Option("reduction", "mean", "int", check_reduction, ("loss", "store_loss", "average")),
     Option("ignore_index", -100, "int", check_integer, ("ignore",)),
     Option("label_smoothing", 0.0, "float", check_fraction, ("confidence", "uniform"), "smooth"),
-    Option("z_loss", 0.0, "float", fields=("z",)),
+    Option("z_loss", 0.0, "float", check_finite, ("z",)),
     Option("temperature", 1.0, "float", check_positive, ("temperature", "factor"), "tempered"),
-    Option("softcap", None, "float", fields=("cap",), flag="capped"),
+    Option("softcap", None, "float", check_softcap, ("cap",), "capped"),
     Option("memory_limit", None, "int?", check_memory_limit),  # decides the blocks, see ``blocks``; no kernel reads it
     Option("n_threads", None, check=check_n_threads, fields=("team",)),
 )

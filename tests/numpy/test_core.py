@@ -15,6 +15,7 @@ from fastxent import reference as ref
 TOLERANCE = {"float32": 1e-5, "float64": 1e-13}
 ELSEWHERE = {  # what computes no loss, and where it is tested
     "CrossEntropyStats": "here, as the result of cross_entropy_stats",
+    "LinearGradients": "here, as the result of linear_cross_entropy_value_and_grad",
     "get_num_threads": "test_parallel.py",
     "set_num_threads": "test_parallel.py",
     "release_buffers": "test_leaks.py",
@@ -36,12 +37,22 @@ def calls(shape: tuple[int, int] = (2, 3), dtype: str = "float32") -> dict[str, 
     formula += [formula[1] | formula[2] | formula[3] | formula[4], dict(axis=1), dict(n_threads=2)]
     reductions = [dict(reduction=how) for how in ("none", "mean", "sum")]
     probabilities = [((x, p), o) for o in (formula[0], formula[1] | formula[2])]
+    layer = (rng.standard_normal((n, 5)).astype(dtype), rng.standard_normal((c, 5)).astype(dtype), y)
+    biased = dict(linear_bias=weight, memory_limit=1)
+    linear = [biased | o for o in formula if "axis" not in o] + [biased | dict(z_loss=0.01, softcap=5.0)]
+    linear += [biased | o for o in reductions]
     binary = [dict(weight=elements), dict(pos_weight=weight), dict(n_threads=2), *reductions]
     return {
         "cross_entropy": [((x, y), o) for o in (*formula, *reductions)],
         "cross_entropy_value_and_grad": [((x, y), o) for o in (*formula, *reductions, dict(out=out))] + probabilities,
         "cross_entropy_stats": [((x, y), o) for o in (*formula, *reductions)],
         "cross_entropy_grad_hess": [((x, y), o) for o in formula],
+        "linear_cross_entropy": [(layer, o) for o in linear],
+        "linear_cross_entropy_value_and_grad": [(layer, o) for o in linear],
+        "linear_cross_entropy_stats": [(layer, o) for o in linear],
+        "linear_log_prob_and_entropy": [
+            (layer, o) for o in (biased, biased | dict(temperature=0.7, ignore_index=y[0], n_threads=2))
+        ],
         "log_prob_and_entropy": [
             ((x, y), o) for o in ({}, dict(temperature=0.7, ignore_index=y[0]), dict(axis=1), dict(n_threads=2))
         ],
@@ -67,6 +78,11 @@ def assert_near(got: Any, want: Any, tolerance: float, label: object) -> None:
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance, err_msg=str(label))
 
 
+def leaves(got: Any) -> list[Any]:
+    """Return the arrays of a result, however deep in tuples."""
+    return [leaf for one in got for leaf in leaves(one)] if isinstance(got, tuple) else [got]
+
+
 def grid() -> list[Any]:
     """Rows of 21 classes are worked on a class a vector, rows of 400 with the classes in the lanes."""
     first = [("float32", (33, 21), name) for name in calls()]
@@ -79,10 +95,10 @@ def grid() -> list[Any]:
 @pytest.mark.parametrize(("dtype", "shape", "name"), grid(), ids=str)
 def test_results_are_the_references(dtype, shape, name):
     for arguments, options in calls(shape, dtype)[name]:
-        formula = {k: v for k, v in options.items() if k not in ("out", "n_threads")}
+        formula = {k: v for k, v in options.items() if k not in ("out", "n_threads", "memory_limit")}
         got, want = getattr(fx, name)(*arguments, **options), getattr(ref, name)(*arguments, **formula)
         assert_near(got, want, TOLERANCE[dtype], options)
-        for array in got if isinstance(got, tuple) else (got,):
+        for array in leaves(got):
             assert np.asarray(array).dtype in (dtype, np.intp), options
         if "out" in options:
             assert (got[1] if isinstance(got, tuple) else got) is options["out"]

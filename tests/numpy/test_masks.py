@@ -15,12 +15,19 @@ from tests.helpers.cases import FLOAT32, FLOAT64
 
 X, P, Y = np.zeros((4, 5), np.float32), np.full((4, 5), 0.2, np.float32), np.arange(4)
 LOSS = dict(logits=X, target=Y, weight=np.ones(5), sample_weight=np.ones(4))
+LINEAR = dict(
+    input=X, linear_weight=P, target=np.arange(4), linear_bias=np.ones(4), weight=np.ones(4), sample_weight=np.ones(4)
+)
 BINARY = dict(logits=X, target=P, weight=P, pos_weight=P)
 CALLS: dict[str, dict[str, Any]] = {
     "cross_entropy": LOSS,
     "cross_entropy_value_and_grad": LOSS | dict(out=X),
     "cross_entropy_stats": LOSS,
     "cross_entropy_grad_hess": LOSS,
+    "linear_cross_entropy": LINEAR,
+    "linear_cross_entropy_value_and_grad": LINEAR,
+    "linear_cross_entropy_stats": LINEAR,
+    "linear_log_prob_and_entropy": {k: v for k, v in LINEAR.items() if k not in ("weight", "sample_weight")},
     "nll_loss": dict(log_probs=X, target=Y, weight=np.ones(5)),
     "softmax": dict(x=X, out=X),
     "log_softmax": dict(x=X, out=X),

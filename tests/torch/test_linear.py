@@ -61,7 +61,7 @@ def make(
 
 def limit_of(n_rows: int, n_features: int = N_FEATURES, itemsize: int = 4) -> int:
     """The memory limit that makes blocks of so many rows."""
-    return SCRATCH + n_rows * itemsize * (N_CLASSES + 2 * n_features)
+    return min(SCRATCH, itemsize * n_features * N_CLASSES) + n_rows * itemsize * (N_CLASSES + 2 * n_features)
 
 
 def whole(x: Tensor, w: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, reduction: str = "mean", **options: Any):

@@ -20,10 +20,12 @@ from fastxent._runtime.options import OPTIONS, checked, fields_of, flags_of, sch
 from fastxent._simd import half
 from fastxent.torch import _bridge
 
+OF_LINEAR = {"z_loss", "softcap", "memory_limit"}  # NumPy's other functions lack them
 PUBLIC = [getattr(module, name) for module in (fx, fxt, reference) for name in module.__all__]
 # What has another default than the table says: of statistics all rows are wanted, and over all axes is SciPy's default.
 OTHER_DEFAULTS = {
     ("cross_entropy_stats", "reduction"): "none",
+    ("linear_cross_entropy_stats", "reduction"): "none",
     ("softmax", "axis"): None,
     ("log_softmax", "axis"): None,
     ("logsumexp", "axis"): None,
@@ -72,8 +74,10 @@ def test_numpys_functions_check_each_option_of_theirs():
             with pytest.raises((TypeError, ValueError), match=option.name):
                 checked(option.name, 2.5j)
             with pytest.raises((TypeError, ValueError), match=option.name):
-                function = fx.log_prob_and_entropy if option.name == "temperature" else fx.cross_entropy
-                function(np.zeros((2, 3)), [0, 1], **{option.name: 2.5j})
+                function = fx.linear_cross_entropy if option.name in OF_LINEAR else fx.cross_entropy
+                function = fx.log_prob_and_entropy if option.name == "temperature" else function
+                operands = [np.zeros((2, 3)), np.zeros((4, 3)), [0, 1]]
+                function(*(operands if option.name in OF_LINEAR else operands[::2]), **{option.name: 2.5j})
 
 
 def test_options_enter_the_argument_block_and_the_variant_where_the_table_says():
