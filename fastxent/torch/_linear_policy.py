@@ -91,7 +91,7 @@ def linear_log_prob_and_entropy(
     >>> head = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], requires_grad=True)
     >>> log_prob, entropy = linear_log_prob_and_entropy(hidden, head, torch.tensor([0, 1]))
     >>> log_prob.detach(), entropy.detach()
-    (tensor([-0.8620, -0.7619]), tensor([1.0062, 0.8868]))
+    (tensor([-0.8620, -0.7586]), tensor([1.0174, 0.8854]))
     >>> (log_prob.sum() + 0.01 * entropy.sum()).backward()
     """
     if has_torch_function_variadic(input, linear_weight, target, linear_bias):
