@@ -26,7 +26,7 @@ from fastxent.torch import cross_entropy, linear_cross_entropy
 
 SHAPES = ((2048, 256, 50257), (4096, 768, 32000), (2048, 1024, 128256), (64, 2048, 128256))
 OURS, FLOOR = "ours", "products"
-EFFORT = Effort(3, 7, 40.0)
+EFFORT = Effort(3, 9, 60.0)
 
 
 def losses() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:

@@ -17,8 +17,8 @@ functions are in this module; read ``_dispatch`` next. The other modules:
 * ``_decomposition`` computes the loss with PyTorch's operators. It serves what must be differentiated further: double backward,
   forward-mode AD, ``torch.func``, probabilities that require a gradient.
 * ``_policy`` is `log_prob_and_entropy`, from the operator to the backward.
-* ``_linear`` is `linear_cross_entropy`; ``_linear_operators`` runs it block by block (``_linear_blocks``). ``_linear_policy`` is
-  `linear_log_prob_and_entropy`.
+* ``_linear`` is `linear_cross_entropy`, which ``_linear_operators`` runs block by block (``_linear_blocks``);
+  ``_linear_policy`` is `linear_log_prob_and_entropy`.
 * ``_install`` replaces PyTorch's cross-entropy in the whole process.
 """
 

@@ -19,6 +19,7 @@ from fastxent.torch._autograd import is_dual
 from fastxent.torch._bridge import NONE, Options
 from fastxent.torch._decomposition import loss_dtype
 from fastxent.torch._dispatch import needs_decomposition, route, takes
+from fastxent.torch._linear_blocks import Layer
 from fastxent.torch._linear_operators import value_and_grad_op, value_op
 from fastxent.torch._watched import is_traced, is_watched, stands_for_another
 
@@ -79,10 +80,11 @@ def linear_cross_entropy(
 
     Notes
     -----
-    For "mean" and "sum" the forward makes the gradients and the backward multiplies them by grad_output. For "none" the backward
-    makes them, and computes the logits a second time. Half precision is multiplied and added up in float32, and each result
-    is rounded once; for that a float32 array of the size of ``linear_weight`` is held until the backward. Double backward,
-    forward-mode AD and ``torch.func`` hold the logits as a whole.
+    For "mean" and "sum" the forward makes the gradients and the backward multiplies them by grad_output. For "none" the
+    backward makes them, and computes the logits a second time. Gradients of half precision add up in float32 over the blocks
+    and are rounded once; for that a float32 array of the size of ``linear_weight`` is held until the backward. Products of
+    bfloat16 are computed as such if the processor has instructions for them, else half precision is multiplied in float32.
+    Double backward, forward-mode AD and ``torch.func`` hold the logits as a whole.
 
     References
     ----------
@@ -98,7 +100,7 @@ def linear_cross_entropy(
     >>> loss = linear_cross_entropy(hidden, head, torch.tensor([0, 1]))
     >>> loss.backward()
     >>> print(f"{loss.item():.4f}")
-    0.8119
+    0.8103
     >>> head.grad
     tensor([[-0.2888,  0.0634],
             [ 0.0777, -0.5317],
@@ -123,7 +125,7 @@ def linear_cross_entropy(
     if values.label_smoothing < 0.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     memory_limit = checked("memory_limit", memory_limit)
-    layer = input, linear_weight, linear_bias
+    layer = Layer(input, linear_weight, linear_bias)
     if is_traced():  # sizes are tensors, which must not be compared
         return _by_whole_logits(layer, target, weight, sample_weight, values)
     logits_shape = shape_of_logits(*layer)
@@ -192,9 +194,9 @@ def _precision(t: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if autocast else t.dtype
 
 
-def needs_whole_logits(layer: tuple[Tensor, Tensor, Tensor | None], *others: Tensor | None) -> bool:
+def needs_whole_logits(layer: Layer, *others: Tensor | None) -> bool:
     """Return whether more than a first derivative with respect to the layer is asked for."""
-    return needs_decomposition(layer[0], *others) or any(t is not None and is_dual(t) for t in layer)
+    return needs_decomposition(layer.input, *others) or any(t is not None and is_dual(t) for t in layer)
 
 
 def stand_in(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
@@ -203,18 +205,18 @@ def stand_in(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -
     return input.new_empty((), dtype=dtype).expand(math.prod(input.shape[:-1]), linear_weight.shape[0])
 
 
-def flat_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> list[Tensor | None]:
+def flat_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Layer:
     """Return the layer with all rows on one axis, in the dtype of autocast if that is on."""
-    layer = input.reshape(math.prod(input.shape[:-1]), input.shape[-1]), linear_weight, linear_bias
-    return [None if t is None else t.to(_precision(t)) for t in layer]
+    rows = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
+    bias = None if linear_bias is None else linear_bias.to(_precision(linear_bias))
+    return Layer(rows.to(_precision(rows)), linear_weight.to(_precision(linear_weight)), bias)
 
 
 def _by_whole_logits(
-    layer: tuple[Tensor, Tensor, Tensor | None], target: Tensor, weight: Tensor | None, sample_weight: Tensor | None,
-    options: Options,
-) -> Tensor:  # fmt: skip
+    layer: Layer, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options
+) -> Tensor:
     logits = whole_logits(*layer)
-    if layer[0].dim() > 2 and target.dim() == logits.dim():  # probabilities lie as the logits lie
+    if layer.input.dim() > 2 and target.dim() == logits.dim():  # probabilities lie as the logits lie
         target = target.movedim(-1, 1)
     return route(logits, target, weight, sample_weight, options, False)
 
@@ -230,8 +232,8 @@ def whole_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
 class LinearCrossEntropyLoss(nn.Module):
     """``torch.nn.LinearCrossEntropyLoss`` through fastxent: a linear layer and its cross-entropy.
 
-    Formula, shapes, errors and sources as in `linear_cross_entropy`. The layer is the attribute ``linear``; to tie its weight to
-    an embedding, assign the embedding's to ``linear.weight``.
+    Formula, shapes, errors and sources as in `linear_cross_entropy`. The layer is the attribute ``linear``; to tie it to an
+    embedding, assign the embedding's weight to ``linear.weight``.
 
     Parameters
     ----------

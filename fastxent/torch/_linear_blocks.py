@@ -20,7 +20,6 @@ from torch import Tensor
 from fastxent._runtime.blocks import classes_per_block, rows_per_block
 from fastxent.torch._bridge import empty
 
-
 ROWS_CONVERTED = 16  # of bfloat16 logits' gradients at a time, to be added up in float32
 
 

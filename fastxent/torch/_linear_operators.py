@@ -113,12 +113,12 @@ def _run(name: str, block: Block, rows: Rows, options: Options, losses: Tensor |
     """Run a task over the logits of a block, return its sum and write its losses; a gradient overwrites the logits."""
     u = None if rows.sample_weight is None else rows.sample_weight[block.part]
     call = _bridge.prepare(block.logits, rows.target[block.part], rows.weight, u)
-    made = None if losses is None else torch.empty(len(block.logits), dtype=losses.dtype)
+    made = None if losses is None else losses.new_empty(len(block.logits))
     total, _ = _bridge.run_task(
         name, call, block.logits, flags_of(call.y is not None, *options[1:]), loss=_bridge.address(made),
         divisor=rows.divisor, **_bridge.fields(options, block.logits.shape[1]),
     )  # fmt: skip
-    if losses is not None:
+    if losses is not None and made is not None:
         losses[block.rows] = made
     return total
 
@@ -128,10 +128,10 @@ def _accumulated(tensors: Tensors) -> torch.dtype:
     return torch.promote_types(loss_dtype(tensors[0], tensors[2], tensors[4]), torch.float32)
 
 
-def _of_nothing(tensors: Tensors, options: Options) -> Tensor:
-    """Return the loss of no rows or no classes."""
-    loss = decomposition(F.linear(*layer_of(tensors)), tensors[2], *tensors[4:], options)
-    return loss.to(_accumulated(tensors))
+def _by_whole_logits(tensors: Tensors, options: Options) -> Tensor:
+    """Return the loss as an expression of differentiable operators."""
+    _, _, target, _, weight, sample_weight = tensors
+    return decomposition(F.linear(*layer_of(tensors)), target, weight, sample_weight, options)
 
 
 def _value(*arguments: Any) -> Tensor:
@@ -140,7 +140,7 @@ def _value(*arguments: Any) -> Tensor:
     check_layer(layer)
     rows, acc = rows_of(tensors, options), _accumulated(tensors)
     if stand_in(layer).numel() == 0:
-        return _of_nothing(tensors, options)
+        return _by_whole_logits(tensors, options).to(acc)
     losses = torch.zeros(len(layer.input), dtype=acc, device="cpu") if options.reduction == NONE else None
     totals = [_run("value", block, rows, options, losses) for block in blocks(layer, rows.kept, memory_limit)]
     return _bridge.scalar(_sum(totals) / (rows.divisor or math.nan), acc) if losses is None else losses
@@ -154,7 +154,7 @@ def _value_and_grad(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = rows_of(tensors, options)
     gradients = Gradients(layer, arguments[-1], rows.kept)
     if stand_in(layer).numel() == 0:
-        return _of_nothing(tensors, options), *gradients.result()
+        return _by_whole_logits(tensors, options).to(_accumulated(tensors)), *gradients.result()
     totals = []
     for block in blocks(layer, rows.kept, memory_limit):
         totals.append(_run("value_and_grad", block, rows, options, None))
@@ -208,9 +208,7 @@ def _gradients(
     stands = not is_compiling() and (stands_for_others(grad_output) or is_dual(grad_output))
     if not is_compiling() and (torch.is_grad_enabled() or (stands and options.reduction == NONE)):
         return differentiable_gradients(
-            lambda: (decomposition(F.linear(*layer_of(tensors)), tensors[2], *tensors[4:], options),),
-            [tensors[at] for at in places],
-            (grad_output,),
+            lambda: [_by_whole_logits(tensors, options)], [tensors[at] for at in places], [grad_output]
         )
     if options.reduction == NONE or not made:
         sample_weight = tensors[5]

@@ -91,7 +91,7 @@ def linear_log_prob_and_entropy(
     >>> head = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], requires_grad=True)
     >>> log_prob, entropy = linear_log_prob_and_entropy(hidden, head, torch.tensor([0, 1]))
     >>> log_prob.detach(), entropy.detach()
-    (tensor([-0.8620, -0.7619]), tensor([1.0062, 0.8868]))
+    (tensor([-0.8620, -0.7586]), tensor([1.0174, 0.8854]))
     >>> (log_prob.sum() + 0.01 * entropy.sum()).backward()
     """
     if has_torch_function_variadic(input, linear_weight, target, linear_bias):
@@ -104,7 +104,7 @@ def linear_log_prob_and_entropy(
     temperature = checked("temperature", temperature)
     options = Options(NONE, check_integer(ignore_index, "ignore_index"), 0.0, 0.0, 0.0)
     memory_limit = checked("memory_limit", memory_limit)
-    layer = input, linear_weight, linear_bias
+    layer = Layer(input, linear_weight, linear_bias)
     fits = not is_traced() and target.shape == shape_of_logits(*layer)[:-1] and takes_layer(*layer)
     flat = target.reshape(-1) if fits and target.numel() > 0 else None
     if (
@@ -128,21 +128,18 @@ _FLAGS = flags_of(labelled=True, ignore_index=0, label_smoothing=0.0)
 _N_INPUTS = 7
 
 
-def _checked(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, temperature: float, ignore_index: int
-) -> tuple[Layer, Rows]:
-    layer = Layer(input, linear_weight, linear_bias)
+def _checked(operands: Sequence[Any], temperature: float, ignore_index: int) -> tuple[Layer, Rows]:
+    layer, target = layer_of(operands), operands[2]
     check_layer(layer)
     checked("temperature", temperature)
     if target.is_floating_point():
         raise RuntimeError(f"expected target of class indices, got {target.dtype}")
-    tensors = input, linear_weight, target, linear_bias, None, None
-    return layer, rows_of(tensors, Options(NONE, ignore_index, 0.0, 0.0, 0.0))
+    return layer, rows_of([*operands, None, None], Options(NONE, ignore_index, 0.0, 0.0, 0.0))
 
 
 def _value(*arguments: Any) -> tuple[Tensor, Tensor]:
     *operands, temperature, ignore_index, memory_limit = arguments
-    layer, rows = _checked(*operands, temperature, ignore_index)
+    layer, rows = _checked(operands, temperature, ignore_index)
     log_prob, entropy = (torch.zeros(len(layer.input), dtype=layer.accumulated, device="cpu") for _ in range(2))
     for block in blocks(layer, rows.kept, memory_limit):
         call = _bridge.prepare(block.logits, rows.target[block.part], None, None)
@@ -158,7 +155,7 @@ def _value(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _gradient(of_log_prob: Tensor, of_entropy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of input, weight and bias, in the precision of their sums; empty if not wanted."""
     *operands, temperature, ignore_index, memory_limit, wanted = arguments
-    layer, rows = _checked(*operands, temperature, ignore_index)
+    layer, rows = _checked(operands, temperature, ignore_index)
     if of_log_prob.shape != layer.input.shape[:1] or of_entropy.shape != of_log_prob.shape:
         found = [list(t.shape) for t in (layer.input, of_log_prob, of_entropy)]
         raise RuntimeError(f"size mismatch (got input and gradients of rows: {found})")

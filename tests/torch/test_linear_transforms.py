@@ -121,7 +121,7 @@ def test_transforms():
     for reduction in ("mean", "sum"):
         ours, theirs = losses(y, reduction)
         close(grad(ours, (0, 1, 2))(*layer), grad(theirs, (0, 1, 2))(*layer))
-    x, w, b = layer
+    x, w, _b = layer
     per_row = [
         vmap(grad(lambda x, w, y, f=f: f(x[None], w, y[None], reduction="sum"), (0, 1)), (0, None, 0))(x, w, y)
         for f in (linear_cross_entropy, whole)
@@ -176,7 +176,7 @@ def test_compiled_for_any_number_of_rows_and_frozen_parts():
         w.requires_grad_()
         loss = compiled(x, w, y)
         loss.backward()
-        close(w.grad, step(whole, make(n)[:2] + (torch.zeros(6, dtype=double), y))[2])
+        close(w.grad, step(whole, (*make(n)[:2], torch.zeros(6, dtype=double), y))[2])
 
 
 def test_compiled_half_precision_and_autocast():
@@ -194,7 +194,7 @@ def test_compiled_half_precision_and_autocast():
 
 
 def test_exported():
-    x, w, b, y = make(33, 8, 400, torch.float32)
+    x, _w, _b, y = make(33, 8, 400, torch.float32)
     module = LinearCrossEntropyLoss(8, 400, bias=True)
     program = torch.export.export(module, (x, y))
     assert "fastxent.linear_cross_entropy" in program.graph_module.code.replace("_value_and_grad", "")
@@ -202,14 +202,14 @@ def test_exported():
 
 
 def test_traced():
-    x, w, b, y = make(33, 8, 400, torch.float32)
+    x, w, _b, y = make(33, 8, 400, torch.float32)
     graph = make_fx(lambda x, w: linear_cross_entropy(x, w, y))(x, w)
     assert "fastxent" in graph.code
     assert torch.equal(graph(x, w), linear_cross_entropy(x, w, y))
 
 
 def test_what_torchscript_saves_runs_without_fastxent():
-    x, w, b, y = make(5, dtype=torch.float32)
+    x, w, _b, y = make(5, dtype=torch.float32)
     traced = torch.jit.trace(lambda x, w, y: linear_cross_entropy(x, w, y), (x, w, y), check_trace=False)
     assert "fastxent::" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(x, w, y), linear_cross_entropy(x, w, y))
@@ -270,7 +270,7 @@ def test_hooks_on_saved_tensors_and_anomaly_mode():
 
 
 def test_a_weight_that_is_overwritten_before_the_backward():
-    x, w, b, y = make()
+    x, w, _b, y = make()
     for reduction in ("mean", "none"):
         weight = w.clone().requires_grad_()
         loss = linear_cross_entropy(x.requires_grad_(), weight, y, reduction=reduction)
@@ -281,7 +281,7 @@ def test_a_weight_that_is_overwritten_before_the_backward():
 
 
 def test_other_tensors_go_to_pytorch():
-    x, w, b, y = make(dtype=torch.float32)
+    x, w, _b, y = make(dtype=torch.float32)
     meta = linear_cross_entropy(x.to("meta"), w.to("meta"), y.to("meta"))
     assert meta.device.type == "meta" and meta.shape == ()
     parameter = nn.Parameter(w)
@@ -297,7 +297,7 @@ def test_log_prob_and_entropy():
 
     assert gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(function, leaves)
-    x, w, b, y = make(33, 8, 400, torch.float32)
+    x, w, _b, y = make(33, 8, 400, torch.float32)
     torch._dynamo.reset()
     results = []
     for f in (linear_log_prob_and_entropy, torch.compile(linear_log_prob_and_entropy, fullgraph=True, backend="aot_eager")):
