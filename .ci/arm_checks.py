@@ -5,6 +5,7 @@
 DTYPE is float32 or bfloat16; SOCKET is that of arm_compiler.py. There is no Numba here. What is there is `.ci/arm`'s doing.
 """
 
+import logging
 import platform
 import sys
 import time
@@ -34,6 +35,7 @@ def compiled(name: str, variant: object) -> bytes:
 
 
 machine_code.compiled = compiled
+logging.getLogger("fastxent").setLevel("ERROR")  # it would say that it compiles
 
 
 def calls(rng, rooms, shape):
