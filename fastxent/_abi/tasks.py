@@ -17,10 +17,12 @@ class Task(NamedTuple):
 TASKS = {
     "value": Task(interleaves=True, pipelines=True, splits=True),
     "value_and_grad": Task(stores=True, interleaves=True, pipelines=True, splits=True),
-    "grad_hess": Task(),
+    "grad_hess": Task(stores=True),
     "stats": Task(entropic=True),
     "log_prob_and_entropy": Task(interleaves=True, pipelines=True, splits=True, entropic=True, tempered=True),
     "log_prob_and_entropy_grad": Task(splits=True, entropic=True, tempered=True),
+    "class_shard": Task(interleaves=True, pipelines=True, splits=True),
+    "class_shard_grad": Task(),
     "softmax": Task(stores=True, splits=True),
     "log_softmax": Task(splits=True),
     "logsumexp": Task(splits=True),
