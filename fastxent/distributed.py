@@ -16,7 +16,6 @@ try:
 except ImportError as error:
     raise ImportError("fastxent.distributed needs PyTorch: pip install 'fastxent[distributed]'") from error
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastxent._runtime.arguments import Array
 from fastxent._runtime.options import checked
@@ -118,6 +117,8 @@ def cross_entropy(
         local_logits, group = _shard_of(local_logits)
     if hasattr(target, "to_local"):
         target = target.to_local()
+    if target.dtype not in INTEGERS:
+        raise TypeError(f"target has dtype {target.dtype}; a vocabulary-parallel cross_entropy takes class indices")
     options = _Options(nn._reduction.get_enum(reduction), ignore_index, label_smoothing, z_loss)
     return _VocabularyParallel.apply(local_logits, target, weight, sample_weight, group, vocab_start, options)  # type: ignore[no-untyped-call]
 
@@ -172,8 +173,11 @@ class _VocabularyParallel(torch.autograd.Function):
         return torch.tensor(loss.sum() / ctx.rows.divisor, dtype=dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the gradient of a vocabulary-parallel cross_entropy cannot be differentiated: create_graph=True"
+            )
         input, weight, label = ctx.saved_tensors
         shard = _Shard(input, min(1, input.dim() - 1), weight, label)
         return _gradient(shard, ctx.rows, ctx.options, _numbers(as_float64(grad_output))), *(None,) * 6
@@ -236,8 +240,6 @@ def _error(
     try:
         checked("label_smoothing", options.label_smoothing)
         _bridge.check_operands(input, target, weight, sample_weight)
-        if target.dtype not in INTEGERS:
-            raise TypeError(f"target has dtype {target.dtype}; vocabulary-parallel cross_entropy takes class indices")
     except Exception as error:
         return error
     return None
