@@ -361,7 +361,7 @@ class _Call:
             raise ValueError(f"sample_weight has shape {u.shape}; it must be {rows}: one weight per row")
         self.target, self.u = target.rechunk(self.x.chunks if self.soft else chunks), u.rechunk(chunks)
         self.weight = None if weight is None else np.asarray(weight)
-        self.options = {
+        self.options: dict[str, Any] = {
             "weight": self.weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "n_threads": n_threads,
         }  # fmt: skip
         t = _empty(self.target) if self.soft else np.empty((0,) * len(rows), self.target.dtype)

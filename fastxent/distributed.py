@@ -120,7 +120,7 @@ def cross_entropy(
     if target.dtype not in INTEGERS:
         raise TypeError(f"target has dtype {target.dtype}; a vocabulary-parallel cross_entropy takes class indices")
     options = _Options(nn._reduction.get_enum(reduction), ignore_index, label_smoothing, z_loss)
-    return _VocabularyParallel.apply(local_logits, target, weight, sample_weight, group, vocab_start, options)  # type: ignore[no-untyped-call]
+    return _VocabularyParallel.apply(local_logits, target, weight, sample_weight, group, vocab_start, options)
 
 
 # ----------------------------------------------------------------------------------------------------
