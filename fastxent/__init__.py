@@ -83,7 +83,9 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """Import a public module or function when its name is first used (PEP 562)."""
-    modules = ("binary", "functional", "linear", "policy", "reference", "special", "torch")
+    modules = (
+        "binary", "dask", "distributed", "functional", "linear", "objectives", "policy", "reference", "special", "torch",
+    )  # fmt: skip
     if name not in (*__all__, *modules):
         raise AttributeError(f"module 'fastxent' has no attribute {name!r}")
     import_module("fastxent._codegen.uninterrupted").imported("numpy")  # if half imported, it could not be imported again

@@ -20,7 +20,6 @@ from fastxent._runtime.arguments import (
     address,
     check_classes,
     check_out,
-    like,
     new_gradient,
     out_of_range,
     problem,
@@ -315,7 +314,7 @@ def cross_entropy_grad_hess(
     (array([[ 0.5, -0.5]]), array([[0.25, 0.25]]))
     """
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads, float_labels=True)
-    grad, hess = like(p.x, p.axis), like(p.x, p.axis)
+    grad, hess = new_gradient(p.x, p.axis), new_gradient(p.x, p.axis)
     if p.x.size:
         run_problem("grad_hess", p, p.plan("grad_hess", grad), g=address(grad), h=address(hess))
     return grad, hess

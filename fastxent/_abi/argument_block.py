@@ -68,8 +68,10 @@ CALLED = (
     ("taken", "i64"),  # (n_chunks,) in/out, LINE bytes apart: number of the last phase in which a thread took this chunk
     ("segments", "f64"),  # (n_units, 7) in/out, LINE bytes apart: sums and x_y of the segments of split rows
     ("total", "f64"),  # (5,) out: a sum for each phase (weights of the kept rows, 0, losses); in/out: see BAD, DIVISOR
-    ("v", "weight"),  # (rows,) in: incoming gradient of the entropy
-    ("lse", "acc"),  # (rows,) out
+    ("v", "weight"),  # (rows,) in: incoming gradient of the entropy; class shards: log s, out, or the maximum, in
+    ("b", "weight"),  # (rows,) class shards: D, out, or the factor of the smoothed target's term, in
+    ("g_y", "weight"),  # (rows,) in, class shards: the gradient at the class index
+    ("lse", "acc"),  # (rows,) out; class shards: the maximum
     ("sign", "acc"),  # (rows,) out: sign of the sum whose logarithm is lse
     ("entropy", "acc"),  # (rows,) out
     ("target_prob", "acc"),  # (rows,) out

@@ -18,12 +18,14 @@ class Task(NamedTuple):
 TASKS = {
     "value": Task(("cross_entropy",), interleaves=True, pipelines=True, splits=True),
     "value_and_grad": Task(("cross_entropy",), stores=True, interleaves=True, pipelines=True, splits=True),
-    "grad_hess": Task(("hessian", "cross_entropy")),
+    "grad_hess": Task(("hessian", "cross_entropy"), stores=True),
     "stats": Task(("statistics", "cross_entropy"), entropic=True),
     "log_prob_and_entropy": Task(
         ("log_prob_entropy",), interleaves=True, pipelines=True, splits=True, entropic=True, tempered=True
     ),
     "log_prob_and_entropy_grad": Task(("log_prob_entropy",), splits=True, entropic=True, tempered=True),
+    "class_shard": Task(("class_shard",), interleaves=True, pipelines=True, splits=True),
+    "class_shard_grad": Task(("class_shard",)),
     "softmax": Task(("softmax",), stores=True, splits=True),
     "log_softmax": Task(("softmax",), splits=True),
     "logsumexp": Task(("softmax",), splits=True),

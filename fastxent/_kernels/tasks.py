@@ -5,6 +5,7 @@ from types import ModuleType
 from fastxent._abi.variant import Schedule
 from fastxent._kernels import schedules, steps
 from fastxent._kernels.losses import (
+    class_shard,
     cross_entropy,
     hessian,
     log_prob_entropy,
@@ -22,10 +23,12 @@ LOSSES: dict[str, tuple[ModuleType, bool]] = {
     "value_and_grad": (cross_entropy, True),
     "log_prob_and_entropy": (log_prob_entropy, False),
     "log_prob_and_entropy_grad": (log_prob_entropy, True),
+    "class_shard": (class_shard, False),
 }
 # Tasks that call a function for one unit after the other
 VISITS = {
     "save_segment": save_segment,
+    "class_shard_grad": class_shard.gradient,
     "grad_hess": hessian.grad_hess,
     "stats": statistics.stats,
     "softmax": softmax.softmax,

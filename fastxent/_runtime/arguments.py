@@ -209,9 +209,9 @@ def like(x: Array, axis: int, copy: bool = False) -> Array:
 
 def new_gradient(x: Array, axis: int) -> Array:
     """Return a new array for the gradient of x, as `like` does; large ones are recycled memory, aligned to cache lines."""
-    if x.nbytes < buffers.SMALLEST or not x.flags.c_contiguous:
+    if x.nbytes < buffers.SMALLEST or not x.flags.forc:
         return like(x, axis)
-    return buffers.empty(x.shape, x.dtype)
+    return buffers.empty(x.shape, x.dtype) if x.flags.c_contiguous else buffers.empty(x.T.shape, x.dtype).T
 
 
 def check_target(

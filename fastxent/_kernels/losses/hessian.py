@@ -5,12 +5,12 @@ h_c = d2l/dx_c^2 = u Q p_c (1 - p_c)
 
 from fastxent._kernels.addressing import g_step, locate, unscaled, write, write_tile
 from fastxent._kernels.gradient import write_gradient
-from fastxent._kernels.inputs import label, logits
+from fastxent._kernels.inputs import label
 from fastxent._kernels.losses.cross_entropy import coefficients
 from fastxent._kernels.prefetch import write_zeros
 from fastxent._kernels.reduce import span_state
 from fastxent._kernels.split_rows import to_row
-from fastxent._simd.elementary import exp_scaled
+from fastxent._kernels.stored_exponentials import exponentials
 from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import all_lanes, any_lane, narrow, splat
 
@@ -18,7 +18,7 @@ from fastxent._simd.vector import all_lanes, any_lane, narrow, splat
 @inlined
 def hessian_vector(task, unit, j, mask, f, s_max, s_rest):
     """Return vector j of h_c = a e_c (s - e_c) / s, with s - e_c = (s_max - e_c) + s_rest."""
-    e = exp_scaled(logits(task, unit, j, mask), f.shift)
+    e = exponentials(task, unit, j, mask, f.shift, f.power)
     return e * f.a * (((s_max - e) + s_rest) * f.inverse_s)
 
 
@@ -28,8 +28,9 @@ def grad_hess(task, tile, number):
     unit = locate(task, tile, number)
     zero, tile_update = splat(task.x, 0.0), unscaled(task)
     if any_lane(unit.kept):
+        y = label(task, unit)  # read before the exponentials overwrite the tile
         state = span_state(task, unit)
-        f = coefficients(task, unit, state, label(task, unit), to_row(task, number, state))
+        f = coefficients(task, unit, state, y, to_row(task, number, state))
         s_max, s_rest = narrow(task.x, state.s_max), narrow(task.x, state.s_rest)
         for j in range(unit.start, unit.stop):
             whole = j < unit.full
