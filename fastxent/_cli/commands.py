@@ -40,18 +40,18 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def _check_evaluated(args: argparse.Namespace) -> None:
-    """Raise an error unless the options name logits and targets, or hidden states, a head and targets."""
+    """Exit as the parser does unless the options name logits and targets, or hidden states, a head and targets."""
     if args.hidden is None:
         if args.targets is None:
-            raise CommandError("the following arguments are required: TARGETS")
+            args.wrong_usage("the following arguments are required: TARGETS")
         if args.head is not None or args.bias is not None:
-            raise CommandError("--head and --bias go with --hidden")
+            args.wrong_usage("--head and --bias go with --hidden")
     elif args.head is None:
-        raise CommandError("--hidden needs --head")
+        args.wrong_usage("--hidden needs --head")
     elif args.targets is not None:
-        raise CommandError("with --hidden, name one more file: TARGETS")
+        args.wrong_usage("with --hidden, name one more file: TARGETS")
     elif args.axis != -1:
-        raise CommandError("--axis is for LOGITS: with --hidden the classes are on the last axis")
+        args.wrong_usage("--axis is for LOGITS: with --hidden the classes are on the last axis")
 
 
 def demo(args: argparse.Namespace) -> int:

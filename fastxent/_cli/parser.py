@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("logits", metavar="LOGITS", help=".npy, .npz or FILE.npz:key; floating point")
     targets = command.add_argument("targets", metavar="TARGETS", help="likewise; class indices or class probabilities")
     targets.required = False  # with --hidden, TARGETS are the only file
+    command.set_defaults(wrong_usage=command.error)
     command.add_argument("--hidden", metavar="FILE", help="in place of LOGITS: the input of a linear layer, features last")
     command.add_argument("--head", metavar="FILE", help="its weight, classes x features; it may be larger than the memory")
     command.add_argument("--bias", metavar="FILE", help="its bias, one number a class")

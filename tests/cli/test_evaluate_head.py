@@ -11,6 +11,7 @@ import threading
 import numpy as np
 import pytest
 
+from fastxent import cli
 from fastxent._cli import evaluate as evaluation
 from tests.helpers.cases import DTYPES, FLOAT32, FLOAT64, make_case, make_rng
 from tests.helpers.cli_cases import TOLERANCE, assert_matches, error_of, evaluate, expected, save
@@ -97,12 +98,17 @@ def test_what_does_not_fit_is_said_in_a_line(tmp_path, capsys, change, message):
 def test_options_that_do_not_go_together(tmp_path, capsys):
     flags, _, _ = make_files(tmp_path)
     hidden, head, targets = flags[1], flags[3], flags[-1]
-    assert "are required: TARGETS" in error_of(capsys, targets)
-    assert "--hidden needs --head" in error_of(capsys, "--hidden", hidden, targets)
-    assert "go with --hidden" in error_of(capsys, hidden, targets, "--head", head)
-    assert "go with --hidden" in error_of(capsys, hidden, targets, "--bias", head)
-    assert "name one more file: TARGETS" in error_of(capsys, "--hidden", hidden, "--head", head, targets, targets)
-    assert "--axis is for LOGITS" in error_of(capsys, "--hidden", hidden, "--head", head, targets, "--axis", "0")
+    for arguments, message in [
+        ([targets], "are required: TARGETS"),
+        (["--hidden", hidden, targets], "--hidden needs --head"),
+        ([hidden, targets, "--head", head], "go with --hidden"),
+        ([hidden, targets, "--bias", head], "go with --hidden"),
+        (["--hidden", hidden, "--head", head, targets, targets], "name one more file: TARGETS"),
+        (["--hidden", hidden, "--head", head, targets, "--axis", "0"], "--axis is for LOGITS"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["evaluate", *arguments])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_head_that_is_too_large_for_an_archive(tmp_path, capsys, monkeypatch):
