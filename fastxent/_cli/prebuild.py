@@ -40,7 +40,6 @@ def prebuild(
     manifest: dict[str, Any] = {"sources": source_id(), "versions": _versions(), "levels": {}}
     for level in levels.LEVELS:
         if level.name in names:
-            (folder / level.name).mkdir(parents=True)
             files = _compile_level(level, folder / level.name, jobs, patterns, progress)
             manifest["levels"] |= {level.name: files} if files else {}
     if not manifest["levels"]:
@@ -60,6 +59,8 @@ def _compile_level(
         common = {kernel_name(*kernel): kernel for kernel in pool.apply(_common_kernels)}
         chosen = {name for pattern in patterns for name in fnfilter(common, pattern)} & set(fnfilter(common, level.only))
         kernels = [kernel for name, kernel in common.items() if name in chosen]
+        if kernels:
+            folder.mkdir(parents=True)
         results = [pool.apply_async(_compile, kernel) for kernel in kernels]
         for done, (kernel, result) in enumerate(zip(kernels, results, strict=True)):
             if progress is not None:
