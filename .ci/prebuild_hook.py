@@ -16,7 +16,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 # The levels of an architecture, as in fastxent/_codegen/levels.py, which is not installed yet
-LEVELS = {"x86_64": ["x86-64-v2", "x86-64-v3", "x86-64-v4"], "aarch64": ["aarch64"]}
+LEVELS = {"x86_64": ["x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16"], "aarch64": ["aarch64"]}
 
 
 class PrebuildHook(BuildHookInterface):

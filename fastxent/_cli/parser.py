@@ -9,7 +9,13 @@ from typing import Any
 from fastxent._abi.dtypes import NAMES
 from fastxent._cli import commands
 
-LEVELS = "x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64"  # of `_codegen.levels`, which imports more than --help may wait for
+LEVELS = (
+    "x86-64-v2",
+    "x86-64-v3",
+    "x86-64-v4",
+    "x86-64-v4-bf16",
+    "aarch64",
+)  # of `_codegen.levels`, which imports more than --help may wait for
 
 
 def parser() -> argparse.ArgumentParser:

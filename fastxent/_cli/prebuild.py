@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import shutil
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatch
+from fnmatch import filter as fnfilter
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,10 @@ def prebuild(
     manifest: dict[str, Any] = {"sources": source_id(), "versions": _versions(), "levels": {}}
     for level in levels.LEVELS:
         if level.name in names:
-            (folder / level.name).mkdir(parents=True)
-            manifest["levels"][level.name] = _compile_level(level, folder / level.name, jobs, patterns, progress)
+            files = _compile_level(level, folder / level.name, jobs, patterns, progress)
+            manifest["levels"] |= {level.name: files} if files else {}
+    if not manifest["levels"]:
+        raise CommandError(f"no kernel matches {' or '.join(patterns)}")
     # The manifest comes last: a build that ended early left none.
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return sum(map(len, manifest["levels"].values()))
@@ -54,9 +56,11 @@ def _compile_level(
     files: dict[str, Any] = {}
     context = multiprocessing.get_context("spawn")
     with context.Pool(jobs, _begin, (level,), KERNELS_A_PROCESS) as pool:
-        kernels = [kernel for kernel in pool.apply(_common_kernels) if any(fnmatch(kernel_name(*kernel), p) for p in patterns)]
-        if not kernels:
-            raise CommandError(f"no kernel matches {' or '.join(patterns)}")
+        common = {kernel_name(*kernel): kernel for kernel in pool.apply(_common_kernels)}
+        chosen = {name for pattern in patterns for name in fnfilter(common, pattern)} & set(fnfilter(common, level.only))
+        kernels = [kernel for name, kernel in common.items() if name in chosen]
+        if kernels:
+            folder.mkdir(parents=True)
         results = [pool.apply_async(_compile, kernel) for kernel in kernels]
         for done, (kernel, result) in enumerate(zip(kernels, results, strict=True)):
             if progress is not None:

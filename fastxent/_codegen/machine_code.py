@@ -23,8 +23,8 @@ def found(name: str, variant: Variant) -> tuple[bytes | None, str]:
     code = disk_cache.read(file_name(name, variant))
     if code is not None:
         return code, "disk cache"
-    code = prebuilt.read(name, variant)
-    return code, COMPILED if code is None else f"prebuilt for {prebuilt.available().level}"
+    ahead = prebuilt.read(name, variant)
+    return (None, COMPILED) if ahead is None else (ahead[0], f"prebuilt for {ahead[1]}")
 
 
 def loaded(name: str, variant: Variant) -> tuple[int, object, str] | None:

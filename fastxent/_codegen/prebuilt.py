@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 import warnings
+from collections import Counter
 from contextlib import suppress
 from enum import IntEnum
 from functools import lru_cache
 from pkgutil import get_data
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from fastxent._abi.variant import Variant
 from fastxent._codegen import levels
@@ -27,8 +28,7 @@ FOLDER, MANIFEST, SUFFIX = "_prebuilt", "manifest.json", ".o"
 class Available(NamedTuple):
     """What this process may load."""
 
-    level: str
-    files: dict[str, dict[str, Any]]  # of that level, by name: what the manifest says of each
+    files: dict[str, tuple[str, str]]  # by name: the best level that has it, and its SHA-256
     why: str  # there are these, or none
 
 
@@ -45,25 +45,26 @@ def kernel_name(name: str, variant: Variant) -> str:
     return "-".join(parts)
 
 
-def read(name: str, variant: Variant) -> bytes | None:
-    """Return the object file of a kernel for the best level that this processor has, or None if there is no intact one."""
-    level, files, _ = available()
+def read(name: str, variant: Variant) -> tuple[bytes, str] | None:
+    """Return the object file of a kernel for the best level of this processor that has one, and that level, or None."""
+    files = available().files
     file = kernel_name(name, variant) + SUFFIX
     if file not in files:
         return None
+    level, expected = files[file]
     code = _content(level, file)
-    if code is not None and hashlib.sha256(code).hexdigest() == files[file]["sha256"]:
-        return code
+    if code is not None and hashlib.sha256(code).hexdigest() == expected:
+        return code, level
     _warn_of(f"{level}/{file}", "it is not there" if code is None else "its SHA-256 is not that of the manifest")
     return None
 
 
 @lru_cache(maxsize=1)
 def available() -> Available:
-    """Return the kernels of the best level that both this processor and the package have."""
+    """Return the package's kernels for the levels of this processor."""
 
     def none(why: str) -> Available:
-        return Available("", {}, f"none: {why}")
+        return Available({}, f"none: {why}")
 
     if os.environ.get("FASTXENT_PREBUILT") == "0":
         return none("FASTXENT_PREBUILT=0 turns them off")
@@ -73,15 +74,17 @@ def available() -> Available:
     try:
         manifest = json.loads(text)
         sources, offered = manifest["sources"], manifest["levels"]
-    except (ValueError, TypeError, KeyError):
+        here = [level.name for level in reversed(levels.of_this_cpu()) if level.name in offered]
+        files = {file: (level, told["sha256"]) for level in here for file, told in offered[level].items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
         _warn_of(MANIFEST, "it is damaged")
         return none("their manifest is damaged")
     if sources != source_id():
         return none("they are made of other sources than these")
-    for level in levels.of_this_cpu():
-        if level.name in offered:
-            return Available(level.name, offered[level.name], f"{len(offered[level.name])} for {level.name}")
-    return none(f"this processor has none of {', '.join(offered)}")
+    if not files:
+        return none(f"this processor has none of {', '.join(offered)}")
+    counts = Counter(level for level, _ in files.values())
+    return Available(files, ", ".join(f"{counts[level]} for {level}" for level in reversed(here) if counts[level]))
 
 
 def _content(*path: str) -> bytes | None:

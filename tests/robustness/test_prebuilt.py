@@ -24,7 +24,8 @@ from fastxent._runtime import common, run
 from tests.helpers.processes import run_script
 
 PACKAGE = Path(fx.__file__).parent
-HERE = levels.of_this_cpu()
+HERE = [level for level in levels.of_this_cpu() if level.only == "*"]
+WHOLE = [level for level in levels.LEVELS if level.only == "*"]
 pytestmark = pytest.mark.skipif(not HERE, reason="no level is for this processor and system")
 
 # The kernel of the binary loss is the quickest to compile; another one starts it.
@@ -93,9 +94,11 @@ def test_a_call_runs_at_once_where_there_is_no_numba(package, tmp_path):
 
 def test_machine_code_of_each_level(built):
     manifest = json.loads((built / MANIFEST).read_text())
-    assert set(manifest["levels"]) == set(levels.NAMES) and {"numba", "llvmlite", "fastxent"} <= set(manifest["versions"])
+    assert set(manifest["levels"]) == {level.name for level in WHOLE} and {"numba", "llvmlite", "fastxent"} <= set(
+        manifest["versions"]
+    )
     codes = set()
-    for level in levels.LEVELS:
+    for level in WHOLE:
         files = manifest["levels"][level.name]
         assert set(files) == {f"{name}.o" for name in SMALL} == {f.name for f in (built / level.name).iterdir()}
         for name, told in files.items():
@@ -144,13 +147,31 @@ def test_a_level_that_this_processor_lacks_is_not_run(package, tmp_path):
             less = ",".join(level.needs - {lacking})
             assert [lev.name for lev in HERE[HERE.index(level) + 1 :]] == levels_with(less)
     origin, why = found(package, tmp_path, NUMBA_CPU_FEATURES="+sse3")
-    assert origin == "compiled" and why == f"none: this processor has none of {', '.join(sorted(levels.NAMES))}"
+    assert (
+        origin == "compiled" and why == f"none: this processor has none of {', '.join(sorted(level.name for level in WHOLE))}"
+    )
 
 
 def levels_with(features: str) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUMBA_CPU_FEATURES", features)
         return [level.name for level in levels.of_this_cpu()]
+
+
+@pytest.mark.skipif(bool(HERE) and HERE[0].machine != "x86_64", reason="x86-64 has several levels")
+def test_a_level_for_some_kernels_leaves_the_others_to_the_next(package, tmp_path):
+    """Files of any content: nothing is run."""
+    folder = package / "_prebuilt"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    some = next(level for level in levels.LEVELS if level.only != "*")
+    (folder / some.name).mkdir()
+    (folder / some.name / "binary-f32-f32.o").write_bytes(b"code")
+    manifest["levels"][some.name] = {"binary-f32-f32.o": {"sha256": hashlib.sha256(b"code").hexdigest()}}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    lower = [level for level in WHOLE if level.machine == some.machine][-1]
+    told = found(package, tmp_path, NUMBA_CPU_FEATURES=some.features)
+    assert told == [f"prebuilt for {some.name}", f"1 for {some.name}, 1 for {lower.name}"]
+    assert found(package, tmp_path, NUMBA_CPU_FEATURES=lower.features)[0] == f"prebuilt for {lower.name}"
 
 
 def test_other_machines_and_systems_have_levels_of_their_own(monkeypatch):
