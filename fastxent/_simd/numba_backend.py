@@ -67,8 +67,7 @@ class _Compiler(CompilerBase):
 
 
 INLINE = {
-    "nopython": True, "forceinline": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
-    "_nrt": False,
+    "forceinline": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False,
 }  # fmt: skip
 
 
@@ -76,7 +75,7 @@ class InlinedFunction(CPUDispatcher):
     """A function that is compiled once for all tasks that agree in what it reads."""
 
     def __init__(self, function, options=INLINE):
-        super().__init__(function, targetoptions=dict(options), pipeline_class=_Compiler)
+        super().__init__(function, targetoptions={"nopython": True, **options}, pipeline_class=_Compiler)
 
     def narrow(self, args):
         names = names_read(self.py_func) | names_in_types(args)
