@@ -262,10 +262,9 @@ def linear_cross_entropy_stats(
     perplexity 1.7916
     """
     checked("reduction", reduction)
-    cap = checked("softcap", softcap)
     layer = check_layer(
         input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight,
-        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, memory_limit=memory_limit,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, memory_limit=memory_limit,
         n_threads=n_threads,
     )  # fmt: skip
     if len(layer.weight) == 0:
@@ -274,7 +273,7 @@ def linear_cross_entropy_stats(
         layer = layer._replace(y=np.argmax(layer.t, axis=1).astype(np.int64))
     floats = {name: np.empty(layer.n_kept, layer.acc) for name in ("lse", "entropy", "target_prob")}
     indices = {name: np.empty(layer.n_kept, np.int64) for name in ("prediction", "target_rank")}
-    loss = _loss_of("stats", layer, reduction, outputs=floats | indices, cap=cap)
+    loss = _loss_of("stats", layer, reduction, outputs=floats | indices)
     return CrossEntropyStats(
         loss,
         *(layer.spread(a) for a in floats.values()),
@@ -350,14 +349,13 @@ def _loss_of(
     reduction: str,
     gradients: Gradients | None = None,
     outputs: dict[str, Array] | None = None,
-    cap: float | None = None,
 ) -> Any:
     """Run a task that computes losses, and return them reduced."""
     rows = np.zeros(layer.n_kept if reduction == "none" else 0, layer.acc)
     outputs = outputs or {}
     if reduction == "none":
         outputs = outputs | {"loss": rows}
-    total = run_task(name, layer, outputs, gradients, cap, divisor=layer.divisor if reduction == "mean" else 1.0)
+    total = run_task(name, layer, outputs, gradients, divisor=layer.divisor if reduction == "mean" else 1.0)
     if reduction == "none":
         return layer.spread(rows)
     return layer.acc.type(over(total, layer.divisor) if reduction == "mean" else total)

@@ -138,13 +138,11 @@ def run_task(
     layer: Layer,
     outputs: dict[str, Array],
     gradients: Gradients | None = None,
-    cap: float | None = None,
     **fields: float,
 ) -> float:
     """Run a task on all logits; return the sum of the losses.
 
-    ``outputs`` are arrays of one value for each kept row. The task's gradient goes into ``gradients``. ``cap``: a softcap for a
-    task that does not apply it to all that it computes.
+    ``outputs`` are arrays of one value for each kept row. The task's gradient goes into ``gradients``.
     """
     n_features, n_classes, n_kept = layer.x.shape[1], len(layer.weight), layer.n_kept
     if n_kept == 0 or n_classes == 0:
@@ -159,8 +157,6 @@ def run_task(
         x = np.ascontiguousarray(layer.x[rows], layer.precision)
         t = None if layer.t is None else _with_classes_together(layer.t[rows])
         weight.multiply(x, layer.bias, logits)
-        if cap is not None:
-            np.multiply(np.tanh(np.divide(logits, cap, out=logits), out=logits), cap, out=logits)
         at = {field: address(a[first:]) for field, a in outputs.items()}
         if gradients is not None:
             at["g"] = address(logits)

@@ -1,7 +1,7 @@
 """Loss, log-sum-exp, entropy, prediction, and the target class's probability and rank, in one kernel."""
 
 from fastxent._kernels.addressing import locate, put_rows, row_values, x_step
-from fastxent._kernels.inputs import label, logits
+from fastxent._kernels.inputs import label, logits, transformed
 from fastxent._kernels.losses.cross_entropy import put_loss, put_zero_loss
 from fastxent._kernels.online_softmax import log_s, s_of
 from fastxent._kernels.reduce import span_state
@@ -44,6 +44,7 @@ def stats(task, tile, number):
         x_y = splat(task.x, get(task.x + unit.x, lane(y, 0) * itemsize(task.x)))
     else:
         x_y = gather(task.x + unit.x, unit.x_lanes + y * x_step(task), unit.kept)
+    x_y = transformed(task, x_y)
 
     none, one, no = splat(y, NONE), splat(y, 1), splat(y, 0)
     first_max, first_nan, rank = none, none, no
