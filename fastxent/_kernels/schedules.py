@@ -142,7 +142,8 @@ def by_panels(loss):
 
     While panel ``here`` is computed, ``ahead`` is read; ``behind`` is written, with what it shares with ``before``.
     """
-    put_loss, put_zero_loss, coefficients = loss.put_loss, loss.put_zero_loss, loss.coefficients
+    put_loss, put_zero_loss = loss.put_loss, loss.put_zero_loss
+    coefficients = getattr(loss, "coefficients", None)  # a loss without a gradient stores no exponentials
 
     @inlined
     def work(task, tile, first, stop):

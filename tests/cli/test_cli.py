@@ -232,7 +232,7 @@ def test_what_cannot_be_found_out_is_unknown(monkeypatch, capsys):
     monkeypatch.setattr(_config.disk_cache, "cache_folder", broken)
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
-    assert out.count("unknown (OSError: no such luck)") == 8
+    assert out.count("unknown (OSError: no such luck)") == 9
     assert all(name in out for name in ("cpu", "vectors", "threads", fastxent.__version__, np.__version__, "cache"))
 
 

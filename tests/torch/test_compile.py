@@ -15,7 +15,13 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastxent.torch as fxt
-from fastxent.torch import CrossEntropyLoss, cross_entropy, log_prob_and_entropy
+from fastxent.torch import (
+    CrossEntropyLoss,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_log_prob_and_entropy,
+    log_prob_and_entropy,
+)
 from tests.helpers.cases import REDUCTIONS, Case
 from tests.helpers.launches import counted
 from tests.helpers.opponent import torch_loss
@@ -325,6 +331,11 @@ def recorded() -> list[tuple]:
             case = make_case(dtype, (5, 60), "ignore")
             leaf = case.logits.requires_grad_()
             sum(t.sum() for t in log_prob_and_entropy(leaf, case.target, temperature=0.7)).backward()
+            hidden, head = (torch.rand(n, 8, dtype=dtype).requires_grad_() for n in (5, 60))
+            for reduction in REDUCTIONS:
+                linear_cross_entropy(hidden, head, case.target, reduction=reduction).sum().backward()
+                linear_cross_entropy(hidden.detach(), head.detach(), case.target, reduction=reduction)
+            sum(t.sum() for t in linear_log_prob_and_entropy(hidden, head, case.target)).backward()
     return record.calls
 
 
