@@ -338,7 +338,8 @@ print(step(n, c, memory_limit=limit))
 def test_peak_of_memory(dtype, limit):
     """Whatever the number of rows: at most the limit, or the larger of 64 MB and the weight's bytes. The logits have 524 MB."""
     n, d, c = 4096, 64, 32000
-    extra = int(run_script(PEAK, json.dumps([n, d, c, dtype, limit, [80, 32000]])))
+    processes = (int(run_script(PEAK, json.dumps([n, d, c, dtype, limit, [80, 32000]]))) for _ in range(2))
+    _, extra = processes  # the first may compile a kernel
     assert extra <= (limit or max(64_000_000, c * d * 4)) + (16 << 20)
 
 
