@@ -195,7 +195,7 @@ def numpy_recipe(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np
 def test_it_takes_a_fraction_of_the_numpy_recipes_time(objective, layout, ratio):
     """At 100000 x 10: CPU time with one thread, since other tests run meanwhile; NumPy has no second thread to use.
 
-    How much page faults add to NumPy's time depends on what the process did before: on an idle machine the ratios are 7.6 and 2.8.
+    How much page faults add to NumPy's time depends on what the process did before: in a new one the ratios are 7.6 and 2.8.
     """
     x, y, _ = scores(100_000, 10)
     x = np.asarray(x, np.float32 if layout == "C" else np.float64, order=layout)
