@@ -95,9 +95,8 @@ def _digits(args: argparse.Namespace) -> int:
 
 
 def _language_model(args: argparse.Namespace) -> int:
-    with output.needs_extra("bench", ("rich", "torch", "matplotlib")):
-        import rich  # noqa: F401
-
+    console = None if args.json else output.console()
+    with output.needs_extra("bench", ("torch", "matplotlib")):
         from fastxent._cli import language_model, language_model_plot
 
     file = Path(args.language_model)
@@ -108,13 +107,13 @@ def _language_model(args: argparse.Namespace) -> int:
     except EOFError as error:
         raise CommandError("a training ended early: is there too little memory?") from error
     language_model_plot.draw(result, file)
-    if args.json:
+    if console is None:
         from dataclasses import asdict
 
         facts = {"difference": result.difference, "limit": language_model.LIMIT, "passed": result.passed}
         output.print_json({**asdict(result), **facts})
     else:
-        output.print_trainings(output.console(), result, language_model.LIMIT)
+        output.print_trainings(console, result, language_model.LIMIT)
         print(f"drawn in {file}")
     return 0 if result.passed else 1
 

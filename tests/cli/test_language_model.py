@@ -9,6 +9,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib  # noqa: F401  the command draws with it
 import numpy as np
@@ -65,14 +66,11 @@ def one_row_wrong(head, hidden, target):
 
 def one_class_wrong(head, hidden, target):
     """The right loss. The gradient of the most frequent word's weight is wrong, of 500 words."""
-    wrong = torch.nn.Linear(head.in_features, head.out_features)
-    del wrong.weight, wrong.bias
-    wrong.weight, wrong.bias = Scaled.apply(head.weight, -1.0), head.bias
-    return our_loss(wrong, hidden, target)
+    return our_loss(SimpleNamespace(weight=Scaled.apply(head.weight, -1.0), bias=head.bias), hidden, target)
 
 
 def test_the_text_is_numbered_by_frequency(tmp_path):
-    (tmp_path / "a.py").write_text("red = red + red  # blue = ü")
+    (tmp_path / "a.py").write_text("red = red + red  # blue = ü", encoding="utf-8")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "b.py").write_text("green")
     assert read(tmp_path, 3).tolist() == [0, 1, 0, 2, 0, 2, 2, 1, 2]
@@ -124,7 +122,7 @@ def test_what_is_printed(ours, code, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(language_model, "run", lambda sizes, progress: made)
     assert cli.main(["demo", "--language-model", str(tmp_path / "a.svg")]) == code
     out = capsys.readouterr().out
-    for words in ("500 words", "200", "100", "0.50 x", "3000", "1000", "0.33 x", f"drawn in {tmp_path}"):
+    for words in ("500", "200", "100", "0.50 x", "3000", "1000", "0.33 x", f"drawn in {tmp_path}"):
         assert words in out.replace("\n", "")
     assert ("FAILED" in out) == bool(code)
     assert ("NOT within" in (tmp_path / "a.svg").read_text()) == bool(code)
@@ -152,7 +150,7 @@ def test_options_of_two_demos():
         cli.main(["demo", "--keep", "here", "--language-model"])
 
 
-@pytest.mark.parametrize("missing", ["rich", "matplotlib", "torch"])
+@pytest.mark.parametrize("missing", ["matplotlib", "torch"])
 def test_a_missing_extra_is_named(missing, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith("fastxent._cli.language_model")]:
         monkeypatch.delitem(sys.modules, name)
