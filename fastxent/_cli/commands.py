@@ -55,6 +55,10 @@ def _check_evaluated(args: argparse.Namespace) -> None:
 
 
 def demo(args: argparse.Namespace) -> int:
+    return _digits(args) if args.language_model is None else _language_model(args)
+
+
+def _digits(args: argparse.Namespace) -> int:
     from tempfile import TemporaryDirectory
 
     console = None if args.json else output.console()
@@ -88,6 +92,30 @@ def demo(args: argparse.Namespace) -> int:
         if args.keep:
             console.print(f"kept in {folder}: logits.npy, targets.npy", markup=False)
     return 0 if passed else 1
+
+
+def _language_model(args: argparse.Namespace) -> int:
+    console = None if args.json else output.console()
+    with output.needs_extra("bench", ("torch", "matplotlib")):
+        from fastxent._cli import language_model, language_model_plot
+
+    file = Path(args.language_model)
+    language_model_plot.check_file(file)
+    try:
+        with output.progress("steps") as progress:
+            result = language_model.run(language_model.Sizes(), progress=progress)
+    except EOFError as error:
+        raise CommandError("a training ended early: is there too little memory?") from error
+    language_model_plot.draw(result, file)
+    if console is None:
+        from dataclasses import asdict
+
+        facts = {"difference": result.difference, "limit": language_model.LIMIT, "passed": result.passed}
+        output.print_json({**asdict(result), **facts})
+    else:
+        output.print_trainings(console, result, language_model.LIMIT)
+        print(f"drawn in {file}")
+    return 0 if result.passed else 1
 
 
 def bench(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from fastxent._cli.demo import Result, Step
     from fastxent._cli.evaluate import Evaluation
+    from fastxent._cli.language_model import Result as Trainings
 
 
 class CommandError(Exception):
@@ -144,7 +145,7 @@ def progress(unit: str) -> Iterator[Callable[..., None] | None]:
         yield update
 
 
-# The demo -------------------------------------------------------------------------------------------------
+# The demos ------------------------------------------------------------------------------------------------
 
 
 def run_live(run: Callable[..., Result], folder: Any, console: Console) -> Result:
@@ -194,3 +195,22 @@ def print_demo(console: Console, result: Result) -> None:
     console.print(table)
     console.print("fastxent evaluate logits.npy targets.npy (the test set):")
     console.print(evaluation_table(result.evaluation), markup=False)
+
+
+def print_trainings(console: Console, result: Trainings, limit: float) -> None:
+    from rich.table import Table
+
+    plain, ours, sizes = result.plain, result.ours, result.sizes
+    table = Table(title=f"a language model with a head of {sizes.words} words, {sizes.steps} steps of {sizes.tokens} tokens")
+    for column in ("", plain.name, ours.name, "ratio"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, index in (("loss of the first step", 0), ("loss of the last step", -1)):
+        table.add_row(name, f"{plain.losses[index]:.7f}", f"{ours.losses[index]:.7f}")
+    for name, a, b in (
+        ("time of a step, ms", 1e3 * plain.step_seconds, 1e3 * ours.step_seconds),
+        ("peak of resident memory, MB", plain.peak_memory / 1e6, ours.peak_memory / 1e6),
+    ):
+        table.add_row(name, f"{a:.0f}", f"{b:.0f}", f"{b / a:.2f} x")
+    console.print(table)
+    verdict = "[green]ok[/]" if result.passed else "[bold red]FAILED[/]"
+    console.print(f"largest relative difference of the losses of a step: {result.difference:.1e}, limit {limit:.0e}, {verdict}")

@@ -44,7 +44,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--weight", metavar="FILE", help="like LOGITS; one weight a class")
 
     command = add("demo", commands.demo, "train on handwritten digits and check the result against scikit-learn")
-    command.add_argument("--keep", metavar="DIR", help="write logits.npy and targets.npy of the test set here")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--keep", metavar="DIR", help="write logits.npy and targets.npy of the test set here")
+    text = "train a language model instead, with PyTorch's loss and with ours; draw loss, time and memory (language-model.png)"
+    which.add_argument("--language-model", nargs="?", const="language-model.png", metavar="FILE", help=text)
 
     # The benchmarks parse the options of ``bench`` themselves: here no prefix marks an option, so all words are passed on.
     text = "time fastxent, its peers and the memory roofline"
