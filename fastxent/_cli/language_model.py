@@ -105,9 +105,9 @@ def run(
 ) -> Result:
     """Train once with each loss, in processes of their own that take their steps in turn.
 
-    The losses, named ``PLAIN`` and ``OURS``, are functions at the top of a module, where other processes find them. The text are
-    all Python sources in a folder. ``progress(steps_done, steps_total)`` is called after each step. An EOFError means that a
-    training has ended early.
+    The losses, named ``PLAIN`` and ``OURS``, are functions at the top of a module, where other processes find them. The text is
+    that of all Python sources in a folder. ``progress(steps_done, steps_total)`` is called after each step. An EOFError means
+    that a training has ended early.
     """
     text = read(folder, sizes.words)
     with _process(losses[OURS], text, sizes) as pipe:  # compiles the kernels, or loads them: whoever does holds more memory

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,8 +103,8 @@ def test_a_loss_that_is_nan_is_seen():
 
 
 def test_from_end_to_end(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(language_model, "run", partial(language_model.run, folder=SOURCES))
-    monkeypatch.setattr(language_model, "Sizes", lambda: SIZES)
+    run = language_model.run
+    monkeypatch.setattr(language_model, "run", lambda sizes, progress: run(SIZES, folder=SOURCES, progress=progress))
     assert cli.main(["demo", "--language-model", str(tmp_path / "a.png"), "--json"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
