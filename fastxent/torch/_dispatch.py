@@ -20,7 +20,7 @@ def route(
     input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, values: tuple[Any, ...], inplace: bool
 ) -> Tensor:
     """Return the loss, computed by the kernels, the decomposition or PyTorch; ``values``: the fields of `Options`."""
-    _require_tensors(input, target, weight, sample_weight)
+    require_tensors("cross_entropy", {"input": input, "target": target}, {"weight": weight, "sample_weight": sample_weight})
     options = Options(*values)
     if options.label_smoothing < 0.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
@@ -50,12 +50,11 @@ def route(
     return loss if loss.dtype == dtype else loss.to(dtype)
 
 
-def _require_tensors(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> None:
-    """Raise an error if an argument is not a tensor: arrays of NumPy and JAX have a dtype and a shape too."""
-    named = {"input": input, "target": target, "weight": weight, "sample_weight": sample_weight}
-    for nth, (name, t) in enumerate(named.items(), 1):
-        if not (isinstance(t, Tensor) or (nth > 2 and t is None)):
-            raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(t).__name__}")
+def require_tensors(function: str, required: dict[str, Any], optional: dict[str, Any]) -> None:
+    """Raise an error that names what is no tensor: arrays of NumPy and JAX have a dtype and a shape too. Optional: or None."""
+    for name, t in (required | optional).items():
+        if not (isinstance(t, Tensor) or (t is None and name in optional)):
+            raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(t).__name__}")
 
 
 def takes(input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> bool:

@@ -18,7 +18,7 @@ from fastxent._runtime.options import check_integer, check_number, checked
 from fastxent.torch._autograd import is_dual
 from fastxent.torch._bridge import NONE, Options
 from fastxent.torch._decomposition import loss_dtype
-from fastxent.torch._dispatch import needs_decomposition, route, takes
+from fastxent.torch._dispatch import needs_decomposition, require_tensors, route, takes
 from fastxent.torch._linear_blocks import Layer
 from fastxent.torch._linear_operators import value_and_grad_op, value_op
 from fastxent.torch._watched import is_traced, is_watched, stands_for_another
@@ -113,8 +113,9 @@ def linear_cross_entropy(
             reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
             sample_weight=sample_weight, z_loss=z_loss, softcap=softcap, memory_limit=memory_limit,
         )  # fmt: skip
-    named = {"input": input, "linear_weight": linear_weight, "target": target, "linear_bias": linear_bias, "weight": weight}
-    require_tensors("linear_cross_entropy", named | {"sample_weight": sample_weight})
+    required = {"input": input, "linear_weight": linear_weight, "target": target}
+    optional = {"linear_bias": linear_bias, "weight": weight, "sample_weight": sample_weight}
+    require_tensors("linear_cross_entropy", required, optional)
     values = Options(
         nn._reduction.get_enum(reduction),
         -100 if ignore_index is None else check_integer(ignore_index, "ignore_index"),
@@ -147,13 +148,6 @@ def linear_cross_entropy(
     else:
         loss = value_op(x, w, flat, b, weight, u, *values, memory_limit)
     return loss.reshape(rows if values.reduction == NONE else ()).to(loss_dtype(x, target, weight))
-
-
-def require_tensors(function: str, named: dict[str, Any]) -> None:
-    """Raise an error if an argument is not a tensor; the first three are required."""
-    for nth, (name, t) in enumerate(named.items()):
-        if not (isinstance(t, Tensor) or (nth > 2 and t is None)):
-            raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(t).__name__}")
 
 
 def shape_of_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[int, ...]:

@@ -18,11 +18,10 @@ from fastxent.torch import _bridge
 from fastxent.torch._autograd import is_dual, stands_for_others
 from fastxent.torch._bridge import NONE, Options, as_float64
 from fastxent.torch._decomposition import differentiable_gradients, loss_dtype
-from fastxent.torch._dispatch import takes
+from fastxent.torch._dispatch import require_tensors, takes
 from fastxent.torch._linear import (
     flat_layer,
     needs_whole_logits,
-    require_tensors,
     shape_of_logits,
     stand_in,
     takes_layer,
@@ -99,8 +98,8 @@ def linear_log_prob_and_entropy(
             linear_log_prob_and_entropy, (input, linear_weight, target, linear_bias), input, linear_weight, target,
             linear_bias=linear_bias, temperature=temperature, ignore_index=ignore_index, memory_limit=memory_limit,
         )  # fmt: skip
-    named = {"input": input, "linear_weight": linear_weight, "target": target, "linear_bias": linear_bias}
-    require_tensors("linear_log_prob_and_entropy", named)
+    required = {"input": input, "linear_weight": linear_weight, "target": target}
+    require_tensors("linear_log_prob_and_entropy", required, {"linear_bias": linear_bias})
     temperature = checked("temperature", temperature)
     options = Options(NONE, check_integer(ignore_index, "ignore_index"), 0.0, 0.0, 0.0)
     memory_limit = checked("memory_limit", memory_limit)

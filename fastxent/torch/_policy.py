@@ -17,7 +17,7 @@ from fastxent.torch import _bridge
 from fastxent.torch._autograd import is_dual
 from fastxent.torch._bridge import INTEGERS, NONE, Options, as_float64, as_int64
 from fastxent.torch._decomposition import aten_cross_entropy, differentiable_gradient, loss_dtype
-from fastxent.torch._dispatch import needs_decomposition, takes
+from fastxent.torch._dispatch import needs_decomposition, require_tensors, takes
 from fastxent.torch._watched import is_traced
 
 
@@ -79,9 +79,7 @@ def log_prob_and_entropy(
         return handle_torch_function(
             log_prob_and_entropy, (input, target), input, target, temperature=temperature, ignore_index=ignore_index
         )
-    for name, t in {"input": input, "target": target}.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"log_prob_and_entropy(): argument '{name}' must be Tensor, not {type(t).__name__}")
+    require_tensors("log_prob_and_entropy", {"input": input, "target": target}, {})
     temperature = checked("temperature", temperature)
     if target.is_floating_point():
         raise TypeError("log_prob_and_entropy(): target holds class probabilities; it takes class indices")

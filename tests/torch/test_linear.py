@@ -511,3 +511,11 @@ def test_log_prob_and_entropy_errors():
         linear_log_prob_and_entropy(x, w[:, :3], y)
     with pytest.raises(TypeError, match="argument 'target' must be Tensor, not list"):
         linear_log_prob_and_entropy(x, w, y.tolist())
+
+
+@pytest.mark.parametrize("missing", ["input", "linear_weight", "target"])
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_log_prob_and_entropy])
+def test_a_required_tensor_must_not_be_none(function, missing):
+    arguments = {"input": torch.rand(5, 4), "linear_weight": torch.rand(7, 4), "target": torch.arange(5)} | {missing: None}
+    with pytest.raises(TypeError, match=rf"{function.__name__}\(\): argument '{missing}' must be Tensor, not NoneType"):
+        function(**arguments)
