@@ -15,19 +15,20 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import types
 
 from benchmarks.cases import GRAD, Array, Case
 from fastxent._abi import argument_block as abi
 from fastxent._abi.argument_block import WORK
-from fastxent._abi.variant import CHUNK, Variant
-from fastxent._codegen import compiler, registry
+from fastxent._abi.variant import CHUNK, SYMBOL, Variant
+from fastxent._codegen import compiler, machine_code, registry
 from fastxent._kernels.parallel_for import one_by_one, parallel_for, thread_number
 from fastxent._runtime import run
 from fastxent._runtime.plan import Plan
 from fastxent._simd.lanes import sum_across
 from fastxent._simd.memory import load, prefetch, store, store_non_temporal
-from fastxent._simd.numba_backend import INLINE
+from fastxent._simd.numba_backend import inlined
+from fastxent._simd.parts import c_function
 from fastxent._simd.vector import LANES, lane, splat
 
 VECTOR = 4 * LANES  # bytes
@@ -36,7 +37,7 @@ OUT, IN_PLACE, READ = "out=", "in place", "read"  # floors; then the tasks that 
 TASKS_OF = {OUT: ("streamed", "stored"), IN_PLACE: ("stored",), READ: ("read",)}
 
 
-@njit(**INLINE)
+@inlined
 def scaled(task, x, t, j):
     """1.0001 x, vector j of a unit; plus the probabilities where there are some."""
     prefetch(x, VECTOR * (j + AHEAD))
@@ -47,7 +48,7 @@ def scaled(task, x, t, j):
     return y
 
 
-@njit(**INLINE)
+@inlined
 def streamed(task, tile, number):
     """Unit ``number``: n_vectors vectors; zeros without a look at x from unit n_rows on, as for ignored rows."""
     at = number * task.n_vectors * VECTOR
@@ -61,7 +62,7 @@ def streamed(task, tile, number):
     return 0.0, 1.0
 
 
-@njit(**INLINE)
+@inlined
 def stored(task, tile, number):
     """The same through the caches; g may be x."""
     at = number * task.n_vectors * VECTOR
@@ -75,7 +76,7 @@ def stored(task, tile, number):
     return 0.0, 1.0
 
 
-@njit(**INLINE)
+@inlined
 def read(task, tile, number):
     """A sum, so that nothing is left out; in four parts, so that no addition waits for the one before."""
     at = number * task.n_vectors * VECTOR
@@ -110,8 +111,9 @@ TASKS = {"streamed": streamed_task, "stored": stored_task, "read": read_task}
 
 @lru_cache
 def kernel(name: str, variant: Variant) -> registry.Kernel:
-    compiled = cfunc(types.void(compiler.task_type("floor", variant)))(TASKS[name])
-    return registry.Kernel(registry._FUNCTION(compiled.address), compiled.address, compiled)
+    module = c_function(TASKS[name], types.void(compiler.task_type("floor", variant)), SYMBOL)
+    address, engine = machine_code.link(compiler.object_of(module))
+    return registry.Kernel(registry._FUNCTION(address), address, engine)
 
 
 def floats(nbytes: int) -> Array:

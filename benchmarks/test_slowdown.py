@@ -30,17 +30,12 @@ FACTOR = 1.25  # by which a ratio may grow on a machine that is not quite alone
 # The second exp waits for the first; 0 times it is nothing, but only we know that.
 TWICE = """
 
-_exp_up_once, _reduce_once = exp_up, reduce
+_exp_once = exp_reduced
 
 
-@njit(**INLINE)
-def exp_up(x, shift):
-    return _exp_up_once(x + 0.0 * _exp_up_once(x, shift), shift)
-
-
-@njit(**INLINE)
-def reduce(x, shift):
-    return _reduce_once(x + 0.0 * _exp_up_once(x, shift), shift)
+@inlined
+def exp_reduced(r, power):
+    return _exp_once(r + 0.0 * _exp_once(r, power), power)
 """
 
 

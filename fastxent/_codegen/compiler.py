@@ -12,7 +12,7 @@ from numba.core.registry import cpu_target
 from fastxent._abi import argument_block as abi
 from fastxent._abi.variant import BUILTINS, SYMBOL, Layout, Schedule, Storage, Variant
 from fastxent._kernels import entry, tasks
-from fastxent._simd import numba_backend
+from fastxent._simd import parts
 from fastxent._simd.task import Task
 
 _TILES = Layout.TRANSPOSED_TILE, Layout.GATHERED_TILE, Layout.PANEL
@@ -56,16 +56,16 @@ def task_type(name: str, variant: Variant) -> Task:
     return Task(fields, tuple(constants.items()))
 
 
-def c_function(name: str, variant: Variant) -> tuple[Any, str]:
-    """Return kernel ``name``, or a function of ``BUILTINS``, compiled to a C function: see ``numba_backend``."""
+def module_of(name: str, variant: Variant) -> Any:
+    """Return the LLVM module of kernel ``name``, or of a function of ``BUILTINS``: a C function, ``SYMBOL``."""
     if name in BUILTINS:
         builtin = getattr(import_module(BUILTINS[name]), name)
-        return numba_backend.c_function(builtin, types.int64(types.int64, types.int64, types.int64))
+        return parts.c_function(builtin, types.int64(types.int64, types.int64, types.int64), SYMBOL)
     task = task_type(name, variant)
     if name == "launch":
-        return numba_backend.c_function(entry.launch, types.void(task))
+        return parts.c_function(entry.launch, types.void(task), SYMBOL)
     function = entry.check if name == "check" else entry.kernel(tasks.work_of(name, variant.schedule))
-    return numba_backend.c_function(function, types.void(task, types.int64, types.int64))
+    return parts.c_function(function, types.void(task, types.int64, types.int64), SYMBOL)
 
 
 # MCJIT's linker reserves room for the address of a function, such as memset, only where code loads that address from the
@@ -78,31 +78,26 @@ _MEMSET_BY_TABLE = """
 
 def object_code(name: str, variant: Variant) -> bytes:
     """Return kernel ``name`` as an object file that defines it as ``SYMBOL``."""
-    library, symbol = c_function(name, variant)
-    module = binding.parse_assembly(library.get_llvm_str() + _MEMSET_BY_TABLE)
-    module.get_function(symbol).name = SYMBOL
-    for value in (*module.functions, *module.global_variables):
-        if not value.is_declaration and value.name != SYMBOL:
-            value.linkage = "private"  # keeps Numba's names, a few thousand letters each, out of the file
+    return object_of(module_of(name, variant))
+
+
+def object_of(module: binding.ModuleRef) -> bytes:
+    """Return a module's object file, which ``machine_code.link`` takes."""
+    module = binding.parse_assembly(str(module) + _MEMSET_BY_TABLE)
     triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
     # The small code model needs constants near the code: ``machine_code.link`` loads a file into one contiguous region.
     machine = binding.Target.from_triple(triple).create_target_machine(
         cpu, features, opt=3, reloc="pic", codemodel="small", jit=True
     )
-    _drop_errors(module, machine)
+    _check_calls(module)
     return bytes(machine.emit_object(module))
 
 
-def _drop_errors(module: binding.ModuleRef, machine: binding.TargetMachine) -> None:
-    """Remove the code that would report an exception to Python through Numba's helper functions: a kernel raises none.
+def _check_calls(module: binding.ModuleRef) -> None:
+    """Raise an error if a kernel calls a function that it does not define.
 
-    Numba may be missing where a file is linked, and the linker does not report a function that it cannot find: that function,
-    even ``memset``, would be called at address 0. So a function that is still declared and not defined is an error here.
+    The linker does not report one that it cannot find: it, even ``memset``, would be called at address 0.
     """
-    passes = binding.create_new_module_pass_manager()
-    passes.add_ipsccp_pass()  # tells callers which functions only ever return 0: no exception
-    passes.add_strip_dead_prototype_pass()
-    passes.run(module, binding.create_pass_builder(machine, binding.create_pipeline_tuning_options()))
     outside = [f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")]
     if outside:
         raise RuntimeError(f"a kernel needs {', '.join(outside)}")

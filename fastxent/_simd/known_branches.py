@@ -1,4 +1,4 @@
-"""A pass of the compiler: branches on what is known before types are inferred are decided, and the code not taken is removed.
+"""Decides branches on what is known before types are inferred; the code not taken is left out.
 
 Known are the constants of a `Task` (``task.double``) and of a module (``WIDE``). Most of the time that a kernel takes to
 compile goes into typing and lowering its functions, so a function that only a branch not taken calls should never be seen. And
@@ -7,42 +7,32 @@ as types are inferred for the code that is left, the two sides of such a branch 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import not_
 from typing import Any
 
-from numba.core import ir
-from numba.core.compiler_machinery import FunctionPass, register_pass
-from numba.core.ir_utils import build_definitions
+from numba.core import ir, types
 
 Known = dict[str, Any]  # the values of the variables that have one value, whenever this point of the function is reached
 
 
-@register_pass(mutates_CFG=True, analysis_only=False)
-class DecideKnownBranches(FunctionPass):
-    """Propagate constants along the branches that can be taken (Wegman, Zadeck 1991), before variables are in SSA form."""
+def decided(function_ir: ir.FunctionIR, arguments: Sequence[types.Type]) -> dict[int, ir.Block]:
+    """Return the blocks of a function that can be reached, given the types of its arguments, without the known branches.
 
-    _name = "fastxent_decide_known_branches"
-
-    def __init__(self) -> None:  # abstract in FunctionPass
-        super().__init__()
-
-    def run_pass(self, state: Any) -> bool:
-        arguments = zip(state.func_id.arg_names, state.args, strict=True)
-        constants = {name: dict(t.constants) for name, t in arguments if hasattr(t, "constants")}
-        blocks = state.func_ir.blocks
-        ends = reached(blocks, constants)
-        if len(ends) == len(blocks) and all(decision(blocks[label], known) is None for label, known in ends.items()):
-            return False
-        for label in list(blocks):
-            if label not in ends:
-                del blocks[label]
-                continue
-            block = blocks[label]
-            if (target := decision(block, ends[label])) is not None:
-                block.body[-1] = ir.Jump(target, block.terminator.loc)
-        state.func_ir._definitions = build_definitions(blocks)
-        return True
+    Constants are propagated along the branches that can be taken (Wegman, Zadeck 1991), before variables have types.
+    """
+    named = zip(function_ir.arg_names, arguments, strict=True)
+    constants = {name: dict(t.constants) for name, t in named if hasattr(t, "constants")}
+    blocks = {}
+    for label, known in sorted(reached(function_ir.blocks, constants).items()):
+        block = function_ir.blocks[label]
+        target = decision(block, known)
+        if target is not None:
+            last = block.terminator
+            block = block.copy()
+            block.body[-1] = ir.Jump(target, last.loc)
+        blocks[label] = block
+    return blocks
 
 
 def reached(blocks: Mapping[int, ir.Block], constants: Mapping[str, Known]) -> dict[int, Known]:

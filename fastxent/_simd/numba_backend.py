@@ -1,88 +1,89 @@
-"""How a kernel and its helpers are compiled: to LLVM IR that is inlined into one function.
+"""Functions that kernels call, and Numba's types of them.
 
-For every kernel, Numba would compile each of some seventy helpers to wrappers and machine code of its own. Without these, and
-without the passes for features that no kernel uses, compiling a kernel takes 3.9 s instead of 6.
+Numba says what types an operation on its types has, and what instructions it is made of; its compiler is not asked. That would
+infer the types of each of some hundred functions by a network of constraints, and take 30 ms a function. Three modules do what
+it does: ``typed`` finds the types of a function's variables, ``emitted`` emits its LLVM IR, ``parts`` makes a kernel of such
+functions. What they use of Numba (the interpreter of bytecode, the typing and the target context) was tried with 0.68.
 """
 
-from llvmlite import binding
-from numba.core.codegen import CPUCodeLibrary
-from numba.core.compiler import CompilerBase
-from numba.core.compiler_lock import global_compiler_lock
-from numba.core.compiler_machinery import PassManager, register_pass
-from numba.core.registry import CPUDispatcher
-from numba.core.typed_passes import NativeLowering, NoPythonBackend, NopythonTypeInference, PreLowerStripPhis
-from numba.core.untyped_passes import FixupArgs, ReconstructSSA, TranslateByteCode
-from numba.extending import overload
+from functools import cached_property
 
-from fastxent._simd.known_branches import DecideKnownBranches
+from numba.core import types
+from numba.core.datamodel import models, register_default
+from numba.core.imputils import lower_constant
+from numba.core.typing.templates import signature
+
 from fastxent._simd.task import names_in_types, names_read, narrowed
+from fastxent._simd.typed import SUBSTITUTES, typed
 
 
-def _optimize(module, machine):
-    """Run LLVM's passes, without loop unrolling.
+class InlinedFunction:
+    """A function that kernels call. Its types are found once for all tasks that agree in what it reads."""
 
-    The loops over vectors are unrolled in the source where that pays. Elsewhere two interleaved iterations need more registers
-    than there are (AVX2: 16, and exp has 11 constants).
-    """
-    tuning = binding.create_pipeline_tuning_options(speed_level=3)
-    tuning.loop_unrolling = False
-    passes = binding.create_pass_builder(machine, tuning)
-    passes.getModulePassManager().run(module, passes)
+    def __init__(self, function):
+        self.py_func, self.name, self.bodies = function, function.__name__.strip("<>"), {}
 
+    @cached_property
+    def _numba_type_(self):
+        return InlinedType(self)
 
-class _Part(CPUCodeLibrary):
-    """IR that is linked into other IR, and is never loaded into the process."""
+    def narrow(self, arguments):
+        """Return types of arguments, with tasks narrowed to what the function and its callees read."""
+        names = names_read(self.py_func) | names_in_types(arguments)
+        return tuple(narrowed(types.unliteral(argument), names) for argument in arguments)
 
-    def _optimize_final_module(self):
-        _optimize(self._final_module, self._codegen._tm)
-
-    def _finalize_final_module(self):
-        self._finalized = True
-
-
-@register_pass(mutates_CFG=True, analysis_only=False)
-class _ToLLVM(NativeLowering):
-    _name = "fastxent_to_llvm"
-
-    def run_pass(self, state):
-        state.flags.no_compile = True
-        state.library = _Part(state.targetctx.codegen(), state.func_id.func_qualname)
-        super().run_pass(state)
-        name = [].append  # Numba's key of this function: any builtin that is unique
-        state.targetctx.insert_user_function(name, state.cr.fndesc, [state.library])
-        state.cr = state.cr._replace(cfunc=name)
-        return True
+    def body(self, arguments):
+        """Return what the function does for narrowed types of arguments."""
+        if arguments not in self.bodies:
+            self.bodies[arguments] = typed(self.py_func, arguments)
+        return self.bodies[arguments]
 
 
-class _Compiler(CompilerBase):
-    def define_pipelines(self):
-        passes = PassManager("inlined")
-        for step in (
-            TranslateByteCode, FixupArgs, DecideKnownBranches, ReconstructSSA, NopythonTypeInference, PreLowerStripPhis,
-            _ToLLVM, NoPythonBackend,
-        ):  # fmt: skip
-            passes.add_pass(step, step.__name__)
-        passes.finalize()
-        return [passes]
+class InlinedType(types.Callable, types.Opaque):
+    """Numba's type of an inlined function."""
+
+    def __init__(self, function):
+        self.function = function
+        super().__init__(f"{function.py_func.__qualname__} at {id(function)}")
+
+    def get_call_type(self, context, args, kws):
+        arguments = self.function.narrow(args)
+        return signature(self.function.body(arguments).type, *arguments)
+
+    def get_call_signatures(self):
+        return (), False
+
+    def get_impl_key(self, sig):
+        return self
+
+    def inlined_for(self, arguments):
+        return self.function
 
 
-INLINE = {
-    "forceinline": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False,
-}  # fmt: skip
+class ByTypes(InlinedType):
+    """Numba's type of a stub: which function it stands for depends on the types of its arguments."""
+
+    def __init__(self, stub, choose):
+        self.choose, self.chosen = choose, {}
+        types.Opaque.__init__(self, f"{stub.__qualname__} at {id(stub)}")
+
+    def inlined_for(self, arguments):
+        if arguments not in self.chosen:
+            self.chosen[arguments] = inlined(self.choose(*arguments))
+        return self.chosen[arguments]
+
+    def get_call_type(self, context, args, kws):
+        arguments = tuple(types.unliteral(argument) for argument in args)
+        return signature(self.inlined_for(arguments).body(arguments).type, *arguments)
 
 
-class InlinedFunction(CPUDispatcher):
-    """A function that is compiled once for all tasks that agree in what it reads."""
+for _type in (InlinedType, ByTypes):
+    register_default(_type)(models.OpaqueModel)
 
-    def __init__(self, function, options=INLINE):
-        super().__init__(function, targetoptions={"nopython": True, **options}, pipeline_class=_Compiler)
 
-    def narrow(self, args):
-        names = names_read(self.py_func) | names_in_types(args)
-        return tuple(narrowed(argument, names) for argument in args)
-
-    def get_call_template(self, args, kws):
-        return super().get_call_template(self.narrow(args), kws)
+@lower_constant(InlinedType)
+def _no_value(context, builder, t, function):
+    return context.get_dummy_value()
 
 
 def inlined(function):
@@ -92,14 +93,19 @@ def inlined(function):
 
 def by_types(stub):
     """Let a function of argument types say what a kernel's call of ``stub`` is compiled as."""
-    return overload(stub, jit_options=INLINE | {"pipeline_class": _Compiler})
+
+    def register(choose):
+        stub._numba_type_ = ByTypes(stub, choose)
+        return choose
+
+    return register
 
 
-@global_compiler_lock
-def c_function(function, signature):
-    """Compile a function that C can call; return the library that holds its IR, with all callees inlined, and its symbol."""
-    dispatcher = InlinedFunction(function, INLINE | {"no_cfunc_wrapper": False})
-    dispatcher.compile(signature.return_type(*dispatcher.narrow(signature.args)))
-    (result,) = dispatcher.overloads.values()
-    result.library._ensure_finalized()
-    return result.library, result.fndesc.llvm_cfunc_wrapper_name
+def _of_numbers(function, of_two):
+    """Let kernels call Python's ``min`` or ``max`` of two or three numbers, which Numba would compile by its own compiler."""
+    by_count = {2: of_two, 3: lambda a, b, c: function(function(a, b), c)}
+    SUBSTITUTES[function] = ByTypes(function, lambda *arguments: by_count[len(arguments)])
+
+
+_of_numbers(min, lambda a, b: a if a < b else b)
+_of_numbers(max, lambda a, b: a if a > b else b)

@@ -14,7 +14,6 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from numba import types
-from numba.core.dispatcher import Dispatcher
 
 
 class Task(types.Type):
@@ -45,8 +44,8 @@ def names_in_types(arguments: tuple[types.Type, ...]) -> frozenset[str]:
     """Return the names that functions read which are themselves arguments, or are in tuples that are."""
     found: frozenset[str] = frozenset()
     for argument in arguments:
-        if isinstance(argument, types.Dispatcher):
-            found |= names_read(argument.dispatcher.py_func)
+        if hasattr(argument, "function"):
+            found |= names_read(argument.function.py_func)
         elif isinstance(argument, types.BaseTuple):
             found |= names_in_types(tuple(argument))
     return found
@@ -72,7 +71,7 @@ def names_in(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
 
 def callees(value: Any) -> Iterator[FunctionType]:
     """Yield the compiled function that a value is, or those that are in a tuple."""
-    if isinstance(value, Dispatcher):
+    if hasattr(value, "py_func"):
         yield value.py_func
     elif isinstance(value, tuple):
         for part in value:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+from types import FunctionType, SimpleNamespace
+
 import numpy as np
 import pytest
 from numba import types
 from numba.core.errors import TypingError
 
-from fastxent._abi.variant import Layout, Storage, Variant
+from fastxent._abi.variant import SYMBOL, Layout, Storage, Variant
 from fastxent._codegen import compiler, machine_code
 from fastxent._kernels import compensated_sums, gradient, reduce
-from fastxent._simd.numba_backend import c_function, inlined
+from fastxent._simd.numba_backend import inlined
+from fastxent._simd.parts import c_function
 from fastxent._simd.task import Task, names_read
 
 FIELDS = (("n", 0, "int"), ("y", 1, ("f64", "f64")))
@@ -34,7 +38,7 @@ def by_way_of(task):
 
 def compile_for(function, **constants):
     task = Task(FIELDS, tuple(constants.items()))
-    return c_function(function, types.int64(task))[0]
+    return c_function(function, types.int64(task), SYMBOL)
 
 
 def plain(task):
@@ -95,16 +99,106 @@ def changes(task):
 
 
 def test_a_value_that_changes_is_not_taken_for_known():
-    import ctypes
-
-    library, symbol = c_function(changes, types.int64(Task(FIELDS, (("off", False),))))
+    address, engine = machine_code.link(compiler.object_of(compile_for(changes, off=False)))
     block = np.array([10, 0], np.int64)
-    code = compiler.binding.parse_assembly(library.get_llvm_str())
-    machine = compiler.binding.Target.from_default_triple().create_target_machine(jit=True)
-    engine = compiler.binding.create_mcjit_compiler(code, machine)
-    engine.finalize_object()
-    run = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(engine.get_function_address(symbol))
-    assert run(block.ctypes.data) == 5
+    assert ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(address)(block.ctypes.data) == 5
+    del engine  # it has kept the code alive
+
+
+# ----------------------------------------------------------------------------------------------------
+# Control flow: what is compiled returns what Python does
+# ----------------------------------------------------------------------------------------------------
+
+
+@inlined
+def halved(n):
+    """Two results of a type of their own, from three places."""
+    if n < 0:
+        return -1, 0.0
+    if n % 2 == 1:
+        return n // 2, 0.5
+    return n // 2, 0.0
+
+
+def widened(task):
+    """A variable is an integer at first, and a float from the second turn on."""
+    x = 0
+    for i in range(task.n):
+        x = x + 0.5 * i
+    return 2 * x
+
+
+def exchanged(task):
+    a, b = 0, 1
+    for _ in range(task.n):
+        a, b = b, (a + b) % 1000
+    return a
+
+
+def leaves_loops(task):
+    total = 0
+    for i in range(task.n):
+        if i % 3 == 0:
+            continue
+        for j in range(i, 2 * i, 2):
+            if j > 20:
+                break
+            total += max(j, 7, i) - min(i, 5)
+        while total > 100:
+            total -= 30
+    return total
+
+
+def set_on_one_way(task):
+    """Read on another one too, where Python would raise an error."""
+    last = -1
+    for i in range(task.n):
+        if i % 2 == 0:
+            seen = i
+        if i > 0:
+            last = seen
+    return last
+
+
+def through_tuples(task):
+    state = (0, (1.0, 2))
+    for i in range(task.n):
+        half, rest = halved(i)
+        if rest > 0.0 or not half < 3:
+            state = (state[0] + half, (state[1][0] + rest, i))
+    return state[0] + 2 * state[1][0] + state[1][1]
+
+
+def by_either(task):
+    n = task.n
+    kind = 1 if n < 2 else 2 if n < 5 and n != 3 else 3
+    return kind * 10 + (n > 3 or n == 0)
+
+
+@pytest.mark.parametrize("function", [widened, exchanged, leaves_loops, set_on_one_way, through_tuples, by_either])
+def test_what_is_compiled_returns_what_python_does(function):
+    address, engine = machine_code.link(compiler.object_of(compile_for(function)))
+    run = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(address)
+    in_python = FunctionType(function.__code__, {**function.__globals__, "halved": halved.py_func})
+    for n in range(40):
+        block = np.array([n, 0], np.int64)
+        assert run(block.ctypes.data) == in_python(SimpleNamespace(n=n)), n
+    del engine  # it has kept the code alive
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda task: halved(task.n, 1), "halved takes 1 arguments, not 2"),
+        (lambda task: task.n if task.n > 3 else (1, 2), "is int64 on one way and UniTuple"),
+        (lambda task: [task.n], "build_list"),
+        (lambda task: halved(n=task.n), "by position"),
+        (lambda task: int(0.5 * task.n), "no operations that Numba compiles"),
+    ],
+)
+def test_what_kernels_cannot_say_is_an_error(function, message):
+    with pytest.raises(TypingError, match=message):
+        compile_for(function)
 
 
 def test_a_function_reads_what_its_callees_read():
@@ -113,23 +207,23 @@ def test_a_function_reads_what_its_callees_read():
 
 
 def test_functions_are_shared_by_tasks_that_agree_in_what_they_read():
-    before = len(by_way_of.overloads)
+    before = len(by_way_of.bodies)
     for other in (False, True):
 
         def kernel(task):
             return by_way_of(task) if task.other else by_way_of(task) + 1
 
         compile_for(kernel, other=other)
-    assert len(by_way_of.overloads) == before + 1
+    assert len(by_way_of.bodies) == before + 1
 
 
 def test_kernels_share_their_functions():
     """A softmax and a loss of the same layout: sums are compiled once, what differs is not shared."""
     shared = compensated_sums.two_sum, reduce.state_of, gradient.scaled
     machine_code.compiled("value_and_grad", Variant("f64", labelled=True, layout=Layout.CLASS_LANES, storage=Storage.TILE))
-    counts = [len(function.overloads) for function in shared]
+    counts = [len(function.bodies) for function in shared]
     machine_code.compiled("softmax", Variant("f64", layout=Layout.CLASS_LANES, storage=Storage.TILE))
-    assert [len(function.overloads) for function in shared] == counts
+    assert [len(function.bodies) for function in shared] == counts
 
 
 def test_compiled_again_the_code_is_the_same():
