@@ -87,7 +87,8 @@ def cross_entropy(
     Returns
     -------
     Tensor
-        A number, or with ``reduction="none"`` a tensor of the shape of the rows; dtype as PyTorch's.
+        A number, or with ``reduction="none"`` a tensor of the shape of the rows; dtype as PyTorch's, under autocast float32 at
+        least.
 
     Raises
     ------

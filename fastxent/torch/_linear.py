@@ -71,7 +71,7 @@ def linear_cross_entropy(
     Returns
     -------
     Tensor
-        A number, or with ``reduction="none"`` a tensor of shape (...); dtype as PyTorch's.
+        A number, or with ``reduction="none"`` a tensor of shape (...); dtype as PyTorch's, under autocast float32 at least.
 
     Raises
     ------
