@@ -3,9 +3,9 @@
     python -m benchmarks.distributed                                        2 and 4 processes on gloo, one thread each
     python -m benchmarks.distributed --ranks 2 --logits 512,32000 --linear 512,512,32000 --rounds 15
 
-Forward and backward are timed. A shape is rows, classes of all processes; of a linear layer rows, features, classes. All methods
-run in the same processes, once a round, in an order that rotates; a sample is that of the slowest process. Ratios are medians of
-the ratios within a round. Messages and bytes are those that one process hands to its collectives.
+Forward and backward are timed. A shape is rows, classes of all processes; of a linear layer rows, features, classes. All
+methods run in the same processes, once a round, in an order that rotates; a sample is that of the slowest process. Ratios are
+medians of the ratios within a round. Messages and bytes are those that one process hands to its collectives.
 """
 
 from __future__ import annotations
@@ -120,9 +120,9 @@ def of_linear(n_rows: int, n_features: int, n_classes: int) -> dict[str, Step]:
 def gathered(x: Tensor) -> Tensor:
     """Return the logits of all processes."""
     n_ranks = dist.get_world_size()
-    shards = x.new_empty(n_ranks * len(x), x.shape[1])
-    dist.all_gather_into_tensor(shards, x)
-    return shards.view(n_ranks, *x.shape).movedim(0, 1).reshape(len(x), -1)
+    shards = [torch.empty_like(x) for _ in range(n_ranks)]
+    dist.all_gather(shards, x)
+    return torch.cat(shards, 1)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -138,6 +138,8 @@ class Traffic(TorchDispatchMode):
         self.messages = self.bytes = 0
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if DTensor in types:  # it first becomes operators on tensors, and collectives
+            return NotImplemented
         if op.namespace in ("c10d", "_c10d_functional") and "wait" not in op.name():
             handed = args[1] if "allgather" in op.name() else args[0]  # of a gathering c10d names the result first
             tensors = handed if isinstance(handed, (list, tuple)) else [handed]

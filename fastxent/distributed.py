@@ -153,9 +153,9 @@ def linear_cross_entropy(
     .. math::
         l_n = \mathrm{cross\_entropy}(x_n, y_n), \qquad x_{nc} = W_c \cdot h_n + b_c
 
-    over all C classes of the group, as in `cross_entropy`. Each process computes its logits block by block of rows, in the
-    forward and again in the backward; those of all rows never exist, and no logit is sent. Rows that are ignored are dropped
-    before the products. The gradient of the input is added up over the processes,
+    over all C classes of the group, as in `cross_entropy`. Each process computes its logits block by block of rows, within
+    ``memory_limit`` bytes, in the forward and again in the backward; no logit is sent. Rows that are ignored are dropped before
+    the products. The gradient of the input is added up over the processes,
 
     .. math::
         \frac{\partial l}{\partial h_n} = \sum_r \sum_{c \in r} g_{nc} W_c
@@ -191,8 +191,9 @@ def linear_cross_entropy(
     Notes
     -----
     Four products of the size of the shard, where one process alone needs three: the gradient needs the sums of all processes,
-    so the logits are computed twice. If the shards are not where they were in the group's last call with a shard of this size,
-    the forward computes them once more. Half precision as in `fastxent.torch.linear_cross_entropy`.
+    so the logits are computed twice. If those of all rows are one block, they are kept for the backward, and it takes three. If
+    the shards are not where they were in the group's last call with a shard of this size, the forward computes the logits once
+    more. Half precision as in `fastxent.torch.linear_cross_entropy`.
 
     References
     ----------

@@ -122,8 +122,8 @@ def targets_of(target: Tensor, sample_weight: Tensor | None, options: Options) -
 
 
 def alike_of(targets: Targets, options: Options, has_weight: bool, input_requires_grad: bool = False) -> Alike:
-    checksums = (float(zlib.crc32(np.asarray(values).tobytes())) for values in (targets.y, targets.u))
-    return Alike(len(targets.y), *checksums, has_weight, *options[:4], input_requires_grad)
+    y, u = (float(zlib.crc32(np.asarray(values).tobytes())) for values in (targets.y, targets.u))
+    return Alike(len(targets.y), y, u, has_weight, *options[:4], input_requires_grad)
 
 
 def labels(y: Array, kept: Array, start: int, size: int) -> tuple[Array, Array]:

@@ -1,8 +1,9 @@
-"""A shard of a linear layer's classes: its logits are computed block by block, in the forward and in the backward.
+"""A shard of a linear layer's classes: its logits are computed block by block of rows, and again in the backward.
 
-The forward goes through the blocks before the processes know where the shards lie, so it takes the logits of the targets where
-they were the last time, and goes through them once more if that was wrong. A dot product for each target would cost nothing,
-but its last bits are not those of the block's product, and the loss of a confident row is a difference of the two.
+If all rows are one block, its logits are kept for the backward. The forward goes through the blocks before the processes know
+where the shards lie. So it takes the logits of the targets where they were the last time, and goes through the blocks once more
+if that was wrong. A dot product for each target would cost nothing, but its last bits are not those of the block's product, and
+the loss of a confident row is a difference of the two.
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ from fastxent.torch._shard_messages import errors_in_all, expected_start
 class LinearShard:
     """The shard, and the rows that are not ignored."""
 
-    def __init__(self, layer: Layer, w: Tensor | None, kept: Array, memory_limit: int | None) -> None:
+    def __init__(
+        self, layer: Layer, w: Tensor | None, kept: Array, memory_limit: int | None, block: Block | None = None
+    ) -> None:
         self.layer, self.w, self.memory_limit = layer, w, memory_limit
+        self.block = block  # all rows with their logits, if these are there
         self.kept = None if kept.all() else torch.from_numpy(kept.nonzero()[0])
         self.label, self.x = np.empty(0, np.int64), np.empty(0)  # the last class indices that were asked for, and their logits
 
@@ -67,7 +71,10 @@ class LinearShard:
         return self.x
 
     def gradients(self, label: Array, of: Coefficients, uniform: float, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-        """Return what this shard gives to the gradient of the input, and the gradients of its weight and bias."""
+        """Return what this shard gives to the gradient of the input, and the gradients of its weight and bias.
+
+        Whatever block was there has become its gradient then.
+        """
         gradients = Gradients(self.layer, wanted, self.kept)
         for block, its_label in self._blocks(label):
             second_trip(block.logits, its_label, self.w, of.part(block.part), uniform, block.logits)
@@ -77,7 +84,8 @@ class LinearShard:
     def _blocks(self, label: Array) -> Iterator[tuple[Block, Tensor]]:
         if self.n_classes:
             all_labels = torch.from_numpy(label)
-            for block in blocks(self.layer, self.kept, self.memory_limit):
+            for block in blocks(self.layer, self.kept, self.memory_limit) if self.block is None else [self.block]:
+                self.block = block if len(block.logits) == len(label) else None
                 yield block, all_labels[block.part]
 
 
@@ -99,6 +107,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             sums = shard.sums(label, options.label_smoothing > 0.0)
         loss, ctx.rows = losses(shard, sums, targets, alike, options, group, vocab_start)
         ctx.options, ctx.group, ctx.kept, ctx.memory_limit = options, group, kept, memory_limit
+        ctx.block = shard.block
         ctx.save_for_backward(input, linear_weight, linear_bias, weight)
         dtype = torch.promote_types(input.dtype, torch.float32)
         if options.reduction == NONE:
@@ -111,7 +120,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         *layer, weight = ctx.saved_tensors
-        shard, rows = LinearShard(Layer(*layer), weight, ctx.kept, ctx.memory_limit), ctx.rows
+        shard, rows = LinearShard(Layer(*layer), weight, ctx.kept, ctx.memory_limit, ctx.block), ctx.rows
+        ctx.block = None  # it is overwritten; should another backward come, it computes the logits
         of_loss = numbers(as_float64(grad_output))
         of = coefficients(rows, ctx.options, of_loss[ctx.kept] if ctx.options.reduction == NONE else of_loss)
         wanted = ctx.needs_input_grad[:3]

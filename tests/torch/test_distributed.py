@@ -8,13 +8,14 @@ import torch
 import torch.distributed as dist
 
 from fastxent.distributed import cross_entropy, linear_cross_entropy
+from fastxent.torch import _linear_blocks
 from tests.helpers.cases import FLOAT32, FLOAT64, Z_LOSS, Case, make_case
 from tests.helpers.opponent import run_torch
 from tests.helpers.processes import ROOT, run_script
 from tests.helpers.shards import Job, LinearJob, Outcome, run_jobs
 from tests.helpers.torch_cases import array, as_tensors
 from tests.helpers.truth import Budget, make_truth
-from tests.torch.test_linear import Problem, assert_no_worse, make, step, whole
+from tests.torch.test_linear import N_ROWS, Problem, assert_no_worse, limit_of, make, step, whole
 
 # By the number of processes: the classes of each. 16 rows at a time, and a row at a time; uneven shards, empty ones.
 SIZES = {1: [(8,), (400,)], 2: [(5, 3), (400, 350), (0, 400)], 3: [(3, 0, 5), (400, 350, 330)]}
@@ -322,15 +323,59 @@ def test_torchrun_with_data_parallel_rows_and_dtensors(tmp_path):
     run_script(code, GLOO_SOCKET_IFNAME="lo", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
 
 
-def test_class_probabilities_and_double_backward_are_refused(tmp_path):
+@pytest.fixture
+def alone(tmp_path):
+    """This process is a group of one."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        x = torch.zeros(2, 3, requires_grad=True)
-        with pytest.raises(RuntimeError, match="cannot be differentiated"):
-            torch.autograd.grad(cross_entropy(x, torch.tensor([0, 1])), x, create_graph=True)
-        with pytest.raises(TypeError, match=r"target has dtype torch.float32"):
-            cross_entropy(x, x.detach())
-        with pytest.raises(RuntimeError, match="cannot be differentiated"):
-            torch.autograd.grad(linear_cross_entropy(x, x, torch.tensor([0, 1])), x, create_graph=True)
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+SHAPES = {"one row": (), "no row": (0,), "axes": (3, 2), "all ignored": (4,)}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_rows_of_any_shape(name, alone):
+    problem, n_rows = make(n_rows=6), int(np.prod(SHAPES[name]))
+    x = problem.input[:n_rows].reshape(*SHAPES[name], problem.input.shape[1]).requires_grad_()
+    w = problem.linear_weight.requires_grad_()
+    target = problem.target[:n_rows].reshape(SHAPES[name])
+    target = torch.full_like(target, -100) if name == "all ignored" else target
+    for reduction in ("mean", "sum", "none"):
+        want = whole(x.reshape(n_rows, -1), w, target.reshape(-1), reduction=reduction).reshape(
+            target.shape if reduction == "none" else ()
+        )
+        loss = linear_cross_entropy(x, w, target, reduction=reduction)
+        torch.testing.assert_close(loss, want, equal_nan=True)
+        gradients = (torch.autograd.grad(a.sum(), (x, w)) for a in (loss, want))
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b.nan_to_num(0.0) if name in ("no row", "all ignored") else b)
+
+
+def test_logits_that_fit_the_limit_are_computed_once(alone, monkeypatch):
+    """And again by a second backward, which finds their gradient in their place."""
+    products = []
+    multiply = _linear_blocks._multiply
+    monkeypatch.setattr(_linear_blocks, "_multiply", lambda layer, block: (products.append(0), multiply(layer, block)))
+    problem = make()
+    x, w = problem.input.requires_grad_(), problem.linear_weight.requires_grad_()
+    made = {}
+    for limit in (None, limit_of(N_ROWS // 2)):
+        loss = linear_cross_entropy(x, w, problem.target, memory_limit=limit)
+        made[limit] = [torch.autograd.grad(loss, (x, w), retain_graph=True) for _ in range(2)]
+        assert len(products) == (2 if limit is None else 3 * 3)
+        products.clear()
+    (first, second), blocks = made[None], made[limit_of(N_ROWS // 2)][0]
+    for a, b, c in zip(first, second, blocks, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c)
+
+
+def test_class_probabilities_and_double_backward_are_refused(alone):
+    x = torch.zeros(2, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated"):
+        torch.autograd.grad(cross_entropy(x, torch.tensor([0, 1])), x, create_graph=True)
+    with pytest.raises(TypeError, match=r"target has dtype torch.float32"):
+        cross_entropy(x, x.detach())
+    with pytest.raises(RuntimeError, match="cannot be differentiated"):
+        torch.autograd.grad(linear_cross_entropy(x, x, torch.tensor([0, 1])), x, create_graph=True)
