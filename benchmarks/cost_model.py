@@ -4,21 +4,22 @@
     python -m benchmarks.cost_model --ranks 2 --threads 1
 
 The machine's constants are measured in the same processes at the same time, so the table tells whether the formulas are right,
-not whether cores and memory scale. N rows, V classes, D features, R processes, b bytes a logit:
+not whether cores and memory scale. Constants and times are the least of seven samples. N rows, V classes, D features,
+R processes, b bytes a logit:
 
-    logits          N r + 3 b N V / (R B) + messages
-    linear layer    N r + 8 N D V / (R F) + 3 b N V / (R B) + messages, of which one more has 4 N D bytes
+    logits          c + N r + 3 b N V / (R B) + messages
+    linear layer    the same + 2 k N D V / (R F), and one message more, of 4 N D bytes
     messages        an all-reduce of n bytes takes l + n / C; those of a forward have 8 N and 16 N bytes
 
 B: bytes that are read or written a second; F: flops a second of a product; l, C: latency and bytes a second of an all-reduce;
-r: seconds a row, for what each process does in float64 whatever its shard.
+c, r: seconds a call and a row, for what each process does in Python and in float64 whatever its shard. k: products, 3 if the
+logits of all rows are one block, else 4.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +27,10 @@ import torch.distributed as dist
 
 from benchmarks.distributed import LINEAR, LOGITS, OURS, of_linear, of_logits, run_in_processes, time_step
 from benchmarks.measure import set_threads
+from fastxent._runtime.blocks import rows_per_block
 
 ROUNDS = 7
-FEW, MANY = 64, 2048  # rows of two shards of 16 classes: the slope is the time of a row
+FEW, MANY = 64, 16384  # rows of 16 classes a shard, which cost nothing: the slope is the time of a row
 
 
 class Machine(NamedTuple):
@@ -38,16 +40,18 @@ class Machine(NamedTuple):
     flops: float
     latency: float
     capacity: float
+    call: float
     row: float
 
     def messages(self, *sizes: float) -> float:
         return sum(self.latency + nbytes / self.capacity for nbytes in sizes)
 
     def of_logits(self, n: int, v: int, n_ranks: int, b: int = 4) -> float:
-        return n * self.row + 3 * b * n * v / n_ranks / self.bandwidth + self.messages(8 * n, 16 * n)
+        return self.call + n * self.row + 3 * b * n * v / n_ranks / self.bandwidth + self.messages(8 * n, 16 * n)
 
     def of_linear(self, n: int, d: int, v: int, n_ranks: int, b: int = 4) -> float:
-        products = 8 * n * d * v / n_ranks / self.flops
+        n_products = 3 if rows_per_block(n, d, v // n_ranks, b) >= n else 4
+        products = 2 * n_products * n * d * v / n_ranks / self.flops
         return self.of_logits(n, v, n_ranks, b) + products + self.messages(4 * n * d)
 
 
@@ -56,22 +60,24 @@ def machine(n_threads: int) -> Machine:
 
     def seconds(step: Callable[[], Any]) -> float:
         step()
-        return median(time_step(step, n_threads) for _ in range(ROUNDS))
+        return min(time_step(step, n_threads) for _ in range(ROUNDS))
 
     n_ranks = dist.get_world_size()
-    x, y = torch.zeros(2, 32_000_000).unbind()
+    x, y = torch.ones(2, 32_000_000).unbind()  # in memory: zeros would be one page
     a, b = torch.randn(512, 512), torch.randn(512, 8192)
     small, large = torch.zeros(128, dtype=torch.float64), torch.zeros(1_000_000, dtype=torch.float64)
     latency = seconds(lambda: dist.all_reduce(small))
+    capacity = large.nbytes / max(seconds(lambda: dist.all_reduce(large)) - latency, 1e-9)  # one process sends nothing
     few, many = (seconds(of_logits(n_rows, 16 * n_ranks)[OURS]) for n_rows in (FEW, MANY))
-    # A logit is read twice and its gradient written once, so that is what a third of reading and a copy stand for.
+    # Logits are read twice and their gradient is written once: a third is reading, two thirds are a copy.
     reading, copying = seconds(x.amax), seconds(lambda: y.copy_(x))
     return Machine(
         bandwidth=3 * x.nbytes / (reading + copying),
         flops=2 * 512 * 512 * 8192 / seconds(lambda: torch.mm(a, b)),
         latency=latency,
-        capacity=large.nbytes / (seconds(lambda: dist.all_reduce(large)) - latency),
-        row=(many - few) / (MANY - FEW),
+        capacity=capacity,
+        call=max(few - 2 * latency, 0.0),
+        row=max((many - few) / (MANY - FEW) - 24 / capacity, 0.0),
     )
 
 
@@ -84,12 +90,13 @@ def compare(n_threads: int, logits: list[tuple[int, int]], linear: list[tuple[in
     lines = []
     for title, predicted, step in cases:
         step()
-        measured = median(time_step(step, n_threads) for _ in range(ROUNDS))
+        measured = min(time_step(step, n_threads) for _ in range(ROUNDS))
         lines.append(f"{title:32}{1e3 * predicted:10.1f}{1e3 * measured:10.1f}{measured / predicted:8.2f}")
     if dist.get_rank() == 0:
         print(f"\n{n_ranks} processes, {n_threads} threads each: {of.bandwidth / 1e9:.1f} GB/s", end=", ")
         print(f"{of.flops / 1e9:.0f} GFLOP/s", end=", ")
-        print(f"all-reduce {1e6 * of.latency:.0f} us and {of.capacity / 1e9:.2f} GB/s, {1e9 * of.row:.0f} ns a row")
+        print(f"all-reduce {1e6 * of.latency:.0f} us and {of.capacity / 1e9:.2f} GB/s", end=", ")
+        print(f"{1e6 * of.call:.0f} us a call, {1e9 * of.row:.0f} ns a row")
         print(f"{'':32}{'predicted':>10}{'ms':>10}{'/':>8}", *lines, sep="\n", flush=True)
 
 

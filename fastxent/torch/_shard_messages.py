@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from fastxent._runtime.arguments import Array
 
-ROOM = 1024  # rows: 8 KB, which take gloo as long as an empty message
+ROOM = 1024  # rows: 8 KB, which take gloo hardly longer than an empty message
 
 
 class Alike(NamedTuple):

@@ -342,7 +342,7 @@ def test_rows_of_any_shape(name, alone):
     target = problem.target[:n_rows].reshape(SHAPES[name])
     target = torch.full_like(target, -100) if name == "all ignored" else target
     for reduction in ("mean", "sum", "none"):
-        want = whole(x.reshape(n_rows, -1), w, target.reshape(-1), reduction=reduction).reshape(
+        want = whole(x.reshape(n_rows, w.shape[1]), w, target.reshape(-1), reduction=reduction).reshape(
             target.shape if reduction == "none" else ()
         )
         loss = linear_cross_entropy(x, w, target, reduction=reduction)
