@@ -7,13 +7,13 @@ The machine's constants are measured in the same processes at the same time, so 
 not whether cores and memory scale. Constants and times are the least of seven samples. N rows, V classes, D features,
 R processes, b bytes a logit:
 
-    logits          c + N r + 3 b N V / (R B) + messages
+    logits          c + N r + N V / R (max(b / B, e) + max(2 b / B, e)) + messages
     linear layer    the same + 2 k N D V / (R F), and one message more, of 4 N D bytes
     messages        an all-reduce of n bytes takes l + n / C; those of a forward have 8 N and 16 N bytes
 
-B: bytes that are read or written a second; F: flops a second of a product; l, C: latency and bytes a second of an all-reduce;
-c, r: seconds a call and a row, for what each process does in Python and in float64 whatever its shard. k: products, 3 if the
-logits of all rows are one block, else 4.
+B: bytes that are read or written a second; e: seconds of a logit in the cache, most of it an exponential; F: flops a second of
+a product; l, C: latency and bytes a second of an all-reduce; c, r: seconds a call and a row, for what each process does in Python
+and in float64 whatever its shard. k: products, 3 if the logits of all rows are one block, else 4.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+import fastxent.torch as ft
 from benchmarks.distributed import LINEAR, LOGITS, OURS, of_linear, of_logits, run_in_processes, time_step
 from benchmarks.measure import set_threads
 from fastxent._runtime.blocks import rows_per_block
@@ -37,6 +38,7 @@ class Machine(NamedTuple):
     """The constants, in seconds, bytes and flops."""
 
     bandwidth: float
+    logit: float
     flops: float
     latency: float
     capacity: float
@@ -47,7 +49,8 @@ class Machine(NamedTuple):
         return sum(self.latency + nbytes / self.capacity for nbytes in sizes)
 
     def of_logits(self, n: int, v: int, n_ranks: int, b: int = 4) -> float:
-        return self.call + n * self.row + 3 * b * n * v / n_ranks / self.bandwidth + self.messages(8 * n, 16 * n)
+        trips = max(b / self.bandwidth, self.logit) + max(2 * b / self.bandwidth, self.logit)
+        return self.call + n * self.row + n * v / n_ranks * trips + self.messages(8 * n, 16 * n)
 
     def of_linear(self, n: int, d: int, v: int, n_ranks: int, b: int = 4) -> float:
         n_products = 3 if rows_per_block(n, d, v // n_ranks, b) >= n else 4
@@ -69,10 +72,12 @@ def machine(n_threads: int) -> Machine:
     latency = seconds(lambda: dist.all_reduce(small))
     capacity = large.nbytes / max(seconds(lambda: dist.all_reduce(large)) - latency, 1e-9)  # one process sends nothing
     few, many = (seconds(of_logits(n_rows, 16 * n_ranks)[OURS]) for n_rows in (FEW, MANY))
+    cached, target = torch.randn(64, 8192), torch.zeros(64, dtype=torch.int64)
     # Logits are read twice and their gradient is written once: a third is reading, two thirds are a copy.
     reading, copying = seconds(x.amax), seconds(lambda: y.copy_(x))
     return Machine(
         bandwidth=3 * x.nbytes / (reading + copying),
+        logit=seconds(lambda: [ft.cross_entropy(cached, target) for _ in range(20)]) / 20 / cached.numel(),
         flops=2 * 512 * 512 * 8192 / seconds(lambda: torch.mm(a, b)),
         latency=latency,
         capacity=capacity,
@@ -93,7 +98,10 @@ def compare(n_threads: int, logits: list[tuple[int, int]], linear: list[tuple[in
         measured = min(time_step(step, n_threads) for _ in range(ROUNDS))
         lines.append(f"{title:32}{1e3 * predicted:10.1f}{1e3 * measured:10.1f}{measured / predicted:8.2f}")
     if dist.get_rank() == 0:
-        print(f"\n{n_ranks} processes, {n_threads} threads each: {of.bandwidth / 1e9:.1f} GB/s", end=", ")
+        print(
+            f"\n{n_ranks} processes, {n_threads} threads each: {of.bandwidth / 1e9:.1f} GB/s, {1e12 * of.logit:.0f} ps a logit",
+            end=", ",
+        )
         print(f"{of.flops / 1e9:.0f} GFLOP/s", end=", ")
         print(f"all-reduce {1e6 * of.latency:.0f} us and {of.capacity / 1e9:.2f} GB/s", end=", ")
         print(f"{1e6 * of.call:.0f} us a call, {1e9 * of.row:.0f} ns a row")
