@@ -11,9 +11,9 @@ R processes, b bytes a logit:
     linear layer    the same + 2 k N D V / (R F), and one message more, of 4 N D bytes
     messages        an all-reduce of n bytes takes l + n / C; those of a forward have 8 N and 16 N bytes
 
-B: bytes that are read or written a second; e: seconds of a logit in the cache, most of it an exponential; F: flops a second of
-a product; l, C: latency and bytes a second of an all-reduce; c, r: seconds a call and a row, for what each process does in Python
-and in float64 whatever its shard. k: products, 3 if the logits of all rows are one block, else 4.
+B: bytes that are read or written a second; e: seconds of a logit in the cache, most of it an exponential; F: flops a second
+of a product; l, C: latency and bytes a second of an all-reduce; c, r: seconds a call and a row, for what each process does in
+Python and in float64 whatever its shard. k: products, 3 if the logits of all rows are one block, else 4.
 """
 
 from __future__ import annotations
