@@ -245,7 +245,10 @@ def linear_cross_entropy(
 
 
 def _shard_and_group(shard: Any, name: str, axis: int, group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup]:
-    """Return a shard as a tensor, and its group: of a DTensor, that over which its class axis is sharded."""
+    """Return a shard as a tensor, and its group: of a DTensor, that over which its class axis is sharded.
+
+    A DTensor has the same placements in all processes, so all of them raise this error without a message.
+    """
     if not hasattr(shard, "to_local"):
         return shard, group_of(group)
     axis = min(axis, shard.dim() - 1)
