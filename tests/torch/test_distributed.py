@@ -371,6 +371,36 @@ def test_logits_that_fit_the_limit_are_computed_once(alone, monkeypatch):
         torch.testing.assert_close(a, c)
 
 
+PEAK = """
+import torch, torch.distributed as dist
+from fastxent.distributed import linear_cross_entropy
+
+def status(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(name))
+
+def step(n):
+    y = torch.randint(32000, (n,))
+    x, w = torch.randn(n, 64, requires_grad=True), torch.ones(32000, 64, requires_grad=True)
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is now what there is now
+    before = status("VmRSS")
+    linear_cross_entropy(x, w, y, memory_limit=32_000_000).backward()
+    return status("VmHWM") - before - x.grad.nbytes - w.grad.nbytes
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+step(300)  # loads BLAS and kernels
+print(step(4096))
+dist.destroy_process_group()
+"""
+
+
+def test_peak_of_memory():
+    """The logits have 524 MB."""
+    run_script(PEAK)  # it may compile a kernel
+    assert int(run_script(PEAK)) <= 32_000_000 + (16 << 20)
+
+
 def test_class_probabilities_and_double_backward_are_refused(alone):
     x = torch.zeros(2, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated"):
