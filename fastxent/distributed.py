@@ -1,31 +1,32 @@
-"""Cross-entropy of logits whose classes are sharded over the processes of a ``torch.distributed`` group (vocabulary-parallel).
+"""Cross-entropy whose classes are sharded over the processes of a ``torch.distributed`` group (vocabulary-parallel).
 
-A call reads the shard's logits once and exchanges two messages: the rows' maxima, then their sums, which all processes merge in
-float64. The backward reads the shard once more and sends nothing. The maths is in ``fastxent._kernels.losses.class_shard``.
+Each process goes through its shard's logits once and exchanges two messages: the rows' maxima, then their sums, which all merge
+in float64 (``fastxent.torch._class_shards``). The backward goes through the shard once more. For logits it sends nothing; for a
+linear layer it adds up the gradient of the input, which is one message.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 try:
-    import torch
     import torch.distributed as dist
 except ImportError as error:
     raise ImportError("fastxent.distributed needs PyTorch: pip install 'fastxent[distributed]'") from error
 from torch import Tensor, nn
 
-from fastxent._runtime.arguments import Array
-from fastxent._runtime.options import checked
+from fastxent._runtime.options import check_integer, checked
 from fastxent.torch import _bridge
-from fastxent.torch._bridge import INTEGERS, MEAN, NONE, as_float64, as_int64
+from fastxent.torch._bridge import INTEGERS, NONE, Options
+from fastxent.torch._class_shards import CrossEntropy
 from fastxent.torch._decomposition import loss_dtype
+from fastxent.torch._dispatch import require_tensors
+from fastxent.torch._linear import flat_layer, shape_of_logits
+from fastxent.torch._linear_operators import check_layer, stand_in
+from fastxent.torch._linear_shards import LinearCrossEntropy
+from fastxent.torch._shard_messages import errors_in_all, group_of
 
-__all__ = ["cross_entropy"]
-
-IGNORED = -1  # a class index of a shard: the row is ignored
+__all__ = ["cross_entropy", "linear_cross_entropy"]
 
 
 def cross_entropy(
@@ -53,7 +54,7 @@ def cross_entropy(
         \mathrm{lse}_n = M_n + \log \sum_r s_{nr}\, e^{m_{nr} - M_n}, \qquad M_n = \max_r m_{nr}
 
     with the maximum m and the sum s of exponentials of shard r. Every process of the group calls this function, with its own
-    shard, and otherwise with the same arguments. It sends two all-reduces, and none in the backward.
+    shard, and otherwise with the same arguments, and its backward. The forward sends two all-reduces, the backward none.
 
     Parameters
     ----------
@@ -90,8 +91,15 @@ def cross_entropy(
     ------
     IndexError
         A class index is neither ``ignore_index`` nor that of a class. All processes raise it, even if it is in one of them.
+    ValueError
+        An argument that must be the same in all processes is not, ``vocab_start`` is not what the sizes say: all raise it.
     ValueError, TypeError, RuntimeError
         An argument does not fit; the processes whose own arguments are right raise a RuntimeError then.
+
+    Notes
+    -----
+    The first message also compares the processes' arguments, so that none waits for one that has raised an error. It has room
+    for 1024 rows, or for as many as the group's largest call so far had; a call with more sends a third message, once.
 
     References
     ----------
@@ -113,231 +121,165 @@ def cross_entropy(
             [ 0.1250,  0.1250,  0.1250, -0.3750]])
     >>> dist.destroy_process_group()
     """
-    if hasattr(local_logits, "to_local"):
-        local_logits, group = _shard_of(local_logits)
-    if hasattr(target, "to_local"):
-        target = target.to_local()
-    if target.dtype not in INTEGERS:
-        raise TypeError(f"target has dtype {target.dtype}; a vocabulary-parallel cross_entropy takes class indices")
-    options = _Options(nn._reduction.get_enum(reduction), ignore_index, label_smoothing, z_loss)
-    return _VocabularyParallel.apply(local_logits, target, weight, sample_weight, group, vocab_start, options)
+    local_logits, group = _shard_and_group(local_logits, "local_logits", 1, group)
+    with errors_in_all(group):
+        target, weight, sample_weight = _local(target), _local(weight), _local(sample_weight)
+        options, vocab_start = _options(reduction, ignore_index, label_smoothing, z_loss), _start(vocab_start)
+        required = {"local_logits": local_logits, "target": target}
+        require_tensors("cross_entropy", required, {"weight": weight, "sample_weight": sample_weight})
+        _check_indices(target)
+        _bridge.check_operands(local_logits, target, weight, sample_weight)
+    return CrossEntropy.apply(local_logits, weight, target, sample_weight, group, vocab_start, options)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    local_linear_weight: Tensor,
+    target: Tensor,
+    *,
+    local_linear_bias: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    memory_limit: int | None = None,
+) -> Tensor:
+    r"""Softmax cross-entropy of a linear layer of which each process holds a shard of the classes, without the logits.
+
+    .. math::
+        l_n = \mathrm{cross\_entropy}(x_n, y_n), \qquad x_{nc} = W_c \cdot h_n + b_c
+
+    over all C classes of the group, as in `cross_entropy`. Each process computes its logits block by block of rows, within
+    ``memory_limit`` bytes, in the forward and again in the backward; no logit is sent. Rows that are ignored are dropped before
+    the products. The gradient of the input is added up over the processes,
+
+    .. math::
+        \frac{\partial l}{\partial h_n} = \sum_r \sum_{c \in r} g_{nc} W_c
+
+    so the layers below see all of it. The forward sends two all-reduces, and the backward one if ``input`` needs a gradient.
+
+    Parameters
+    ----------
+    input : Tensor, shape (D,), (N, D) or (..., D)
+        h, the same in all processes; float16, bfloat16, float32 or float64.
+    local_linear_weight : Tensor, shape (C_r, D)
+        This process's rows of W. Shards follow one another in the order of the ranks; they may differ in size, and be empty. Or
+        a ``DTensor`` that is sharded on its first axis, which brings its group along.
+    target : Tensor of any integer dtype, shape (...)
+        Class indices y, counted over all shards.
+    local_linear_bias : Tensor, shape (C_r,), optional
+        b of the shard's classes.
+    group, vocab_start, weight, sample_weight, ignore_index, label_smoothing, z_loss, reduction
+        As in `cross_entropy`.
+    memory_limit : int, optional
+        As in `fastxent.torch.linear_cross_entropy`: most bytes that a process takes beside arguments and gradients.
+
+    Returns
+    -------
+    Tensor
+        As from `cross_entropy`. Its backward gives each process the gradients of its shard, and the whole one of the input.
+
+    Raises
+    ------
+    IndexError, ValueError, TypeError, RuntimeError
+        As in `cross_entropy`; also where the shapes of the layer do not fit, and for a memory limit that is not above 0.
+
+    Notes
+    -----
+    Four products of the size of the shard, where one process alone needs three: the gradient needs the sums of all processes,
+    so the logits are computed twice. If those of all rows are one block, they are kept for the backward, and it takes three. If
+    the shards are not where they were in the group's last call with a shard of this size, the forward computes the logits once
+    more. Half precision as in `fastxent.torch.linear_cross_entropy`.
+
+    References
+    ----------
+    As of `cross_entropy`. Wijmans et al., *Cut Your Losses in Large-Vocabulary Language Models*, arXiv:2411.09009.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> from fastxent.distributed import linear_cross_entropy
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 2.0]], requires_grad=True)
+    >>> head = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], requires_grad=True)
+    >>> loss = linear_cross_entropy(hidden, head, torch.tensor([0, 1]))
+    >>> loss.backward()
+    >>> print(f"{loss.item():.4f}")
+    0.8103
+    >>> head.grad
+    tensor([[-0.2888,  0.0634],
+            [ 0.0777, -0.5317],
+            [ 0.2112,  0.4683]])
+    >>> dist.destroy_process_group()
+    """
+    local_linear_weight, group = _shard_and_group(local_linear_weight, "local_linear_weight", 0, group)
+    with errors_in_all(group):
+        input, target, local_linear_bias = _local(input), _local(target), _local(local_linear_bias)
+        weight, sample_weight = _local(weight), _local(sample_weight)
+        options, vocab_start = _options(reduction, ignore_index, label_smoothing, z_loss), _start(vocab_start)
+        memory_limit = checked("memory_limit", memory_limit)
+        required = {"input": input, "local_linear_weight": local_linear_weight, "target": target}
+        optional = {"local_linear_bias": local_linear_bias, "weight": weight, "sample_weight": sample_weight}
+        require_tensors("linear_cross_entropy", required, optional)
+        _check_indices(target)
+        rows = shape_of_logits(input, local_linear_weight, local_linear_bias)[:-1]
+        for name, t in (("target", target), ("sample_weight", sample_weight)):
+            if t is not None and t.shape != rows:
+                raise RuntimeError(f"size mismatch (got rows: {list(rows)}, {name}: {list(t.shape)})")
+        layer = flat_layer(input, local_linear_weight, local_linear_bias)
+        check_layer(layer)
+        flat, u = target.reshape(-1), None if sample_weight is None else sample_weight.reshape(-1)
+        _bridge.check_operands(stand_in(layer), flat, weight, u)
+    loss = LinearCrossEntropy.apply(*layer, weight, flat, u, group, vocab_start, options, memory_limit)
+    return loss.reshape(rows if options.reduction == NONE else ()).to(loss_dtype(input, target, None))
 
 
 # ----------------------------------------------------------------------------------------------------
+# Arguments
+# ----------------------------------------------------------------------------------------------------
 
 
-class _Options(NamedTuple):
-    reduction: int
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
+def _shard_and_group(shard: Any, name: str, axis: int, group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup]:
+    """Return a shard as a tensor, and its group: of a DTensor, that over which its class axis is sharded.
 
-
-class _Shard(NamedTuple):
-    """A shard, as the kernels take it."""
-
-    x: Tensor
-    axis: int  # class axis
-    w: Tensor | None  # class weights
-    label: Tensor  # of each row: its class index in this shard, 0 if that is in another one, or IGNORED
-
-
-class _Rows(NamedTuple):
-    """What the backward needs of the rows, in float64, flattened. They are NumPy's: its bits do not depend on threads."""
-
-    top: Array  # maximum over all classes
-    s: Array  # sum of exp(x - top) over all classes
-    x: Array  # x - top of class ``label``
-    here: Array  # whether that class is the target
-    t: Array  # (1 - eps) w_y
-    uniform: float  # eps / C
-    weights: float  # sum_c w_c
-    u: Array | float  # sample weights
-    divisor: float
-
-
-class _VocabularyParallel(torch.autograd.Function):
-    """The autograd node."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None,
-        group: dist.ProcessGroup | None, vocab_start: int | None, options: _Options,
-    ) -> Tensor:  # fmt: skip
-        loss, shard, ctx.rows = _forward(input, target, weight, sample_weight, group, vocab_start, options)
-        ctx.options = options
-        ctx.save_for_backward(input, weight, shard.label)
-        dtype = loss_dtype(input, target, None)
-        if options.reduction == NONE:
-            return torch.from_numpy(loss).view(target.shape).to(dtype)
-        return torch.tensor(loss.sum() / ctx.rows.divisor, dtype=dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the gradient of a vocabulary-parallel cross_entropy cannot be differentiated: create_graph=True"
-            )
-        input, weight, label = ctx.saved_tensors
-        shard = _Shard(input, min(1, input.dim() - 1), weight, label)
-        return _gradient(shard, ctx.rows, ctx.options, _numbers(as_float64(grad_output))), *(None,) * 6
-
-
-def _shard_of(logits: Any) -> tuple[Tensor, dist.ProcessGroup]:
-    """Return the local tensor of a DTensor, and the group over which its class axis is sharded."""
-    axis = min(1, logits.dim() - 1)
-    over = [dim for dim, placement in enumerate(logits.placements) if placement.is_shard(axis)]
-    if len(over) != 1 or any(placement.is_partial() for placement in logits.placements):
-        raise ValueError(f"local_logits has placements {logits.placements}; one of them must shard the class axis, {axis}")
-    return logits.to_local(), logits.device_mesh.get_group(over[0])
-
-
-def _forward(
-    input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None,
-    group: dist.ProcessGroup | None, vocab_start: int | None, options: _Options,
-) -> tuple[Array, _Shard, _Rows]:  # fmt: skip
-    """Return the losses of the rows, and what the backward needs."""
-    y = _numbers(as_int64(target))
-    kept = y != options.ignore_index
-    label = torch.from_numpy(np.where(kept, 0, IGNORED)).view(target.shape)
-    shard = _Shard(input, min(1, input.dim() - 1), weight, label)
-    smooth = options.label_smoothing > 0.0
-
-    error = _error(input, target, weight, sample_weight, options)
-    m, log_s, d = (np.full(y.size, -np.inf) for _ in range(3)) if error else _sums(shard, smooth)
-    size = 0 if error else input.shape[shard.axis]
-    start, n_classes, top = _agree(error, y[kept], size, vocab_start, m, group)
-
-    here = kept & (y >= start) & (y < start + size)
-    shard = shard._replace(label=torch.from_numpy(np.where(here, y - start, label.flatten())).view(target.shape))
-    w = np.ones(size) if weight is None else _numbers(as_float64(weight))
-    with np.errstate(all="ignore"):  # infinite logits give nan as in PyTorch
-        x_label = _at_label(shard) - top
-        message = [np.exp((m - top) + log_s), np.where(here, x_label, 0.0)]
-        if weight is not None:
-            message.append(np.where(here, _weights_at_label(shard), 0.0))
-        if smooth:
-            message.append(d + w.sum() * (m - top) if size else np.zeros(y.size))
-        (weights,), *sums = _all_reduced(dist.ReduceOp.SUM, [np.array([w.sum()]), *message], group)
-
-        s, x_y, w_y = sums[0], sums[1], 1.0 if weight is None else sums[2]
-        log_s = np.log(s)
-        lse, uniform = top + log_s, options.label_smoothing / n_classes
-        t = (1.0 - options.label_smoothing) * w_y * np.ones(y.size)
-        loss = t * (log_s - x_y) + options.z_loss * (lse * lse)
-        if smooth:
-            loss += uniform * (weights * log_s - sums[-1])
-        u = 1.0 if sample_weight is None else _numbers(as_float64(sample_weight))
-        loss = np.where(kept, u * loss, 0.0)
-    counted = np.where(kept, u * w_y, 0.0).sum() if options.reduction == MEAN else 1.0
-    return loss, shard, _Rows(top, s, x_label, here, t, uniform, weights, u, counted or np.nan)
-
-
-def _error(
-    input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: _Options
-) -> Exception | None:
-    """Return what is wrong with the arguments of this process, or None."""
-    try:
-        checked("label_smoothing", options.label_smoothing)
-        _bridge.check_operands(input, target, weight, sample_weight)
-    except Exception as error:
-        return error
-    return None
-
-
-def _sums(shard: _Shard, smooth: bool) -> tuple[Array, Array, Array]:
-    """Return the maximum m of each row, log sum_c exp(x_c - m) and, with label smoothing, sum_c w_c (x_c - m)."""
-    call = _bridge.prepare(shard.x, shard.label, shard.w, None)
-    n = shard.label.numel()
-    if shard.x.numel() == 0:
-        return np.full(n, -np.inf), np.zeros(n), np.zeros(n)
-    m = np.empty(n, np.float64 if call.acc == torch.float64 else np.float32)
-    log_s, d = np.empty(n), np.zeros(n)
-    _bridge.run_task(
-        "class_shard", call, call.x, _flags(smooth), ignore=IGNORED, uniform=1.0, lse=m.ctypes.data, v=log_s.ctypes.data,
-        b=d.ctypes.data,
-    )  # fmt: skip
-    return m.astype(np.float64), log_s, np.where(m == -np.inf, -np.inf, d)
-
-
-def _agree(
-    error: Exception | None, kept: Array, size: int, vocab_start: int | None, m: Array, group: dist.ProcessGroup | None
-) -> tuple[int, int, Array]:
-    """Return the first class of this shard, the number of classes of all shards, and the maxima of the rows over all of them.
-
-    This is one message, a maximum over the processes: it also tells each of them what all others have to say against the call,
-    so that none goes on to wait for one that has raised an error.
+    A DTensor has the same placements in all processes, so all of them raise this error without a message.
     """
-    rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
-    sizes, starts = np.zeros(n_ranks), np.full(n_ranks, -1.0)
-    sizes[rank], starts[rank] = size, -1.0 if vocab_start is None else vocab_start
-    targets = np.array([float(kept.max(initial=-1)), -float(kept.min(initial=0))])
-    failed, targets, sizes, starts, top = _all_reduced(
-        dist.ReduceOp.MAX, [np.array([float(error is not None)]), targets, sizes, starts, m], group
-    )
-    if error is not None:
-        raise error
-    if failed[0]:
-        raise RuntimeError("cross_entropy: the arguments of another process of the group do not fit, and it raises an error")
-    largest, smallest, n_classes = int(targets[0]), -int(targets[1]), int(sizes.sum())
-    if largest >= n_classes or smallest < 0:
-        raise IndexError(f"Target {largest if largest >= n_classes else smallest} is out of bounds.")
-    first = np.cumsum(sizes) - sizes
-    if ((starts >= 0) & (starts != first)).any():
-        given, right = (list(map(int, a)) for a in (starts, first))
-        raise ValueError(f"vocab_start is {given} in the order of the ranks; by the sizes of the shards it is {right}")
-    return int(first[rank]), n_classes, top
+    if not hasattr(shard, "to_local"):
+        return shard, group_of(group)
+    axis = min(axis, shard.dim() - 1)
+    over = [dim for dim, placement in enumerate(shard.placements) if placement.is_shard(axis)]
+    if len(over) != 1 or any(placement.is_partial() for placement in shard.placements):
+        raise ValueError(f"{name} has placements {shard.placements}; one of them must shard the class axis, {axis}")
+    return shard.to_local(), shard.device_mesh.get_group(over[0])
 
 
-def _all_reduced(op: Any, parts: list[Array], group: dist.ProcessGroup | None) -> list[Array]:
-    """Return arrays, reduced over the processes in one message."""
-    message = np.concatenate(parts)
-    dist.all_reduce(torch.from_numpy(message), op, group)
-    return np.split(message, np.cumsum([len(part) for part in parts[:-1]]))
+def _local(t: Any) -> Any:
+    """Return a DTensor's local tensor, and anything else as it is."""
+    if not hasattr(t, "to_local"):
+        return t
+    if any(placement.is_partial() for placement in t.placements):
+        raise ValueError(f"a DTensor has placements {t.placements}; it must not be a partial sum")
+    return t.to_local()
 
 
-def _gradient(shard: _Shard, rows: _Rows, options: _Options, grad_output: Array) -> Tensor:
-    """Return the gradient of the shard, which the kernel writes given the coefficients of the rows: see ``class_shard``."""
-    result = _bridge.gradient_like(shard.x)
-    if result.numel() == 0:
-        return result
-    with np.errstate(all="ignore"):
-        b = grad_output * rows.u / rows.divisor * np.ones(rows.s.size)
-        log_s = np.log(rows.s)
-        q_sum, of_z = rows.t + rows.uniform * rows.weights, 2.0 * options.z_loss * (rows.top + log_s)
-        a = b * (q_sum + of_z) / rows.s
-        p = np.exp(rows.x) / rows.s
-        smoothed = rows.uniform * (rows.weights * p - _weights_at_label(shard)) if rows.uniform else 0.0
-        # At the target, p - 1 would lose digits by cancellation.
-        g_y = b * (rows.t * np.where(rows.here, np.expm1(rows.x - log_s), p) + smoothed + of_z * p)
-    call = _bridge.prepare(shard.x, shard.label, shard.w, torch.from_numpy(a).view(shard.label.shape))
-    g = result if _bridge.lies_well(result, call.x, call.axis) else torch.empty_like(call.x)
-    _bridge.run_task(
-        "class_shard_grad", call, g, _flags(rows.uniform > 0.0), ignore=IGNORED, uniform=rows.uniform,
-        v=rows.top.ctypes.data, b=b.ctypes.data, g_y=g_y.ctypes.data,
+def _options(reduction: str, ignore_index: int, label_smoothing: float, z_loss: float) -> Options:
+    return Options(
+        nn._reduction.get_enum(reduction), checked("ignore_index", ignore_index),
+        checked("label_smoothing", label_smoothing), checked("z_loss", z_loss), 0.0,
     )  # fmt: skip
-    return result if g is result else result.copy_(g)
 
 
-def _flags(smooth: bool) -> dict[str, bool]:
-    return {"labelled": True, "smooth": smooth, "capped": False}
+def _start(vocab_start: int | None) -> int | None:
+    if vocab_start is not None and check_integer(vocab_start, "vocab_start") < 0:
+        raise ValueError(f"vocab_start = {vocab_start} is negative")
+    return vocab_start
 
 
-def _at_label(shard: _Shard) -> Array:
-    """Return the logits of classes ``label``, in float64; 0 in an empty shard."""
-    if shard.x.numel() == 0:
-        return np.zeros(shard.label.numel())
-    index = shard.label.clamp(min=0).unsqueeze(shard.axis)
-    return _numbers(shard.x.gather(shard.axis, index).double())
-
-
-def _weights_at_label(shard: _Shard) -> Array | float:
-    """Return the weights of classes ``label``."""
-    if shard.w is None:
-        return 1.0
-    return _numbers(as_float64(shard.w))[_numbers(shard.label).clip(0)] if len(shard.w) else 0.0
-
-
-def _numbers(t: Tensor) -> Array:
-    """Return a tensor's elements in row order as a flat NumPy array."""
-    return t.detach().resolve_neg().reshape(-1).numpy()
+def _check_indices(target: Tensor) -> None:
+    if target.dtype not in INTEGERS:
+        raise TypeError(f"target has dtype {target.dtype}; a vocabulary-parallel cross_entropy takes class indices")

@@ -19,6 +19,7 @@ functions are in this module; read ``_dispatch`` next. The other modules:
 * ``_policy`` is `log_prob_and_entropy`, from the operator to the backward.
 * ``_linear`` is `linear_cross_entropy`, which ``_linear_operators`` runs block by block (``_linear_blocks``);
   ``_linear_policy`` is `linear_log_prob_and_entropy`.
+* ``_class_shards``, ``_linear_shards`` and ``_shard_messages`` are for ``fastxent.distributed``, which imports them.
 * ``_install`` replaces PyTorch's cross-entropy in the whole process.
 """
 
