@@ -20,22 +20,24 @@ RESERVE = 2 * SCRATCH
 MULTIPLE = 16
 
 
-def rows_per_block(n_rows: int, n_features: int, n_classes: int, itemsize: int, memory_limit: int | None = None) -> int:
+def rows_per_block(
+    n_rows: int, n_features: int, n_classes: int, itemsize: int, unit: int, memory_limit: int | None = None
+) -> int:
     """Return how many rows of logits to hold at a time: at least 1, and equally many in all blocks but the last.
 
-    ``itemsize``: bytes of an element of input and weight; products of half precision are computed and held in float32.
+    ``itemsize``: bytes of an element of input and weight. ``unit``: bytes of a logit, as it is held: half precision may be
+    multiplied in float32.
     ``memory_limit``: most bytes of a call beside arguments and results; None: 64 MB, or the bytes of the weight if it has more.
 
-    >>> rows_per_block(2048, 256, 50257, 4)
+    >>> rows_per_block(2048, 256, 50257, 4, 4)
     256
-    >>> rows_per_block(2048, 256, 50257, 4, memory_limit=16_000_000)
+    >>> rows_per_block(2048, 256, 50257, 4, 4, memory_limit=16_000_000)
     32
     """
     budget = checked("memory_limit", memory_limit)
     if budget is None:
         budget = max(LEAST_BUDGET, n_features * n_classes * itemsize)
     # A row's logits become their gradient in place; beside them lie the row's input, gathered or converted, and its gradient.
-    unit = max(itemsize, 4)
     row_bytes = unit * (n_classes + 2 * n_features)
     most = max(1, (budget - min(RESERVE, unit * n_features * n_classes)) // max(row_bytes, 1))
     if most >= n_rows:

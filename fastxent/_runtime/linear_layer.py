@@ -1,10 +1,9 @@
 """Runs a task on the logits x W' + b of a linear layer, block by block of rows: all of the logits are never in memory.
 
-A block of logits is computed by BLAS, a kernel turns it into its gradient g in place, and two more products use that: g W is
-the block's gradient of the input, and g' x is added to the gradient of the weight. NumPy's products cannot add to an array, so
-all blocks but the first multiply some classes at a time into a scratch that the caches hold, and add that. Half precision, and
-any weight that BLAS cannot take as it lies, is copied to the scratch in the precision of the products, some classes at a time.
-Rows that are ignored are dropped first, so every block is full of rows that count.
+A block of logits is computed by BLAS, a kernel turns it into its gradient g in place, and two more products use that, some
+classes at a time, so that the second finds g in the caches: g W is added to the block's gradient of the input, and g' x to the
+gradient of the weight. Half precision, and any weight that BLAS cannot take as it lies, is copied to a scratch in the precision
+of the products. Rows that are ignored are dropped first, so every block is full of rows that count.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from fastxent._runtime.arguments import (
     storage,
     target_for,
 )
+from fastxent._runtime.blas import add_product
 from fastxent._runtime.blocks import classes_per_block, rows_per_block
 from fastxent._runtime.options import checked, fields_of, flags_of
 from fastxent._runtime.plan import Plan, make_plan
@@ -147,7 +147,9 @@ def run_task(
     n_features, n_classes, n_kept = layer.x.shape[1], len(layer.weight), layer.n_kept
     if n_kept == 0 or n_classes == 0:
         return 0.0
-    block = rows_per_block(n_kept, n_features, n_classes, layer.x.itemsize, layer.memory_limit)
+    block = rows_per_block(
+        n_kept, n_features, n_classes, layer.x.itemsize, layer.precision.itemsize, layer.memory_limit
+    )
     space = buffers.empty((block, n_classes), layer.precision)
     weight = Weight(layer)
     total = 0.0
@@ -216,14 +218,6 @@ class Weight:
             if bias is not None:
                 out[:, classes] += bias[classes]
 
-    def gradient_of_input(self, g: Array, out: Array) -> None:
-        if self.as_it_lies:
-            np.matmul(g, self.w, out=out)
-            return
-        out[...] = 0
-        for classes in self.classes(self.w.shape[1]):
-            out += g[:, classes] @ self.of(classes)
-
 
 def _is_for_blas(a: Array) -> bool:
     """Return whether NumPy passes a matrix to BLAS as it lies; others it multiplies by slow loops of its own."""
@@ -249,17 +243,17 @@ class Gradients:
     def add(self, x: Array, rows: Any, g: Array, weight: Weight) -> None:
         """Add what a block of rows gives: its input x, and the gradient g of its logits."""
         dinput = self.input[rows] if self.in_place else np.empty(x.shape, x.dtype)
-        weight.gradient_of_input(g, dinput)
+        dinput[...] = 0
+        # OpenBLAS packs all of an operand in its own memory: so some classes at a time.
+        for classes in weight.classes(max(x.shape)):
+            some = g[:, classes]
+            add_product(some, weight.of(classes), dinput)
+            if self.is_first:
+                np.matmul(some.T, x, out=self.weight[classes])
+            else:
+                add_product(some.T, x, self.weight[classes], weight.scratch[: some.shape[1]])
         if not self.in_place:
             self.input[rows] = dinput
-        # OpenBLAS packs all of g in its own memory: so some classes at a time.
-        for classes in weight.classes(max(x.shape)):
-            if self.is_first:
-                np.matmul(g[:, classes].T, x, out=self.weight[classes])
-            else:
-                share = weight.scratch[: classes.stop - classes.start]
-                np.matmul(g[:, classes].T, x, out=share)
-                self.weight[classes] += share
         if self.bias is not None:
             self.bias += np.ones(len(g), g.dtype) @ g
         self.is_first = False
