@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastxent._runtime.arguments import Array
-from fastxent._runtime.linear_layer import Gradients, Layer, check_layer, run_task
+from fastxent._runtime.linear_layer import Layer, check_layer, gradients_of, run_task
+from fastxent._runtime.linear_products import Gradients
 from fastxent._runtime.options import checked
 from fastxent._runtime.plan import over
 from fastxent.functional import CrossEntropyStats
@@ -198,7 +199,7 @@ def linear_cross_entropy_value_and_grad(
         ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, memory_limit=memory_limit,
         n_threads=n_threads,
     )  # fmt: skip
-    gradients = Gradients(layer)
+    gradients = gradients_of(layer)
     loss = _loss_of("value_and_grad", layer, reduction, gradients)
     return loss, LinearGradients(*gradients.result())
 

@@ -18,15 +18,25 @@ SCRATCH = 4_000_000
 RESERVE = 2 * SCRATCH
 # Blocks of many rows or classes are multiples of this: BLAS works on 16 rows at a time, our kernels on 16 classes.
 MULTIPLE = 16
+# Groups of classes that threads share: 2, 3, 4 and 6 threads have equally many.
+GROUPS = 12
+# Classes that are worth a product of their own.
+LEAST_CLASSES = 256
 
 
 def rows_per_block(
-    n_rows: int, n_features: int, n_classes: int, itemsize: int, unit: int, memory_limit: int | None = None
+    n_rows: int,
+    n_features: int,
+    n_classes: int,
+    itemsize: int,
+    unit: int,
+    memory_limit: int | None = None,
+    n_shares: int = 0,
 ) -> int:
     """Return how many rows of logits to hold at a time: at least 1, and equally many in all blocks but the last.
 
     ``itemsize``: bytes of an element of input and weight. ``unit``: bytes of a logit, as it is held: half precision may be
-    multiplied in float32.
+    multiplied in float32. ``n_shares``: how many groups of classes have a share in the gradient of the input.
     ``memory_limit``: most bytes of a call beside arguments and results; None: 64 MB, or the bytes of the weight if it has more.
 
     >>> rows_per_block(2048, 256, 50257, 4, 4)
@@ -37,8 +47,9 @@ def rows_per_block(
     budget = checked("memory_limit", memory_limit)
     if budget is None:
         budget = max(LEAST_BUDGET, n_features * n_classes * itemsize)
-    # A row's logits become their gradient in place; beside them lie the row's input, gathered or converted, and its gradient.
-    row_bytes = unit * (n_classes + 2 * n_features)
+    # A row's logits become their gradient in place; beside them lie the row's input, gathered or converted, its gradient, and
+    # what groups of classes add to that.
+    row_bytes = unit * (n_classes + (2 + n_shares) * n_features)
     most = max(1, (budget - min(RESERVE, unit * n_features * n_classes)) // max(row_bytes, 1))
     if most >= n_rows:
         return max(1, n_rows)
@@ -55,3 +66,26 @@ def classes_per_block(n_others: int, itemsize: int) -> int:
     """
     fit = SCRATCH // (max(itemsize, 4) * max(n_others, 1))
     return max(MULTIPLE, fit // MULTIPLE * MULTIPLE)
+
+
+def class_groups(n_classes: int, n_features: int) -> list[slice]:
+    """Return the classes in groups that threads share: ``GROUPS`` of them, unless they would be small.
+
+    >>> class_groups(1000, 64)
+    [slice(0, 1000, None)]
+    >>> len(class_groups(50257, 256)), class_groups(50257, 256)[-1]
+    (12, slice(46112, 50257, None))
+    """
+    least = max(LEAST_CLASSES, SCRATCH // (8 * 4 * max(n_features, 1)))
+    size = max(-(-n_classes // GROUPS), least)
+    size = -(-size // MULTIPLE) * MULTIPLE
+    return [slice(first, min(first + size, n_classes)) for first in range(0, n_classes, size)]
+
+
+def classes_at_a_time(n_others: int, itemsize: int) -> int:
+    """Return how many classes of a group are multiplied at a time: a quarter of ``classes_per_block``, for each thread has its own.
+
+    >>> classes_at_a_time(256, 4)
+    976
+    """
+    return max(LEAST_CLASSES, classes_per_block(n_others, itemsize) // 4)

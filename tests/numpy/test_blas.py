@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastxent._runtime import blas
-from fastxent._runtime.blas import Found, add_product, is_right
+from fastxent._runtime.blas import Found, add_product, is_right, put_product
 from tests.helpers.processes import run_script
 
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64)]
@@ -38,7 +38,7 @@ def lie(a, how):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", ["rows", "columns", "within a larger one"])
 @pytest.mark.parametrize("path", [pytest.param("blas", marks=needs_blas), "numpy"])
-def test_a_product_is_added(path, how, dtype, monkeypatch):
+def test_a_product_is_added_or_written(path, how, dtype, monkeypatch):
     if path == "numpy":
         monkeypatch.setattr(blas, "blas", lambda: Found({}, ""))
     rng = np.random.default_rng(0)
@@ -46,10 +46,11 @@ def test_a_product_is_added(path, how, dtype, monkeypatch):
         a, b, out = (rng.integers(-9, 9, shape).astype(dtype) for shape in ((n, k), (k, m), (n, m)))
         want = out + a @ b
         into = lie(out, how if how != "columns" else "rows")
-        add_product(lie(a, how), lie(b, how), into, np.empty_like(out))
-        np.testing.assert_array_equal(into, want)
         add_product(lie(a, how), lie(b, how), into)
-        np.testing.assert_array_equal(into, want + a @ b)
+        np.testing.assert_array_equal(into, want)
+        into[...] = np.nan
+        put_product(lie(a, how), lie(b, how), into)
+        np.testing.assert_array_equal(into, a @ b)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="tried with the wheels for Linux")
@@ -74,7 +75,7 @@ def test_a_function_that_is_not_right_is_refused(wrong, monkeypatch):
         if wrong == "ignores a layout" and b_order == 112:
             product = product[::-1]
         result = matrix(out, 111, n, m, ld)
-        if wrong == "does not add":
+        if beta == 0 or wrong == "does not add":
             result[...] = product
         else:
             result += 2 * product if wrong == "adds twice" else product
@@ -90,7 +91,7 @@ def test_a_function_that_is_not_right_is_refused(wrong, monkeypatch):
 
 
 def test_without_the_functions_numpy_multiplies(monkeypatch):
-    monkeypatch.setattr(blas, "NAMES", (("no_such_{}gemm", ctypes.c_int64),))
+    monkeypatch.setattr(blas, "NAMES", (("no_such_{}gemm", "threads", ctypes.c_int64),))
     blas.blas.cache_clear()
     assert blas.blas() == Found({}, "NumPy's core is linked with none of no_such_sgemm")
     monkeypatch.setitem(sys.modules, blas.CORES[0], SimpleNamespace())
