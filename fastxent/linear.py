@@ -15,6 +15,7 @@ import numpy as np
 
 from fastxent._runtime.arguments import Array
 from fastxent._runtime.linear_layer import Layer, check_layer, gradients_of, run_task
+from fastxent._runtime.linear_loss import by_tiles, losses
 from fastxent._runtime.linear_products import Gradients
 from fastxent._runtime.options import checked
 from fastxent._runtime.plan import over
@@ -120,7 +121,13 @@ def linear_cross_entropy(
         ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, memory_limit=memory_limit,
         n_threads=n_threads,
     )  # fmt: skip
-    return _loss_of("value", layer, reduction)
+    if not by_tiles(layer):
+        return _loss_of("value", layer, reduction)
+    rows = losses(layer)
+    if reduction == "none":
+        return layer.spread(rows.astype(layer.acc))
+    total = float(rows.sum())
+    return layer.acc.type(over(total, layer.divisor) if reduction == "mean" else total)
 
 
 def linear_cross_entropy_value_and_grad(

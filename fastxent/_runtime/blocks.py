@@ -20,6 +20,8 @@ RESERVE = 2 * SCRATCH
 MULTIPLE = 16
 # Groups of classes that threads share: 2, 3, 4 and 6 threads have equally many.
 GROUPS = 12
+# Rows of a tile: twice as many gain nothing.
+MOST_ROWS = 1024
 # Classes that are worth a product of their own.
 LEAST_CLASSES = 256
 
@@ -44,9 +46,7 @@ def rows_per_block(
     >>> rows_per_block(2048, 256, 50257, 4, 4, memory_limit=16_000_000)
     32
     """
-    budget = checked("memory_limit", memory_limit)
-    if budget is None:
-        budget = max(LEAST_BUDGET, n_features * n_classes * itemsize)
+    budget = _budget(n_features, n_classes, itemsize, memory_limit)
     # A row's logits become their gradient in place; beside them lie the row's input, gathered or converted, its gradient, and
     # what groups of classes add to that.
     row_bytes = unit * (n_classes + (2 + n_shares) * n_features)
@@ -56,6 +56,35 @@ def rows_per_block(
     rows = -(-n_rows // -(-n_rows // most))
     multiple = MULTIPLE if most >= MULTIPLE else 1
     return min(-(-rows // multiple) * multiple, most // multiple * multiple)
+
+
+def rows_per_tile(
+    n_rows: int,
+    n_features: int,
+    n_classes: int,
+    itemsize: int,
+    unit: int,
+    n_threads: int,
+    memory_limit: int | None = None,
+) -> int:
+    """Return how many rows a tile of logits has if only their loss is wanted; each thread holds those of a group of classes.
+
+    The arguments are as in `rows_per_block`.
+
+    >>> rows_per_tile(10000, 256, 50257, 4, 4, n_threads=2)
+    1024
+    >>> rows_per_tile(10000, 256, 50257, 4, 4, n_threads=8)
+    384
+    """
+    group, budget = class_groups(n_classes, n_features)[0], _budget(n_features, n_classes, itemsize, memory_limit)
+    row_bytes = unit * (n_threads * group.stop + 2 * n_features) + 4 * 8 * GROUPS
+    most = min(MOST_ROWS, (budget - min(RESERVE, unit * n_features * n_classes)) // row_bytes)
+    return max(1, min(n_rows, most // MULTIPLE * MULTIPLE if most >= MULTIPLE else most))
+
+
+def _budget(n_features: int, n_classes: int, itemsize: int, memory_limit: int | None) -> int:
+    limit = checked("memory_limit", memory_limit)
+    return max(LEAST_BUDGET, n_features * n_classes * itemsize) if limit is None else limit
 
 
 def classes_per_block(n_others: int, itemsize: int) -> int:

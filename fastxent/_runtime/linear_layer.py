@@ -62,6 +62,11 @@ class Layer(NamedTuple):
         """The dtype of the losses."""
         return accumulator(self.x.dtype) if self.t is None else accumulator(self.x.dtype, self.t.dtype)
 
+    @property
+    def groups(self) -> list[slice]:
+        """The classes in groups that threads share."""
+        return class_groups(*self.weight.shape)
+
     def rows_of(self, first: int, stop: int) -> Any:
         """Return the index, in all rows, of the kept rows from ``first`` to ``stop``."""
         return slice(first, stop) if self.kept is None else self.kept[first:stop]
@@ -154,7 +159,7 @@ def run_task(
         return 0.0
     block = rows_per_block(
         n_kept, n_features, n_classes, layer.x.itemsize, layer.precision.itemsize, layer.memory_limit,
-        n_shares=len(class_groups(n_classes, n_features)),
+        n_shares=len(layer.groups),
     )  # fmt: skip
     space = buffers.empty((block, n_classes), layer.precision)
     products = Products(layer.weight, layer.bias, layer.precision, block, layer.n_threads)
@@ -169,7 +174,7 @@ def run_task(
         if gradients is not None:
             at["g"] = address(logits)
         sums = run(
-            name, _plan(name, logits, t, layer.flags), layer.n_threads, with_openmp=False, x=address(logits), t=address(t),
+            name, plan_of(name, logits, t, layer.flags), layer.n_threads, with_openmp=False, x=address(logits), t=address(t),
             y=address(None if layer.y is None else layer.y[first:]), u=address(None if layer.u is None else layer.u[first:]),
             w=address(layer.class_weight), **layer.fields, **at, **fields,
         )  # fmt: skip
@@ -183,7 +188,7 @@ def _with_classes_together(t: Array) -> Array:
     return t if t.strides[1] == t.itemsize else np.ascontiguousarray(t)
 
 
-def _plan(name: str, logits: Array, t: Array | None, flags: dict[str, bool]) -> Plan:
+def plan_of(name: str, logits: Array, t: Array | None, flags: dict[str, bool]) -> Plan:
     strides = logits.strides, logits.strides, (logits if t is None else t).strides
     return make_plan(
         name, logits.shape, strides, 1, storage(logits.dtype) or "", None if t is None else storage(t.dtype), **flags

@@ -48,38 +48,53 @@ class Products:
 
     def for_groups(self, work: Callable[[int], None]) -> None:
         """Call ``work`` with the number of each group, on several threads."""
+        self.for_each(work, len(self.groups))
 
-        def quietly(group: int) -> None:
+    def for_each(self, work: Callable[[int], None], n: int) -> None:
+        """Call ``work`` with the numbers below ``n``, on several threads."""
+
+        def quietly(number: int) -> None:
             with np.errstate(all="ignore"):  # inf and nan are numbers here
-                work(group)
+                work(number)
 
-        numbers = range(len(self.groups))
         if self.n_workers == 1:
-            for group in numbers:
-                quietly(group)
+            for number in range(n):
+                quietly(number)
             return
         with blas.one_thread_a_call(), ThreadPoolExecutor(self.n_workers) as pool:
-            for _ in pool.map(quietly, numbers):
+            for _ in pool.map(quietly, range(n)):
                 pass
 
     def put_logits(self, x: Array, out: Array) -> None:
-        """Write the logits; the bias is added while the caches hold them."""
+        """Write the logits. They are the same whichever classes a product has, so these are many."""
+        n_classes = out.shape[1]
+        size = -(-n_classes // (1 if self.n_workers == 1 else 2 * self.n_workers))
+        shares = [slice(first, min(first + size, n_classes)) for first in range(0, n_classes, size)]
+        self.for_each(lambda share: self.put_some_logits(x, shares[share], out[:, shares[share]]), len(shares))
 
-        def work(group: int) -> None:
-            in_one = self.as_it_lies and self.bias is None
-            for classes in [self.groups[group]] if in_one else self.parts(group):
-                logits = out[:, classes]
-                blas.put_product(x, self.weights(classes).T, logits)
-                if self.bias is not None:
-                    logits += self.bias[classes]
+    def put_some_logits(self, x: Array, classes: slice, out: Array) -> None:
+        """Write the logits of some classes; the bias is added while the caches hold them."""
+        if self.as_it_lies and self.bias is None:
+            blas.put_product(x, self.weight[classes].T, out)
+            return
+        for some in self.parts(classes):
+            logits = out[:, some.start - classes.start : some.stop - classes.start]
+            blas.put_product(x, self.weights(some).T, logits)
+            if self.bias is not None:
+                logits += self.bias[some]
 
-        self.for_groups(work)
-
-    def parts(self, group: int) -> Iterator[slice]:
-        """Yield the classes of a group, as many at a time as make matrices that the caches hold."""
-        classes = self.groups[group]
+    def parts(self, classes: slice) -> Iterator[slice]:
+        """Yield classes, as many at a time as make matrices that the caches hold."""
         for first in range(classes.start, classes.stop, self.step):
             yield slice(first, min(first + self.step, classes.stop))
+
+    def space(self, shape: tuple[int, int]) -> Array:
+        """Return memory for some logits; the thread's next call may overwrite it."""
+        n = shape[0] * shape[1]
+        if getattr(self.of_thread, "space", np.empty(0)).size < n:
+            self.of_thread.space = buffers.empty((n,), self.precision)
+        space: Array = self.of_thread.space[:n].reshape(shape)
+        return space
 
     def weights(self, classes: slice) -> Array:
         """Return the weights of some classes in the precision of the products; the thread's next call may overwrite them."""
@@ -123,7 +138,7 @@ class Gradients:
 
         def work(group: int) -> None:
             shares[group] = 0
-            for classes in products.parts(group):
+            for classes in products.parts(products.groups[group]):
                 some = g[:, classes]
                 blas.add_product(some, products.weights(classes), shares[group])
                 put_or_add(some.T, x, self.weight[classes])  # which finds g in the caches
