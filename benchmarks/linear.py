@@ -4,8 +4,8 @@
     python -m benchmarks.linear --side numpy --shapes 2048,256,50257 --mode loss --threads 1 2
     python -m benchmarks.linear --side numpy torch --dtypes float32 bfloat16 --leave-out torch.compile
 
-A shape is rows, features, classes. The floor of a side is its products alone, each in one piece: the logits, the gradient of the
-input, the gradient of the weight; for a loss the first of them. NumPy's are written to warm arrays, and are those of float32 in
+A shape is rows, features, classes. The floor of a side is its products alone, each in one piece: the logits, the gradient of
+the input, the gradient of the weight; for a loss the first of them. NumPy's are written to warm arrays, and are those of float32 in
 half precision, of which NumPy has none. Ratios are medians of the ratios within a round.
 """
 
@@ -254,9 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flops = 2.0 * shape[0] * shape[1] * shape[2] * (3 if args.mode == GRAD else 1)
         for dtype in args.dtypes:
             for n_threads in args.threads:
-                found = run_group(
-                    shape, dtype, args.mode, n_threads, sides=args.side, leave_out=args.leave_out, effort=EFFORT
-                )
+                found = run_group(shape, dtype, args.mode, n_threads, sides=args.side, leave_out=args.leave_out, effort=EFFORT)
                 print("\n".join(lines(found, flops)), flush=True)
                 wrong |= any(reason.startswith(("WRONG", "failed")) for reason in found["missing"].values())
     return int(wrong)

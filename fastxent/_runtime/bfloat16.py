@@ -1,6 +1,7 @@
 """Decides how PyTorch multiplies a linear layer in bfloat16: as such, or converted to float32.
 
-With instructions for it a product in bfloat16 takes about half the time of one in float32; without them, 20 to 50 times as long.
+With instructions for it a product in bfloat16 takes about half the time of one in float32; without them, 20 to 50 times as
+long.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ NAMES = (
     ("cblas_{}gemm64_", "openblas_{}_num_threads64_", ctypes.c_int64),
     ("cblas_{}gemm", "openblas_{}_num_threads", ctypes.c_int32),
 )
-LETTERS = {"s": np.dtype(np.float32), "d": np.dtype(np.float64)}
+LETTERS: dict[str, np.dtype[Any]] = {"s": np.dtype(np.float32), "d": np.dtype(np.float64)}
 _BY_ROWS, _AS_IT_LIES, _TRANSPOSED = 101, 111, 112
 
 Gemm = Callable[..., None]
@@ -146,7 +146,7 @@ def _function(library: ctypes.CDLL, name: str, letter: str, integer: Any) -> Gem
     order = [ctypes.c_int] * 3
     function.argtypes = [*order, *[integer] * 3, number, address, integer, address, integer, number, address, integer]
     function.restype = None
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def is_right(gemm: Gemm, dtype: np.dtype[Any]) -> bool:

@@ -112,7 +112,7 @@ def class_groups(n_classes: int, n_features: int) -> list[slice]:
 
 
 def classes_at_a_time(n_others: int, itemsize: int) -> int:
-    """Return how many classes of a group are multiplied at a time: a quarter of ``classes_per_block``, for each thread has its own.
+    """Return how many classes of a group are multiplied at a time: a quarter of a block's, for each thread has its own.
 
     >>> classes_at_a_time(256, 4)
     976

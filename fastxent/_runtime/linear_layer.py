@@ -1,7 +1,7 @@
 """Runs a task on the logits x W' + b of a linear layer, block by block of rows: all of the logits are never in memory.
 
-A block of logits is computed by BLAS, a kernel turns it into its gradient g in place, and two more products use that: g W is the
-block's gradient of the input, and g' x is added to the gradient of the weight. How they are computed is in ``linear_products``.
+A block of logits is computed by BLAS, a kernel turns it into its gradient g in place, and two more products use that: g W is
+the block's gradient of the input, and g' x is added to the gradient of the weight; ``linear_products`` computes them.
 Rows that are ignored are dropped first, so every block is full of rows that count.
 """
 
@@ -27,7 +27,7 @@ from fastxent._runtime.blocks import class_groups, rows_per_block
 from fastxent._runtime.linear_products import Gradients, Products
 from fastxent._runtime.options import checked, fields_of, flags_of
 from fastxent._runtime.plan import Plan, make_plan
-from fastxent._runtime.run import run
+from fastxent._runtime.run import run_beside_blas
 
 
 class Layer(NamedTuple):
@@ -137,9 +137,7 @@ def check_layer(
 
 def gradients_of(layer: Layer) -> Gradients:
     """Return the gradients of a layer, to which each block of its rows adds its part."""
-    return Gradients(
-        layer.x, layer.rows, layer.weight, layer.bias is not None, layer.precision, partly=layer.kept is not None
-    )
+    return Gradients(layer.x, layer.rows, layer.weight, layer.bias is not None, layer.precision, partly=layer.kept is not None)
 
 
 @np.errstate(all="ignore")  # inf and nan are numbers here
@@ -173,8 +171,8 @@ def run_task(
         at = {field: address(a[first:]) for field, a in outputs.items()}
         if gradients is not None:
             at["g"] = address(logits)
-        sums = run(
-            name, plan_of(name, logits, t, layer.flags), layer.n_threads, with_openmp=False, x=address(logits), t=address(t),
+        sums = run_beside_blas(
+            name, plan_of(name, logits, t, layer.flags), layer.n_threads, x=address(logits), t=address(t),
             y=address(None if layer.y is None else layer.y[first:]), u=address(None if layer.u is None else layer.u[first:]),
             w=address(layer.class_weight), **layer.fields, **at, **fields,
         )  # fmt: skip

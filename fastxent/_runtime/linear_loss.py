@@ -1,9 +1,9 @@
 """The loss of a linear layer alone, by tiles of rows and classes: each is computed, reduced to sums of its rows, and gone.
 
-A gradient needs all logits of a row at a time. A loss does not, so the same memory holds tiles of many more rows, and the weight
-is read once for these: with blocks of 256 whole rows the product takes 1.2 times as long as in one piece, with tiles of 1024
-rows 1.02 times, benchmarks/LOG.md#a-linear-layer-and-its-loss. The sums are those of ``_kernels.losses.class_shard``, a shard
-being a group of classes, and are merged in float64.
+A gradient needs all logits of a row at a time. A loss does not, so the same memory holds tiles of many more rows, and the
+weight is read once for these: with blocks of 256 whole rows the product takes 1.1 to 1.2 times as long as in one piece, with
+tiles of 1024 rows 1.02 times, benchmarks/LOG.md#a-linear-layer-and-its-loss. The sums are those of
+``_kernels.losses.class_shard``, a shard being a group of classes, and are merged in float64.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastxent._runtime.blocks import rows_per_tile
 from fastxent._runtime.linear_layer import Layer, plan_of
 from fastxent._runtime.linear_products import Products
 from fastxent._runtime.options import flags_of
-from fastxent._runtime.run import run
+from fastxent._runtime.run import run_beside_blas
 
 IGNORED = -1  # no row is: those were dropped
 
@@ -56,8 +56,8 @@ def _of_rows(layer: Layer, products: Products, x: Array, rows: slice) -> Array:
         logits = products.space((n_rows, classes.stop - classes.start))
         products.put_some_logits(x, classes, logits)
         top = np.empty(n_rows, layer.precision)
-        run(
-            "class_shard", plan_of("class_shard", logits, None, flags), 1, with_openmp=False, x=address(logits),
+        run_beside_blas(
+            "class_shard", plan_of("class_shard", logits, None, flags), 1, x=address(logits),
             y=address(any_class), w=address(w[classes]) if smooth and w is not None else 0, ignore=IGNORED, uniform=1.0,
             lse=address(top), v=address(log_s[group]), b=address(d[group]),
         )  # fmt: skip

@@ -30,9 +30,7 @@ WORTH_A_THREAD = 1 << 22
 class Products:
     """The products of a layer's weight and bias with blocks of at most ``n_rows`` rows."""
 
-    def __init__(
-        self, weight: Array, bias: Array | None, precision: np.dtype[Any], n_rows: int, n_threads: int | None
-    ) -> None:
+    def __init__(self, weight: Array, bias: Array | None, precision: np.dtype[Any], n_rows: int, n_threads: int | None) -> None:
         self.weight, self.bias, self.precision, self.n_rows = weight, bias, precision, n_rows
         self.as_it_lies = weight.dtype == precision and is_for_blas(weight)
         n_classes, n_features = weight.shape
@@ -122,7 +120,9 @@ class Gradients:
     ``rows`` is the shape of the rows of ``x``. Some of them may be in no block: ``partly``.
     """
 
-    def __init__(self, x: Array, rows: tuple[int, ...], weight: Array, has_bias: bool, precision: np.dtype[Any], partly: bool) -> None:
+    def __init__(
+        self, x: Array, rows: tuple[int, ...], weight: Array, has_bias: bool, precision: np.dtype[Any], partly: bool
+    ) -> None:
         self.dtype, self.shape = x.dtype, (*rows, x.shape[1])
         untouched = partly or not len(weight)
         self.input = np.zeros(x.shape, x.dtype) if untouched else buffers.empty(x.shape, x.dtype)

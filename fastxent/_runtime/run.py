@@ -58,15 +58,25 @@ _rounds = itertools.count(abi.PHASES, abi.PHASES)
 # ----------------------------------------------------------------------------------------------------
 
 
-def run(
-    name: str, plan: Plan, n_threads: int | None = None, with_openmp: bool = True, **arguments: Any
-) -> tuple[float, float, float]:
+def run(name: str, plan: Plan, n_threads: int | None = None, **arguments: Any) -> tuple[float, float, float]:
     """Run task ``name`` over ``plan``; ``arguments`` are those of `argument_block`.
 
-    Without OpenMP several threads are those of the thread pool, which sleep when they are done: those of libgomp spin for some
-    milliseconds, on the cores that another library's threads need next.
     Return the sum, whether a class index is out of range (then nothing has been written), and the divisor.
     """
+    return _run(name, plan, n_threads, True, arguments)
+
+
+def run_beside_blas(name: str, plan: Plan, n_threads: int | None = None, **arguments: Any) -> tuple[float, float, float]:
+    """Run a task as `run` does, but on the thread pool even if there is OpenMP.
+
+    Its threads sleep when they are done. Those of libgomp spin for some milliseconds, on the cores that products need next.
+    """
+    return _run(name, plan, n_threads, False, arguments)
+
+
+def _run(
+    name: str, plan: Plan, n_threads: int | None, with_openmp: bool, arguments: dict[str, Any]
+) -> tuple[float, float, float]:
     tiles = _take_tiles()
     try:
         block = argument_block(name, plan, tiles=tiles[1], **arguments)

@@ -141,7 +141,10 @@ def test_the_weights_gradient_of_64_blocks_is_as_exact_as_of_one(native, monkeyp
     multiply_bfloat16(monkeypatch, native)
     problem = make("index", torch.bfloat16, 64 * 16)
     truth = step(whole, problem.to(torch.float64), "sum")
-    one, many = (step(linear_cross_entropy, problem, "sum", memory_limit=limit) for limit in (1 << 30, limit_of(16, itemsize=2 if native else 4)))
+    one, many = (
+        step(linear_cross_entropy, problem, "sum", memory_limit=limit)
+        for limit in (1 << 30, limit_of(16, itemsize=2 if native else 4))
+    )
     for nth in (2, 3):
         errors = [(result[nth].double() - truth[nth]).abs().mean() for result in (one, many)]
         assert errors[1] <= 1.001 * errors[0]
