@@ -5,8 +5,8 @@
     python -m benchmarks.linear --side numpy torch --dtypes float32 bfloat16 --leave-out torch.compile
 
 A shape is rows, features, classes. The floor of a side is its products alone, each in one piece: the logits, the gradient of
-the input, the gradient of the weight; for a loss the first of them. NumPy's are written to warm arrays, and are those of float32
-in half precision, of which NumPy has none. Ratios are medians of the ratios within a round.
+the input, the gradient of the weight; for a loss the first of them. NumPy's are written to warm arrays, and are those of
+float32 in half precision, of which NumPy has none. Ratios are medians of the ratios within a round.
 """
 
 from __future__ import annotations

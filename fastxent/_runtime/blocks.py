@@ -74,7 +74,7 @@ def rows_per_tile(
     >>> rows_per_tile(10000, 256, 50257, 4, 4, n_threads=2)
     1024
     >>> rows_per_tile(10000, 256, 50257, 4, 4, n_threads=8)
-    384
+    400
     """
     group, budget = class_groups(n_classes, n_features)[0], _budget(n_features, n_classes, itemsize, memory_limit)
     row_bytes = unit * (n_threads * group.stop + 2 * n_features) + 4 * 8 * GROUPS
