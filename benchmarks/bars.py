@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from benchmarks import linear
 from benchmarks.cases import GRAD, HEADLINE, LARGE, LOSS, OPTIONS, SCALING, SHAPES, SMALL_VARIANTS, VARIANTS, Case
 from benchmarks.measure import Group, Spread, beside_name, ratio, spread
 
@@ -184,6 +185,7 @@ def _bars() -> Iterator[Bar]:
         yield Bar("small", f"torch, {case.shape}, {what}", speedup(case.key, TORCH, ("PyTorch eager",)), 1, None)
     for case in VARIANTS:
         yield from _variant(case)
+    yield from _linear()
     segmentation = next(c for c in SHAPES if len(c.extents) == 4)
     yield from _both("segmentation, channels first", segmentation, 4, None)
     to_floor = relative(segmentation.key, OUT, "floor out=")
@@ -195,6 +197,18 @@ def _bars() -> Iterator[Bar]:
     yield Bar("start", "first call after it, s", value(START, "first call"), 0.7, 0.3, False, "s")
     yield Bar("memory", "torch, extra bytes by those of the logits", value(MEMORY, TORCH), 1.02, None, False)
     yield Bar("memory", "torch in place, the same", value(MEMORY, TORCH_IN_PLACE), 0.02, None, False)
+
+
+def _linear() -> Iterator[Bar]:
+    """Against the products alone, and against what a user of PyTorch would use instead."""
+    row, both, loss = "linear layer", linear.key_of(linear.SHAPE, "float32", GRAD), linear.key_of(linear.SHAPE, "float32", LOSS)
+    for ours, floor in ((linear.NUMPY, linear.NUMPY_FLOOR), (linear.TORCH, linear.TORCH_FLOOR)):
+        limited = ours + linear.LIMITED
+        yield Bar(row, f"{ours}, against the three products", relative(both, ours, floor), 1.06, 1.03, False)
+        yield Bar(row, f"{limited}, the same", relative(both, limited, floor), 1.15, 1.08, False)
+        yield Bar(row, f"{ours}, loss only, against one product", relative(loss, ours, floor), 1.08, 1.04, False)
+    yield Bar(row, "torch, within bounded memory", speedup(both, linear.TORCH, (linear.CHUNKED,)), 1.8, 3)
+    yield Bar(row, "torch, against any peer", speedup(both, linear.TORCH, linear.PEERS), 0.98, 1.05)
 
 
 def _both(row: str, case: Case, must: float, aim: float | None) -> Iterator[Bar]:

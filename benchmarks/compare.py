@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import fastxent as fx
-from benchmarks import UsageError, whole
+from benchmarks import UsageError, linear, whole
 from benchmarks.bars import beside
-from benchmarks.cases import CASES, HEADLINE, LOSS, SHORT, SWEEP, TOLERANCE, Case, case_of
+from benchmarks.cases import CASES, GRAD, HEADLINE, LOSS, SHORT, SWEEP, TOLERANCE, Case, case_of
 from benchmarks.measure import NORMAL, QUICK, THOROUGH, Effort, Group, Progress, run_group, threads
 from benchmarks.providers import PROVIDERS
 from benchmarks.report import COMPILED
@@ -178,7 +178,18 @@ def jobs(args: argparse.Namespace, n_threads: int) -> list[Job]:
 
         return case.key, run
 
-    return [*map(job, cases(args)), *(_whole_jobs(n_threads, effort) if args.all else ())]
+    whole_jobs = [*_linear_jobs(n_threads), *_whole_jobs(n_threads, effort)] if args.all else []
+    return [*map(job, cases(args)), *whole_jobs]
+
+
+def _linear_jobs(n_threads: int) -> list[Job]:
+    def job(mode: str) -> Job:
+        return (
+            f"linear layer, {mode}",
+            lambda progress: linear.run_group(linear.SHAPE, "float32", mode, n_threads, progress=progress),
+        )
+
+    return [job(mode) for mode in (GRAD, LOSS)]
 
 
 def _whole_jobs(n_threads: int, effort: Effort) -> list[Job]:

@@ -2,7 +2,8 @@
 
 FILE is what ``python -m benchmarks.compare --json FILE`` wrote. A text asks for a table by markers with its name; what
 stands between them is replaced, so that no number in a README is typed by hand. Each table names FILE, so that a test can make
-it again. The tables are ``speed``, the small one of the front page, ``times``, of all shapes, and ``bars``.
+it again. The tables are ``speed``, the small one of the front page, ``times``, of all shapes, ``linear``, of a linear layer and
+its loss, and ``bars``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import linear
 from benchmarks.bars import IN_PLACE, OUT, TORCH, TORCH_IN_PLACE, TORCH_PEERS, Finding, Verdict, judge
-from benchmarks.cases import GRAD, SHAPES, Case
+from benchmarks.cases import GRAD, LOSS, SHAPES, Case
 from benchmarks.measure import Group, Spread, ratio, spread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,6 +122,7 @@ def tables(document: Document, source: str) -> dict[str, str]:
     lines = {
         "speed": _times([case for case in shapes if case.extents in FRONT], groups, FRONT_COLUMNS),
         "times": _times(shapes, groups, COLUMNS),
+        "linear": _linear_times(groups),
         "bars": _table(BAR_COLUMNS, [bar_cells(verdict) for verdict in verdicts]),
     }
     return {name: "\n".join([*table, "", about]) for name, table in lines.items()}
@@ -128,6 +131,23 @@ def tables(document: Document, source: str) -> dict[str, str]:
 def _times(cases: Sequence[Case], groups: Mapping[str, Group], columns: Sequence[str]) -> list[str]:
     rows = [[case.shape, *_time_cells(groups[case.key], columns)] for case in cases]
     return _table(("shape", *columns), rows) if rows else [f"No {GRAD} case of the table was run."]
+
+
+def _linear_times(groups: Mapping[str, Group]) -> list[str]:
+    """A line a contestant: its time, in brackets by that of its products."""
+    found = [groups.get(linear.key_of(linear.SHAPE, "float32", mode)) for mode in (GRAD, LOSS)]
+    entries = [{} if group is None else {entry["name"]: entry for entry in group["entries"]} for group in found]
+    names = dict.fromkeys(name for of_mode in entries for name in of_mode)
+    rows = [[name, *(_by_floor(of_mode, name) for of_mode in entries)] for name in names]
+    return _table((" x ".join(map(str, linear.SHAPE)), GRAD, LOSS), rows) if rows else ["No linear layer was run."]
+
+
+def _by_floor(entries: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    if name not in entries:
+        return "-"
+    floor = entries.get(entries[name]["floor"])
+    by_floor = f" ({ratio(entries[name]['samples'], floor['samples']).median:.3f} x)" if floor else ""
+    return amount(entries[name]) + by_floor
 
 
 def _time_cells(group: Group, columns: Sequence[str]) -> list[str]:

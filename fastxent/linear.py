@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastxent._runtime.arguments import Array
-from fastxent._runtime.linear_layer import Gradients, Layer, check_layer, run_task
+from fastxent._runtime.linear_layer import Layer, check_layer, gradients_of, run_task
+from fastxent._runtime.linear_loss import by_tiles, losses
+from fastxent._runtime.linear_products import Gradients
 from fastxent._runtime.options import checked
 from fastxent._runtime.plan import over
 from fastxent.functional import CrossEntropyStats
@@ -59,7 +61,8 @@ def linear_cross_entropy(
         float16, bfloat16, float32 or float64 (integers are taken as float64); the hidden states h. It may be memory-mapped.
         More than two axes should be contiguous, or they are copied.
     linear_weight : array_like, shape (V, D)
-        The layer's weight, of the dtype of ``input``. It is read once for each block of rows. It may be memory-mapped.
+        The layer's weight, of the dtype of ``input``. It is read once for each block of rows, or tile of 1024 rows at most. It
+        may be memory-mapped.
     target : array_like
         Class indices: any integer dtype, shape (...), each in [0, V) or ``ignore_index``. Or class probabilities: floating,
         shape (..., V).
@@ -79,7 +82,8 @@ def linear_cross_entropy(
         Most bytes to use beside arguments and results. It decides how many rows a block has, at least one. None: 64 MB, or the
         bytes of ``linear_weight`` if it has more. The result depends on it by rounding only.
     n_threads : int, optional
-        The most threads of our kernels; None: see `get_num_threads`. The products use the threads of NumPy's BLAS.
+        The most threads; None: see `get_num_threads`. Products use no more of them than NumPy's BLAS is set to. Meanwhile
+        every product of the process runs on the thread that calls it.
 
     Returns
     -------
@@ -96,7 +100,10 @@ def linear_cross_entropy(
     Notes
     -----
     Half precision is multiplied in float32, from copies of a block of rows and of some classes, and the logits are not rounded.
-    Blocks depend on shapes alone. So a result has the same bits at any number of threads if the products of NumPy's BLAS have.
+    A product runs on one thread where NumPy's BLAS is OpenBLAS, and sums are split by shapes alone. So a result has the same
+    bits at any number of threads, up to the number of groups of classes, twelve at most; beyond that, and with another BLAS, if
+    the products of BLAS have. The loss is computed by tiles of rows and classes if there are enough classes, and may differ in
+    the last place from that of `linear_cross_entropy_value_and_grad`.
 
     References
     ----------
@@ -119,7 +126,13 @@ def linear_cross_entropy(
         ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, memory_limit=memory_limit,
         n_threads=n_threads,
     )  # fmt: skip
-    return _loss_of("value", layer, reduction)
+    if not by_tiles(layer):
+        return _loss_of("value", layer, reduction)
+    rows = losses(layer)
+    if reduction == "none":
+        return layer.spread(rows.astype(layer.acc))
+    total = float(rows.sum())
+    return layer.acc.type(over(total, layer.divisor) if reduction == "mean" else total)
 
 
 def linear_cross_entropy_value_and_grad(
@@ -198,7 +211,7 @@ def linear_cross_entropy_value_and_grad(
         ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, memory_limit=memory_limit,
         n_threads=n_threads,
     )  # fmt: skip
-    gradients = Gradients(layer)
+    gradients = gradients_of(layer)
     loss = _loss_of("value_and_grad", layer, reduction, gradients)
     return loss, LinearGradients(*gradients.result())
 

@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=commands.bench)
     command.add_argument("options", nargs=argparse.REMAINDER)
 
-    command = add("info", commands.info, "show the CPU, the threads, the versions, the cache folder and the prebuilt kernels")
+    command = add("info", commands.info, "show the CPU, threads, versions, ways of products, cache folder and prebuilt kernels")
     command.add_argument("--kernels", action="store_true", help="list the common kernels, and where each would come from")
 
     command = add("warmup", commands.warmup, "compile the kernels now, not at their first use", json=False)

@@ -19,6 +19,8 @@ from fastxent._runtime.plan import make_plan, pointwise_plan
 FEW, SOME, MANY = (64, 10), (64, 200), (64, 1000)
 # The logits of a language model past the caches; of its last tokens, where rows are split among threads.
 VOCABULARY, LAST_TOKENS = (4096, 32000), (8, 128000)
+# Rows and classes of a linear layer whose loss alone is computed
+TILE = (1024, 4200)
 # Samples past the caches, and pixels in the caches and past them.
 SAMPLES, MORE_SAMPLES = (1_000_000, 10), (100_000, 200)
 PIXELS, IMAGES = (8, 21, 64, 64), (16, 150, 128, 128)
@@ -52,6 +54,8 @@ CALLS = (
     Calls(LOSS, TRAINING, (MANY, VOCABULARY), capped=True),
     # Log-probabilities of tokens, for policies
     Calls(("log_prob_and_entropy", "log_prob_and_entropy_grad"), TRAINING, (MANY, VOCABULARY, LAST_TOKENS)),
+    # The loss of a linear layer
+    Calls(("class_shard",), NUMPY, (TILE,)),
     # Statistics and boosting
     Calls(("stats",), NUMPY, (FEW, MANY, VOCABULARY)),
     Calls(("grad_hess",), NUMPY, (FEW, SAMPLES)),

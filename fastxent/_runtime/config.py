@@ -15,7 +15,7 @@ from fastxent import __version__
 from fastxent._abi.dtypes import STORAGE
 from fastxent._codegen import disk_cache, patience, registry
 from fastxent._codegen.uninterrupted import imported
-from fastxent._runtime import common, threads
+from fastxent._runtime import bfloat16, blas, common, threads
 from fastxent._runtime.threads import available_cpus, get_num_threads
 
 
@@ -70,7 +70,7 @@ def show_config() -> dict[str, Any]:
     --------
     >>> import fastxent as fx
     >>> sorted(fx.show_config())
-    ['cache', 'cpu', 'kernels', 'threads', 'vectors', 'versions']
+    ['cache', 'cpu', 'kernels', 'products', 'threads', 'vectors', 'versions']
     """
     packages = ("numpy", "numba", "llvmlite", "torch", "scikit-learn", "scipy")
     versions = {"python": platform.python_version(), "fastxent": __version__} | {name: _version(name) for name in packages}
@@ -85,6 +85,11 @@ def show_config() -> dict[str, Any]:
             "lanes": 16,
             "widest register, bits": _or_why_not(_widest_register),
             "instruction set": _or_why_not(_instruction_set),
+        },
+        "products": {
+            "that add, by NumPy": _or_why_not(lambda: blas.blas().why),
+            "of bfloat16, by NumPy": "converted to float32: NumPy multiplies no half precision by BLAS",
+            "of bfloat16, by PyTorch": _or_why_not(bfloat16.path),
         },
         "threads": {"default": _or_why_not(get_num_threads), "pool": _or_why_not(_pool)},
         "versions": {name: found for name, found in versions.items() if found is not None},

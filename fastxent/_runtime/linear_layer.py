@@ -1,16 +1,13 @@
 """Runs a task on the logits x W' + b of a linear layer, block by block of rows: all of the logits are never in memory.
 
 A block of logits is computed by BLAS, a kernel turns it into its gradient g in place, and two more products use that: g W is
-the block's gradient of the input, and g' x is added to the gradient of the weight. NumPy's products cannot add to an array, so
-all blocks but the first multiply some classes at a time into a scratch that the caches hold, and add that. Half precision, and
-any weight that BLAS cannot take as it lies, is copied to the scratch in the precision of the products, some classes at a time.
+the block's gradient of the input, and g' x is added to the gradient of the weight; ``linear_products`` computes them.
 Rows that are ignored are dropped first, so every block is full of rows that count.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,10 +23,11 @@ from fastxent._runtime.arguments import (
     storage,
     target_for,
 )
-from fastxent._runtime.blocks import classes_per_block, rows_per_block
+from fastxent._runtime.blocks import class_groups, rows_per_block
+from fastxent._runtime.linear_products import Gradients, Products
 from fastxent._runtime.options import checked, fields_of, flags_of
 from fastxent._runtime.plan import Plan, make_plan
-from fastxent._runtime.run import run
+from fastxent._runtime.run import run_beside_blas
 
 
 class Layer(NamedTuple):
@@ -63,6 +61,11 @@ class Layer(NamedTuple):
     def acc(self) -> np.dtype[Any]:
         """The dtype of the losses."""
         return accumulator(self.x.dtype) if self.t is None else accumulator(self.x.dtype, self.t.dtype)
+
+    @property
+    def groups(self) -> list[slice]:
+        """The classes in groups that threads share."""
+        return class_groups(*self.weight.shape)
 
     def rows_of(self, first: int, stop: int) -> Any:
         """Return the index, in all rows, of the kept rows from ``first`` to ``stop``."""
@@ -132,6 +135,11 @@ def check_layer(
     )  # fmt: skip
 
 
+def gradients_of(layer: Layer) -> Gradients:
+    """Return the gradients of a layer, to which each block of its rows adds its part."""
+    return Gradients(layer.x, layer.rows, layer.weight, layer.bias is not None, layer.precision, partly=layer.kept is not None)
+
+
 @np.errstate(all="ignore")  # inf and nan are numbers here
 def run_task(
     name: str,
@@ -147,27 +155,30 @@ def run_task(
     n_features, n_classes, n_kept = layer.x.shape[1], len(layer.weight), layer.n_kept
     if n_kept == 0 or n_classes == 0:
         return 0.0
-    block = rows_per_block(n_kept, n_features, n_classes, layer.x.itemsize, layer.memory_limit)
+    block = rows_per_block(
+        n_kept, n_features, n_classes, layer.x.itemsize, layer.precision.itemsize, layer.memory_limit,
+        n_shares=len(layer.groups),
+    )  # fmt: skip
     space = buffers.empty((block, n_classes), layer.precision)
-    weight = Weight(layer)
+    products = Products(layer.weight, layer.bias, layer.precision, block, layer.n_threads)
     total = 0.0
     for first in range(0, n_kept, block):
         stop = min(first + block, n_kept)
         rows, logits = layer.rows_of(first, stop), space[: stop - first]
         x = np.ascontiguousarray(layer.x[rows], layer.precision)
         t = None if layer.t is None else _with_classes_together(layer.t[rows])
-        weight.multiply(x, layer.bias, logits)
+        products.put_logits(x, logits)
         at = {field: address(a[first:]) for field, a in outputs.items()}
         if gradients is not None:
             at["g"] = address(logits)
-        sums = run(
-            name, _plan(name, logits, t, layer.flags), layer.n_threads, x=address(logits), t=address(t),
+        sums = run_beside_blas(
+            name, plan_of(name, logits, t, layer.flags), layer.n_threads, x=address(logits), t=address(t),
             y=address(None if layer.y is None else layer.y[first:]), u=address(None if layer.u is None else layer.u[first:]),
             w=address(layer.class_weight), **layer.fields, **at, **fields,
         )  # fmt: skip
         total += sums[0]
         if gradients is not None:
-            gradients.add(x, rows, logits, weight)
+            gradients.add(x, rows, logits, products)
     return total
 
 
@@ -175,97 +186,8 @@ def _with_classes_together(t: Array) -> Array:
     return t if t.strides[1] == t.itemsize else np.ascontiguousarray(t)
 
 
-def _plan(name: str, logits: Array, t: Array | None, flags: dict[str, bool]) -> Plan:
+def plan_of(name: str, logits: Array, t: Array | None, flags: dict[str, bool]) -> Plan:
     strides = logits.strides, logits.strides, (logits if t is None else t).strides
     return make_plan(
         name, logits.shape, strides, 1, storage(logits.dtype) or "", None if t is None else storage(t.dtype), **flags
     )
-
-
-class Weight:
-    """A layer's weight, as products take it: as it lies, or some classes at a time, converted."""
-
-    def __init__(self, layer: Layer) -> None:
-        self.w, precision = layer.weight, layer.precision
-        self.as_it_lies = self.w.dtype == precision and _is_for_blas(self.w)
-        n_classes, n_features = self.w.shape
-        self.scratch = np.empty((min(classes_per_block(n_features, self.w.itemsize), n_classes), n_features), precision)
-
-    def classes(self, n_others: int) -> Iterator[slice]:
-        """Yield so many classes at a time that a matrix of ``n_others`` numbers a class is as small as the scratch."""
-        n_classes, step = len(self.w), classes_per_block(n_others, self.w.itemsize)
-        for first in range(0, n_classes, step):
-            yield slice(first, min(first + step, n_classes))
-
-    def of(self, classes: slice) -> Array:
-        """Return the weights of some classes; the next call may overwrite them."""
-        w = self.w[classes]
-        if self.as_it_lies:
-            return w
-        scratch = self.scratch[: len(w)]
-        np.copyto(scratch, w, casting="same_kind")
-        return scratch
-
-    def multiply(self, x: Array, bias: Array | None, out: Array) -> None:
-        """Write the logits; the bias is added while the caches hold them."""
-        if self.as_it_lies and bias is None:
-            np.matmul(x, self.w.T, out=out)
-            return
-        for classes in self.classes(self.w.shape[1]):
-            np.matmul(x, self.of(classes).T, out=out[:, classes])
-            if bias is not None:
-                out[:, classes] += bias[classes]
-
-    def gradient_of_input(self, g: Array, out: Array) -> None:
-        if self.as_it_lies:
-            np.matmul(g, self.w, out=out)
-            return
-        out[...] = 0
-        for classes in self.classes(self.w.shape[1]):
-            out += g[:, classes] @ self.of(classes)
-
-
-def _is_for_blas(a: Array) -> bool:
-    """Return whether NumPy passes a matrix to BLAS as it lies; others it multiplies by slow loops of its own."""
-    (n, m), unit = a.shape, a.itemsize
-    rows, columns = a.strides
-    adjacent = (columns == unit and rows >= m * unit) or (rows == unit and columns >= n * unit)
-    return a.flags.aligned and adjacent and rows % unit == columns % unit == 0
-
-
-class Gradients:
-    """The gradients of a layer's input, weight and bias, added up over blocks of rows; half precision is rounded at the end."""
-
-    def __init__(self, layer: Layer) -> None:
-        x, w, precision = layer.x, layer.weight, layer.precision
-        self.dtype, self.shape = x.dtype, (*layer.rows, x.shape[1])
-        untouched = layer.kept is not None or not len(w)
-        self.input = np.zeros(x.shape, x.dtype) if untouched else buffers.empty(x.shape, x.dtype)
-        self.in_place = layer.kept is None and x.dtype == precision
-        self.weight = buffers.empty(w.shape, precision)
-        self.bias = None if layer.bias is None else np.zeros(len(w))
-        self.is_first = True
-
-    def add(self, x: Array, rows: Any, g: Array, weight: Weight) -> None:
-        """Add what a block of rows gives: its input x, and the gradient g of its logits."""
-        dinput = self.input[rows] if self.in_place else np.empty(x.shape, x.dtype)
-        weight.gradient_of_input(g, dinput)
-        if not self.in_place:
-            self.input[rows] = dinput
-        # OpenBLAS packs all of g in its own memory: so some classes at a time.
-        for classes in weight.classes(max(x.shape)):
-            if self.is_first:
-                np.matmul(g[:, classes].T, x, out=self.weight[classes])
-            else:
-                share = weight.scratch[: classes.stop - classes.start]
-                np.matmul(g[:, classes].T, x, out=share)
-                self.weight[classes] += share
-        if self.bias is not None:
-            self.bias += np.ones(len(g), g.dtype) @ g
-        self.is_first = False
-
-    def result(self) -> tuple[Array, Array, Array | None]:
-        if self.is_first:  # no row is kept
-            self.weight[...] = 0
-        bias = None if self.bias is None else self.bias.astype(self.dtype)
-        return self.input.reshape(self.shape), self.weight.astype(self.dtype, copy=False), bias

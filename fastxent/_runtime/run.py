@@ -63,10 +63,24 @@ def run(name: str, plan: Plan, n_threads: int | None = None, **arguments: Any) -
 
     Return the sum, whether a class index is out of range (then nothing has been written), and the divisor.
     """
+    return _run(name, plan, n_threads, True, arguments)
+
+
+def run_beside_blas(name: str, plan: Plan, n_threads: int | None = None, **arguments: Any) -> tuple[float, float, float]:
+    """Run a task as `run` does, but on the thread pool even if there is OpenMP.
+
+    Its threads sleep when they are done. Those of libgomp spin for some milliseconds, on the cores that products need next.
+    """
+    return _run(name, plan, n_threads, False, arguments)
+
+
+def _run(
+    name: str, plan: Plan, n_threads: int | None, with_openmp: bool, arguments: dict[str, Any]
+) -> tuple[float, float, float]:
     tiles = _take_tiles()
     try:
         block = argument_block(name, plan, tiles=tiles[1], **arguments)
-        _launch(registry.kernel("launch"), block, plan, n_threads)
+        _launch(registry.kernel("launch"), block, plan, n_threads, with_openmp)
         return _totals_of(block, _AT_TOTAL)
     finally:
         _State.tiles.append(tiles)
@@ -180,7 +194,9 @@ def _is_for_one_thread(plan: Plan) -> bool:
     return plan.elements < WORTH_A_THREAD or plan.n_chunks == 1
 
 
-def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_threads: int | None) -> None:
+def _launch(
+    task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_threads: int | None, with_openmp: bool = True
+) -> None:
     if _is_for_one_thread(plan) or _State.forked:
         _alone(task, block)
         return
@@ -189,7 +205,7 @@ def _launch(task: Kernel, block: ctypes.Array[ctypes.c_char], plan: Plan, n_thre
         _State.calls.add(call)
         # Calls in flight at the same time divide the cores among them.
         team = _allowed(min(_useful(plan), max(1, (n_threads or threads.get_num_threads()) // _in_flight())))
-        openmp = threads._openmp()
+        openmp = threads._openmp() if with_openmp else None
         if team == 1:
             _alone(task, block)
         elif openmp is not None:

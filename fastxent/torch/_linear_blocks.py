@@ -11,12 +11,12 @@ gradients add up in float32 over the blocks, and are rounded once, in the backwa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastxent._runtime.bfloat16 import multiplies_bfloat16
 from fastxent._runtime.blocks import classes_per_block, rows_per_block
 from fastxent.torch._bridge import empty
 
@@ -41,17 +41,6 @@ class Layer(NamedTuple):
         return torch.promote_types(self.input.dtype, torch.float32)
 
 
-@lru_cache(maxsize=1)
-def multiplies_bfloat16() -> bool:
-    """Return whether the processor multiplies bfloat16: then oneDNN's products take about half the time of float32's.
-
-    Without such instructions, products of bfloat16 take 20 to 50 times as long. The questions are private functions of PyTorch,
-    tried with 2.13; where they are gone, float32 serves.
-    """
-    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, question, lambda: False)() for question in questions)
-
-
 class Block(NamedTuple):
     """Some of the rows. The next block overwrites the logits."""
 
@@ -65,7 +54,8 @@ def blocks(layer: Layer, kept: Tensor | None, memory_limit: int | None) -> Itera
     """Yield the rows whose numbers are in ``kept``, or all rows, block by block."""
     n_rows = len(layer.input) if kept is None else len(kept)
     n_classes, n_features = layer.linear_weight.shape
-    size = rows_per_block(n_rows, n_features, n_classes, layer.input.itemsize, memory_limit)
+    unit = layer.precision.itemsize
+    size = rows_per_block(n_rows, n_features, n_classes, layer.input.itemsize, unit, memory_limit)
     logits = empty((min(size, n_rows), n_classes), layer.precision)
     for start in range(0, n_rows, size):
         part = slice(start, min(start + size, n_rows))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastxent as fx
-from benchmarks import bars, compare, measure, providers, report, whole
+from benchmarks import bars, compare, linear, measure, providers, report, whole
 from benchmarks.cases import CASES, GRAD, IGNORED, LARGE, LOSS, OPTIONS, SHORT, Case, Inputs, WrongResult, case_of, check
 from benchmarks.floor import IN_PLACE, OUT, READ, Floor
 from benchmarks.measure import Effort, ratio, run_group, spread
@@ -237,6 +237,11 @@ def made_up(times, missing=()):
         bars.MEMORY: [bars.TORCH, bars.TORCH_IN_PLACE],
     }.items():
         groups.append(measure.group(key, key, "", [measure.entry(name, "ours", [times(name)] * 3) for name in names], {}))
+    ours = [name + what for name in (linear.NUMPY, linear.TORCH) for what in ("", linear.LIMITED)]
+    for mode in (GRAD, LOSS):
+        names = [*ours, *linear.PEERS, linear.NUMPY_FLOOR, linear.TORCH_FLOOR]
+        entries = [measure.entry(name, "ours", [times(name)] * 3) for name in names]
+        groups.append(measure.group(linear.key_of(linear.SHAPE, "float32", mode), "linear layer", "", entries, {}))
     return groups
 
 
@@ -342,6 +347,7 @@ def test_compare_all_measures_the_table_and_judges_it(monkeypatch, capsys, tmp_p
         (bars.MEMORY, "run_memory"),
     ):
         monkeypatch.setattr(whole, name, lambda *args, key=key: made[key])
+    monkeypatch.setattr(linear, "run_group", lambda *args, progress: made[linear.key_of(*args[:3])])
     file = tmp_path / "all.json"
     assert compare.main(["--all", "--threads", "1", "--json", str(file)]) == 0
     out = capsys.readouterr().out
@@ -393,9 +399,9 @@ def test_report_rewrites_the_readme_between_the_markers(results, tmp_path, capsy
     assert report.main([str(file)]) == 0
     printed = capsys.readouterr().out
     blocks = report.tables(json.loads(file.read_text()), "results.json")
-    assert list(blocks) == ["speed", "times", "bars"] and all(block in printed for block in blocks.values())
+    assert list(blocks) == ["speed", "times", "linear", "bars"] and all(block in printed for block in blocks.values())
     assert blocks["bars"] in once and blocks["times"] in both and blocks["speed"] in both
-    with pytest.raises(ValueError, match="NAME is one of speed, times, bars"):
+    with pytest.raises(ValueError, match="NAME is one of speed, times, linear, bars"):
         report.rewrite(f"{end} {begin}", blocks)
 
 

@@ -60,7 +60,8 @@ def repository(tmp_path, monkeypatch):
     make_repository(folder, [])
     shutil.copy(ROOT / ".gitignore", folder)
     suites, package = folder / "benchmarks" / "suites", folder / "fastxent"
-    (suites / "start.py").unlink()
+    for other in ("start.py", "linear.py"):
+        (suites / other).unlink()
     (suites / "speed.py").write_text(SUITE)
     package.mkdir()
     texts = ["", *(PACKAGE.format(mark=mark) for mark in MARKS)]

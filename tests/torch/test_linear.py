@@ -141,10 +141,22 @@ def test_the_weights_gradient_of_64_blocks_is_as_exact_as_of_one(native, factor,
     multiply_bfloat16(monkeypatch, native)
     problem = make("index", torch.bfloat16, 64 * 16)
     truth = step(whole, problem.to(torch.float64), "sum")
-    one, many = (step(linear_cross_entropy, problem, "sum", memory_limit=limit) for limit in (1 << 30, limit_of(16)))
+    one, many = (
+        step(linear_cross_entropy, problem, "sum", memory_limit=limit)
+        for limit in (1 << 30, limit_of(16, itemsize=2 if native else 4))
+    )
     for nth in (2, 3):
         errors = [(result[nth].double() - truth[nth]).abs().mean() for result in (one, many)]
         assert errors[1] <= factor * errors[0]
+
+
+@pytest.mark.parametrize(("native", "n_blocks"), [(False, 4), (True, 2)], ids=["float32", "bfloat16"])
+def test_a_block_has_as_many_rows_as_fit_in_the_precision_in_which_they_are_held(native, n_blocks, monkeypatch):
+    multiply_bfloat16(monkeypatch, native)
+    layer = _linear_blocks.Layer(*make("index", torch.bfloat16, 64).layer)
+    made = list(_linear_blocks.blocks(layer, None, limit_of(16)))
+    assert len(made) == n_blocks and made[0].logits.dtype == layer.precision
+    assert sum(len(block.logits) for block in made) == 64
 
 
 def test_order_of_the_rows_and_ignored_rows_do_not_matter():
