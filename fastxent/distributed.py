@@ -14,7 +14,7 @@ try:
     import torch
     import torch.distributed as dist
 except ImportError as error:
-    raise ImportError("fastxent.distributed needs PyTorch: pip install 'fastxent[distributed]'") from error
+    raise ImportError("fastxent.distributed needs PyTorch: pip install 'fastxent[distributed]'", name="torch") from error
 from torch import Tensor, nn
 
 from fastxent._runtime.arguments import Array
