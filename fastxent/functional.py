@@ -314,10 +314,7 @@ def cross_entropy_grad_hess(
     (array([[ 0.5, -0.5]]), array([[0.25, 0.25]]))
     """
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads, float_labels=True)
-    grad, hess = new_gradient(p.x, p.axis), new_gradient(p.x, p.axis)
-    if p.x.size:
-        run_problem("grad_hess", p, p.plan("grad_hess", grad), g=address(grad), h=address(hess))
-    return grad, hess
+    return _grad_hess_of("grad_hess", p, p.x.dtype)
 
 
 def nll_loss(
@@ -378,6 +375,31 @@ def nll_loss(
 
 
 # ----------------------------------------------------------------------------------------------------
+
+
+def rounded_grad_hess(
+    scores: Array,
+    target: object,
+    hessian_factor: float,
+    *,
+    weight: object = None,
+    sample_weight: object = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    n_threads: int | None = None,
+) -> tuple[Array, Array]:
+    """Return `cross_entropy_grad_hess` of scores (rows, classes), the Hessian times a factor, each rounded once to float32."""
+    p = problem(
+        scores, target, 1, weight, sample_weight, ignore_index, label_smoothing, n_threads, "scores", float_labels=True
+    )  # fmt: skip
+    return _grad_hess_of("boosting", p, np.dtype(np.float32), hessian_factor=hessian_factor)
+
+
+def _grad_hess_of(name: str, p: Problem, dtype: np.dtype[Any], **more: Any) -> tuple[Array, Array]:
+    grad, hess = new_gradient(p.x, p.axis, dtype), new_gradient(p.x, p.axis, dtype)
+    if p.x.size:
+        run_problem(name, p, p.plan(name, grad), g=address(grad), h=address(hess), **more)
+    return grad, hess
 
 
 def _loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labels: Array | None = None, **more: Any) -> Any:

@@ -30,6 +30,7 @@ VISITS = {
     "save_segment": save_segment,
     "class_shard_grad": class_shard.gradient,
     "grad_hess": hessian.grad_hess,
+    "boosting": hessian.grad_hess,
     "stats": statistics.stats,
     "softmax": softmax.softmax,
     "log_softmax": softmax.log_softmax,
