@@ -126,7 +126,7 @@ def cross_entropy(
         return met[0]
     checked("reduction", reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
-    loss = _loss_of("value", p, reduction)
+    loss = loss_of("value", p, reduction)
     if plain and reduction != "none":
         store("value", p, logits, target, None, None, (axis, ignore_index, label_smoothing, reduction))
     return loss
@@ -198,7 +198,7 @@ def cross_entropy_value_and_grad(
     if out is not None:
         check_out(out, p.x)
     g = new_gradient(p.x, p.axis) if out is None else writable_place(out, p.x, p.axis, (p.y, p.t, p.w, p.u))
-    loss = _loss_of("value_and_grad", p, reduction, g)
+    loss = loss_of("value_and_grad", p, reduction, g)
     if plain and reduction != "none":
         store("value_and_grad", p, logits, target, out, g, (axis, ignore_index, label_smoothing, reduction))
     if out is None:
@@ -262,7 +262,7 @@ def cross_entropy_stats(
     lse, entropy, target_prob = (np.empty(p.rows, p.acc) for _ in range(3))
     prediction, target_rank = (np.empty(p.rows, np.int64) for _ in range(2))
     labels = p.y if p.t is None else np.ascontiguousarray(np.argmax(p.t, axis=p.axis), np.int64)
-    loss = _loss_of(
+    loss = loss_of(
         "stats", p, reduction, labels=labels, lse=address(lse), entropy=address(entropy), target_prob=address(target_prob),
         prediction=address(prediction), target_rank=address(target_rank),
     )  # fmt: skip
@@ -402,7 +402,7 @@ def _grad_hess_of(name: str, p: Problem, dtype: np.dtype[Any], **more: Any) -> t
     return grad, hess
 
 
-def _loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labels: Array | None = None, **more: Any) -> Any:
+def loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labels: Array | None = None, **more: Any) -> Any:
     """Run a task that computes losses, and return them reduced."""
     rows = np.zeros(p.rows if reduction == "none" else 0, p.acc)
     total, divisor = 0.0, p.divisor

@@ -91,6 +91,7 @@ CALLED = (
     ("hessian_factor", "float"),  # the Hessian diagonal is multiplied by it
     ("z", "float"),  # factor of lse^2 in the loss
     ("cap", "float"),  # softcap
+    ("gamma", "float"),  # exponent of the focal loss
     ("temperature", "float"),  # the logits are divided by it
     ("sched_yield", "int"),  # address of the system's function by which a waiting thread yields its core, or 0
 )

@@ -26,6 +26,8 @@ TASKS = {
         ("log_prob_entropy",), interleaves=True, pipelines=True, splits=True, entropic=True, tempered=True
     ),
     "log_prob_and_entropy_grad": Task(("log_prob_entropy",), splits=True, entropic=True, tempered=True),
+    "focal": Task(("focal", "cross_entropy"), interleaves=True, pipelines=True, splits=True),
+    "focal_value_and_grad": Task(("focal", "cross_entropy"), stores=True, interleaves=True, pipelines=True, splits=True),
     "class_shard": Task(("class_shard",), interleaves=True, pipelines=True, splits=True),
     "class_shard_grad": Task(("class_shard",)),
     "softmax": Task(("softmax",), stores=True, splits=True),
