@@ -68,7 +68,7 @@ def _metadata(folder: str) -> dict[str, Any]:
 def _check(folder: str, metadata: dict[str, Any]) -> None:
     """Raise an error unless the metadata are those of an array whose codecs are all known."""
     if "shape" not in metadata:
-        raise InputError(f"{folder} is a folder, but no zarr array; an array in a zarr group is named as GROUP/ARRAY")
+        raise InputError(f"{folder} is not a regular file, nor the folder of a zarr array (one in a group: GROUP/ARRAY)")
     unknown = {name for key in ("codecs", "filters", "compressor") for name in _codecs(metadata.get(key))} - CODECS
     if unknown:
         raise InputError(f"{folder} has chunks in a code that is not read here: {', '.join(sorted(unknown))}")

@@ -144,7 +144,7 @@ def test_folders_without_an_array(tmp_path, capsys):
     group = zarr.open_group(str(tmp_path / "group"), mode="w")
     group.create_group("inner")
     for folder in ("empty", "group"):
-        assert "is a folder, but no zarr array" in error_of(capsys, tmp_path / folder, targets)
+        assert "is not a regular file, nor the folder of a zarr array" in error_of(capsys, tmp_path / folder, targets)
     save_zarr(tmp_path / "group" / "logits", np.zeros((2, 3)), (2, 3))
     assert evaluate(capsys, tmp_path / "group" / "logits", targets)["rows"] == 2
 
