@@ -15,6 +15,8 @@ __all__ = [
     "cross_entropy_stats",
     "cross_entropy_value_and_grad",
     "entropy",
+    "focal_loss",
+    "focal_loss_value_and_grad",
     "functional",
     "get_num_threads",
     "kl_div",
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
         binary_cross_entropy_with_logits,
         binary_cross_entropy_with_logits_value_and_grad,
     )
+    from fastxent.focal import focal_loss, focal_loss_value_and_grad
     from fastxent.functional import (
         CrossEntropyStats,
         cross_entropy,
@@ -75,6 +78,7 @@ _HOME = {
         "linear_cross_entropy_value_and_grad",
         "linear_log_prob_and_entropy",
     ),
+    "focal": ("focal_loss", "focal_loss_value_and_grad"),
     "policy": ("log_prob_and_entropy",),
     "special": ("entropy", "kl_div", "log_softmax", "logsumexp", "softmax"),
 }
@@ -84,7 +88,8 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 def __getattr__(name: str) -> Any:
     """Import a public module or function when its name is first used (PEP 562)."""
     modules = (
-        "binary", "dask", "distributed", "functional", "linear", "objectives", "policy", "reference", "special", "torch",
+        "binary", "dask", "distributed", "focal", "functional", "linear", "objectives", "policy", "reference", "special",
+        "torch",
     )  # fmt: skip
     if name not in (*__all__, *modules):
         raise AttributeError(f"module 'fastxent' has no attribute {name!r}")

@@ -16,7 +16,7 @@ import numpy as np
 try:
     import dask.array as da
 except ImportError as error:
-    raise ImportError("fastxent.dask needs Dask: pip install 'fastxent[dask]'") from error
+    raise ImportError("fastxent.dask needs Dask: pip install 'fastxent[dask]'", name="dask") from error
 
 from fastxent import functional, special
 from fastxent._runtime.options import checked

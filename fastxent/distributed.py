@@ -12,7 +12,7 @@ from typing import Any
 try:
     import torch.distributed as dist
 except ImportError as error:
-    raise ImportError("fastxent.distributed needs PyTorch: pip install 'fastxent[distributed]'") from error
+    raise ImportError("fastxent.distributed needs PyTorch: pip install 'fastxent[distributed]'", name="torch") from error
 from torch import Tensor, nn
 
 from fastxent._runtime.options import check_integer, checked

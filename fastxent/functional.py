@@ -126,7 +126,7 @@ def cross_entropy(
         return met[0]
     checked("reduction", reduction)
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads)
-    loss = _loss_of("value", p, reduction)
+    loss = loss_of("value", p, reduction)
     if plain and reduction != "none":
         store("value", p, logits, target, None, None, (axis, ignore_index, label_smoothing, reduction))
     return loss
@@ -198,7 +198,7 @@ def cross_entropy_value_and_grad(
     if out is not None:
         check_out(out, p.x)
     g = new_gradient(p.x, p.axis) if out is None else writable_place(out, p.x, p.axis, (p.y, p.t, p.w, p.u))
-    loss = _loss_of("value_and_grad", p, reduction, g)
+    loss = loss_of("value_and_grad", p, reduction, g)
     if plain and reduction != "none":
         store("value_and_grad", p, logits, target, out, g, (axis, ignore_index, label_smoothing, reduction))
     if out is None:
@@ -262,7 +262,7 @@ def cross_entropy_stats(
     lse, entropy, target_prob = (np.empty(p.rows, p.acc) for _ in range(3))
     prediction, target_rank = (np.empty(p.rows, np.int64) for _ in range(2))
     labels = p.y if p.t is None else np.ascontiguousarray(np.argmax(p.t, axis=p.axis), np.int64)
-    loss = _loss_of(
+    loss = loss_of(
         "stats", p, reduction, labels=labels, lse=address(lse), entropy=address(entropy), target_prob=address(target_prob),
         prediction=address(prediction), target_rank=address(target_rank),
     )  # fmt: skip
@@ -314,10 +314,7 @@ def cross_entropy_grad_hess(
     (array([[ 0.5, -0.5]]), array([[0.25, 0.25]]))
     """
     p = problem(logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, n_threads, float_labels=True)
-    grad, hess = new_gradient(p.x, p.axis), new_gradient(p.x, p.axis)
-    if p.x.size:
-        run_problem("grad_hess", p, p.plan("grad_hess", grad), g=address(grad), h=address(hess))
-    return grad, hess
+    return _grad_hess_of("grad_hess", p, p.x.dtype)
 
 
 def nll_loss(
@@ -380,7 +377,32 @@ def nll_loss(
 # ----------------------------------------------------------------------------------------------------
 
 
-def _loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labels: Array | None = None, **more: Any) -> Any:
+def rounded_grad_hess(
+    scores: Array,
+    target: object,
+    hessian_factor: float,
+    *,
+    weight: object = None,
+    sample_weight: object = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    n_threads: int | None = None,
+) -> tuple[Array, Array]:
+    """Return `cross_entropy_grad_hess` of scores (rows, classes), the Hessian times a factor, each rounded once to float32."""
+    p = problem(
+        scores, target, 1, weight, sample_weight, ignore_index, label_smoothing, n_threads, "scores", float_labels=True
+    )  # fmt: skip
+    return _grad_hess_of("boosting", p, np.dtype(np.float32), hessian_factor=hessian_factor)
+
+
+def _grad_hess_of(name: str, p: Problem, dtype: np.dtype[Any], **more: Any) -> tuple[Array, Array]:
+    grad, hess = new_gradient(p.x, p.axis, dtype), new_gradient(p.x, p.axis, dtype)
+    if p.x.size:
+        run_problem(name, p, p.plan(name, grad), g=address(grad), h=address(hess), **more)
+    return grad, hess
+
+
+def loss_of(name: str, p: Problem, reduction: str, g: Array | None = None, labels: Array | None = None, **more: Any) -> Any:
     """Run a task that computes losses, and return them reduced."""
     rows = np.zeros(p.rows if reduction == "none" else 0, p.acc)
     total, divisor = 0.0, p.divisor

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fastxent._runtime import buffers
 from fastxent._runtime.arguments import Array
-from fastxent.functional import cross_entropy_grad_hess
+from fastxent.functional import rounded_grad_hess
 
 SMALLEST_PRIOR = 1e-15  # of a class without rows, whose logarithm would be -inf; LightGBM's own number
 
@@ -173,7 +172,10 @@ def _read(call: tuple[Any, ...]) -> tuple[Any, Any, Any]:
 def _grad_hess(
     scores: Any, labels: Any, sample_weight: Any, options: dict[str, Any], factor: Callable[[int], float]
 ) -> tuple[Array, Array]:
-    """Return the gradient and ``factor(K)`` times the Hessian, in float32 but computed in the precision of the scores."""
+    """Return the gradient and ``factor(K)`` times the Hessian, in float32 but computed in the precision of the scores.
+
+    They are rounded once: with a second rounding, LightGBM grows other trees than by itself.
+    """
     scores = np.asarray(scores)
     if scores.ndim != 2:
         raise ValueError(f"the scores have shape {scores.shape}; they must be (rows, classes)")
@@ -182,18 +184,4 @@ def _grad_hess(
         target = target.reshape(scores.shape)
     if sample_weight is not None and not len(sample_weight):  # XGBoost's word for no weights
         sample_weight = None
-    grad, hess = cross_entropy_grad_hess(scores, target, sample_weight=sample_weight, **options)
-    if hess.dtype == np.float32:
-        hess *= factor(scores.shape[1])
-        return grad, hess
-    return _rounded(grad, 1.0), _rounded(hess, factor(scores.shape[1]))
-
-
-def _rounded(a: Array, factor: float) -> Array:
-    """Return ``factor * a``, rounded once to float32: with a second rounding, LightGBM grows other trees than by itself.
-
-    The memory is recycled: the page faults of a new array would take longer than the kernel.
-    """
-    flipped = not a.flags.c_contiguous
-    out = buffers.empty(a.T.shape if flipped else a.shape, np.dtype(np.float32))
-    return np.multiply(a, factor, out=out.T if flipped else out, casting="same_kind")
+    return rounded_grad_hess(scores, target, factor(scores.shape[1]), sample_weight=sample_weight, **options)

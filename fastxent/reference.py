@@ -38,6 +38,8 @@ __all__ = [
     "cross_entropy_stats",
     "cross_entropy_value_and_grad",
     "entropy",
+    "focal_loss",
+    "focal_loss_value_and_grad",
     "kl_div",
     "linear_cross_entropy",
     "linear_cross_entropy_stats",
@@ -154,6 +156,13 @@ def _probabilities(x: Array) -> tuple[Array, Array]:
     n = (e == 1).sum(-1, keepdims=True)
     rest = np.where(e == 1, 0.0, e).sum(-1, keepdims=True)
     return e / (n + rest), ((n - e) + rest) / (n + rest)
+
+
+def _of_target(r: _Rows) -> tuple[Array, Array, Array]:
+    """p, 1 - p and log p of each row's class index."""
+    y = r.t.argmax(-1)[..., None]
+    p, others, logp = (np.take_along_axis(a, y, -1)[..., 0] for a in (*_probabilities(r.x), log_softmax(r.x, -1)))
+    return p, others, logp
 
 
 def _layer(
@@ -401,6 +410,81 @@ def cross_entropy_stats(
     values = [np.where(r.keep, v, 0.0)[()] for v in (logsumexp(x, -1), entropies, np.take_along_axis(p, y, -1)[..., 0])]
     places = [np.where(r.keep, v, -1)[()] for v in (x.argmax(-1), rank)]
     return CrossEntropyStats(_reduce(_losses(r), r.divisor, reduction), *values, *places)
+
+
+@_formula
+def focal_loss(
+    logits: npt.ArrayLike,
+    target: npt.ArrayLike,
+    *,
+    gamma: float = 2.0,
+    axis: int = -1,
+    weight: npt.ArrayLike | None = None,
+    sample_weight: npt.ArrayLike | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Array:
+    """Focal loss: -u w_y (1 - p_y)^gamma logp_y of each row.
+
+    Parameters
+    ----------
+    logits, target, axis, weight, sample_weight, ignore_index, reduction
+        As in `cross_entropy`; `target` holds class indices.
+    gamma : float >= 0
+
+    Returns
+    -------
+    scalar, or ndarray of the shape of the rows with ``reduction="none"``
+
+    Examples
+    --------
+    >>> print(f"{focal_loss(np.log([[0.1, 0.7, 0.2]]), [1]):.8f}")  # -0.3^2 log 0.7
+    0.03210074
+    """
+    r = _rows(logits, target, axis, weight, sample_weight, ignore_index, 0.0)
+    _, others, _ = _of_target(r)
+    return _reduce(np.where(r.keep, others**gamma * _losses(r), 0.0), r.divisor, reduction)
+
+
+@_formula
+def focal_loss_value_and_grad(
+    logits: npt.ArrayLike,
+    target: npt.ArrayLike,
+    *,
+    gamma: float = 2.0,
+    axis: int = -1,
+    weight: npt.ArrayLike | None = None,
+    sample_weight: npt.ArrayLike | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[Array, Array]:
+    """Focal loss and its gradient: that of the cross-entropy, times (1 - p_y)^gamma - gamma p_y (1 - p_y)^(gamma - 1) logp_y.
+
+    Parameters
+    ----------
+    logits, target, gamma, axis, weight, sample_weight, ignore_index, reduction
+        As in `focal_loss`.
+
+    Returns
+    -------
+    loss : scalar or ndarray
+        As from `focal_loss`.
+    dlogits : ndarray, shape of `logits`
+        Gradient of the loss; with ``reduction="none"``, in each row the gradient of its own loss.
+
+    Examples
+    --------
+    >>> print(focal_loss_value_and_grad([[0.0, 0.0]], [1])[1].round(4))
+    [[ 0.2983 -0.2983]]
+    """
+    r = _rows(logits, target, axis, weight, sample_weight, ignore_index, 0.0)
+    p, others, logp = _of_target(r)
+    power = others**gamma
+    slope = np.where(p == 0, 0.0, p * logp) * power / others
+    slope = np.where(others == 0, -power, slope)  # logp is -others where that is small
+    g = (power - gamma * slope)[..., None] * _gradients(r) / (r.divisor if reduction == "mean" else 1)
+    g = np.where(r.keep[..., None], g, 0.0)
+    return _reduce(np.where(r.keep, power * _losses(r), 0.0), r.divisor, reduction), np.moveaxis(g, -1, axis)
 
 
 @_formula

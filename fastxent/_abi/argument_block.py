@@ -28,8 +28,8 @@ RUN = (
 # Addresses of a call's arrays
 OPERANDS = (
     ("x", "x"),  # (rows, C) in: logits
-    ("g", "x"),  # (rows, C) out: gradient, or (log-)probabilities; may be x
-    ("h", "x"),  # (rows, C) out: Hessian diagonal, with the strides of g
+    ("g", "g"),  # (rows, C) out: gradient, or (log-)probabilities; may be x
+    ("h", "g"),  # (rows, C) out: Hessian diagonal, with the strides of g
     ("t", "t"),  # (rows, C) in: class probabilities
     ("y", "i64"),  # (rows,) in: class indices
     ("w", "weight"),  # (C,) in: class weights
@@ -88,15 +88,17 @@ CALLED = (
     ("uniform", "float"),  # eps / C
     ("factor", "float"),  # the gradient is multiplied by factor / divisor
     ("average", "int"),  # with class indices: whether the gradient is divided by the sum of the kept rows' weights
+    ("hessian_factor", "float"),  # the Hessian diagonal is multiplied by it
     ("z", "float"),  # factor of lse^2 in the loss
     ("cap", "float"),  # softcap
+    ("gamma", "float"),  # exponent of the focal loss
     ("temperature", "float"),  # the logits are divided by it
     ("sched_yield", "int"),  # address of the system's function by which a waiting thread yields its core, or 0
 )
 FIELDS = RUN + OPERANDS + PLANNED + CALLED
 # Values of fields that are not given
 DEFAULTS = dict.fromkeys((name for name, _ in FIELDS), 0) | {
-    "confidence": 1.0, "factor": 1.0, "temperature": 1.0, "w_period": 1, "u_period": 1,
+    "confidence": 1.0, "factor": 1.0, "hessian_factor": 1.0, "temperature": 1.0, "w_period": 1, "u_period": 1,
 }  # fmt: skip
 FIRST_SLOT = OVER + 8
 SLOT = {name: FIRST_SLOT + nth for nth, (name, _) in enumerate(FIELDS)}

@@ -17,11 +17,13 @@ def evaluate(args: argparse.Namespace) -> int:
 
     _check_evaluated(args)
     try:
-        with output.progress("bytes") as progress:
+        bar = output.progress("bytes") if args.dask is None else contextlib.nullcontext()  # Dask has a bar of its own
+        with output.needs_extra("dask", ("zarr", "dask", "distributed")), bar as progress:
             options = {
                 "weight": args.weight,
                 "ignore_index": args.ignore_index,
                 "label_smoothing": args.label_smoothing,
+                "dask": args.dask,
                 "progress": progress,
             }
             if args.hidden is None:

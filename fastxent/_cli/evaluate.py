@@ -3,50 +3,31 @@
 The files may come from strangers, so nothing that they say is trusted (see ``files``), and every class index is checked before
 the first logit is read. Any fault raises an `InputError`.
 
-Data flow: `open_array` -> `Mapped` (.npy) or `Streamed` (an array in a .npz), or a `Product` of two -> `blocks` of about 32 MB
-(256 MB of a product) -> ``fastxent.cross_entropy_stats`` -> `Totals`, sums in float64 -> `Evaluation`.
+Data flow: `open_array` -> `Mapped` (.npy), `Streamed` (an array in a .npz), `Chunked` (a zarr folder), or a `Product` of two ->
+`blocks` of about 32 MB (256 MB of a product), or `whole_chunks` -> `Totals` -> `Evaluation`. On a Dask cluster each block is a
+task, up to its totals: see ``cluster``.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from fastxent._abi.dtypes import NAMES
-from fastxent._cli.files import Array, FileArray, Index, InputError, is_bfloat16, is_float, open_array
+from fastxent._cli.files import WHOLE_BYTES, Array, FileArray, Index, InputError, is_bfloat16, is_float, open_array
 from fastxent._cli.head import Product
+from fastxent._cli.totals import Evaluation, Totals
 
 BLOCK_BYTES = 32 << 20  # of logits: enough to keep every core busy, small compared with any machine's memory
 # With a head, each block reads all of it: a block has rows enough (500 of 128256 classes) that this is less than the products.
 HEAD_BLOCK_BYTES = 256 << 20
 BLOCK_ROWS = 1 << 16  # keeps the statistics of the rows in cache: at C = 10, 0.30 s; four times as many rows took 0.65 s
-BINS = 15  # bins of the calibration error
 FLOATS = f"{', '.join(NAMES[:-1])} or {NAMES[-1]}"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The result of `evaluate`. Means are over the kept rows, those that are not ignored."""
-
-    loss: float  # the mean, as of torch.nn.functional.cross_entropy
-    perplexity: float  # exp(loss)
-    top1_accuracy: float
-    top5_accuracy: float
-    entropy: float  # mean entropy of softmax(logits), nats
-    calibration_error: float  # see Totals.calibration_error
-    rows: int
-    kept_rows: int
-    nonfinite_rows: int  # kept rows whose loss is inf or nan
-    classes: int
-    dtype: str
-    n_bytes: int  # of logits and targets
-    seconds: float
-    gb_per_s: float
 
 
 def evaluate(
@@ -57,6 +38,7 @@ def evaluate(
     weight: str | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    dask: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Evaluate the logits in one file against the targets in another.
@@ -64,14 +46,16 @@ def evaluate(
     Parameters
     ----------
     logits, targets, weight : str
-        A ``.npy`` file (memory-mapped), a ``.npz`` file that holds one array, or ``FILE.npz:key``.
+        A ``.npy`` file (memory-mapped), a ``.npz`` file that holds one array, ``FILE.npz:key``, or the folder of a zarr array.
         Logits: float16, bfloat16, float32 or float64, classes along `axis`.
         Targets: integer class indices of the shape of the logits without `axis`, or floating class
         probabilities of the shape of the logits. Weight: one number per class.
     axis, ignore_index, label_smoothing
         As in `fastxent.cross_entropy`.
+    dask : str, optional
+        Address of a Dask scheduler, whose workers find the files under the same names.
     progress : callable, optional
-        Called as ``progress(bytes_done, bytes_total)`` after each block.
+        Called as ``progress(bytes_done, bytes_total)`` after each block that is not evaluated on a cluster.
 
     Returns
     -------
@@ -83,7 +67,7 @@ def evaluate(
         A file cannot be read, or its content does not fit.
     """
     options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    return _evaluate(open_array(logits), open_array(targets), axis, options, progress)
+    return _evaluate(open_array(logits), open_array(targets), axis, options, dask, progress)
 
 
 def evaluate_head(
@@ -95,6 +79,7 @@ def evaluate_head(
     weight: str | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    dask: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Evaluate the logits of a linear layer, ``hidden @ head.T + bias``, against targets; all are in files.
@@ -104,7 +89,7 @@ def evaluate_head(
     hidden, head, bias : str
         Files as in `evaluate`, floating: hidden states of shape (..., features), a weight of shape (classes, features) and a
         bias of shape (classes,). The head is read once for each block of rows.
-    targets, weight, ignore_index, label_smoothing, progress
+    targets, weight, ignore_index, label_smoothing, dask, progress
         As in `evaluate`; the classes of class probabilities are on the last axis.
 
     Returns
@@ -119,7 +104,7 @@ def evaluate_head(
     x = Product(open_array(hidden), open_array(head), None if bias is None else open_array(bias))
     options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
     block_rows = HEAD_BLOCK_BYTES // (sum(x.head.shape) * x.dtype.itemsize)  # of logits and of hidden states
-    return _evaluate(x, open_array(targets), -1, options, progress, block_rows)
+    return _evaluate(x, open_array(targets), -1, options, dask, progress, block_rows)
 
 
 def _evaluate(
@@ -127,50 +112,41 @@ def _evaluate(
     t: FileArray,
     axis: int,
     options: dict[str, Any],
+    dask: str | None,
     progress: Callable[[int, int], None] | None,
     block_rows: int | None = None,
 ) -> Evaluation:
     axis, by_index = _check_headers(x, t, axis)
     n_classes, row_shape = x.shape[axis], x.shape[:axis] + x.shape[axis + 1 :]
     w = None if options["weight"] is None else _read_weight(options["weight"], n_classes)
-    options, ignore_index = options | {"weight": w}, options["ignore_index"]
+    options, ignore_index = options | {"axis": axis, "weight": w}, options["ignore_index"]
     x = x.in_blocks(axis)
     t = t.in_blocks(None if by_index else axis)
+    row_bytes = n_classes * x.dtype.itemsize
     if block_rows is None:
-        block_rows = BLOCK_BYTES // (n_classes * x.dtype.itemsize)
+        block_rows = BLOCK_BYTES // row_bytes
     block_rows = max(1, min(BLOCK_ROWS, block_rows))
 
     def work() -> Iterator[tuple[Index, Index]]:
-        for rows in blocks(row_shape, block_rows):
+        for rows in _row_blocks(x, axis, block_rows):
             x_index = (*rows[:axis], slice(0, n_classes), *rows[axis:])
             yield x_index, rows if by_index else x_index
 
     if by_index:
         _check_targets(t, (rows for _, rows in work()), n_classes, ignore_index)
 
-    from fastxent import cross_entropy_stats  # imported here, so that earlier faults are reported before Numba is loaded
-
-    def stats(x_block: Array, t_block: Array) -> Any:
-        try:
-            return cross_entropy_stats(x_block, t_block, axis=axis, **options)
-        except (ValueError, TypeError, IndexError, OverflowError) as error:
-            raise InputError(str(error)) from error
-
     # A block of zeros comes first: wrong options raise here, and the measured seconds do not include compiling.
     x_index, t_index = next(work())
-    stats(x.zeros(x_index), t.zeros(t_index))
+    Totals.of_block(x.zeros(x_index), t.zeros(t_index), options)
 
-    totals = Totals(axis, w if by_index else None)
     total_bytes = x.n_bytes + t.n_bytes
     start = time.perf_counter()
-    for x_index, t_index in work():
-        x_block, t_block = x.block(x_index), t.block(t_index)
-        totals.add(x_block, t_block, stats(x_block, t_block))
-        del x_block, t_block
-        x.release()
-        t.release()
-        if progress is not None:
-            progress(x.read_bytes + t.read_bytes, total_bytes)
+    if dask is None:
+        totals = sum(_each_here(x, t, options, work(), progress), Totals())
+    else:
+        from fastxent._cli.cluster import each_on_cluster
+
+        totals = sum(each_on_cluster(dask, x, t, options, work()), Totals())
     seconds = time.perf_counter() - start
 
     return totals.result(
@@ -181,6 +157,32 @@ def _evaluate(
         seconds=seconds,
         gb_per_s=total_bytes / seconds / 1e9,
     )
+
+
+def _each_here(
+    x: FileArray,
+    t: FileArray,
+    options: dict[str, Any],
+    work: Iterable[tuple[Index, Index]],
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[Totals]:
+    for x_index, t_index in work:
+        yield Totals.of_block(x.block(x_index), t.block(t_index), options)
+        x.release()
+        t.release()
+        if progress is not None:
+            progress(x.read_bytes + t.read_bytes, x.n_bytes + t.n_bytes)
+
+
+def _row_blocks(x: FileArray, axis: int, at_most: int) -> Iterator[Index]:
+    """Yield blocks of rows that are read together: at most so many, or, of an array in chunks, whole chunks."""
+    rows = x.shape[:axis] + x.shape[axis + 1 :]
+    if x.chunks is None:
+        return blocks(rows, at_most)
+    chunks = x.chunks[:axis] + x.chunks[axis + 1 :]
+    if math.prod(chunks) * x.shape[axis] * x.dtype.itemsize > WHOLE_BYTES:
+        raise InputError(f"{x.name} has chunks of shape {x.chunks}: the rows of one are larger than {WHOLE_BYTES} bytes")
+    return whole_chunks(rows, chunks, at_most)
 
 
 def blocks(rows: tuple[int, ...], at_most: int) -> Iterator[Index]:
@@ -205,60 +207,19 @@ def blocks(rows: tuple[int, ...], at_most: int) -> Iterator[Index]:
             yield (slice(i, min(i + step, rows[0])), *(slice(0, n) for n in rows[1:]))
 
 
-class Totals:
-    """Running sums over the rows, in float64."""
+def whole_chunks(rows: tuple[int, ...], chunks: tuple[int, ...], at_most: int) -> Iterator[Index]:
+    """Yield blocks of whole chunks that cover an index space: of at most ``at_most`` positions, or one chunk if it has more.
 
-    def __init__(self, axis: int, weight: Array | None) -> None:
-        self.axis, self.weight = axis, weight
-        self.loss = self.divisor = self.entropy = 0.0
-        self.kept = self.nonfinite = self.top1 = self.top5 = 0
-        self.surplus = np.zeros(BINS)  # (BINS,): sum of confidence - hit over the rows of a bin
-
-    @np.errstate(all="ignore")  # inf - inf and the like are valid results here
-    def add(self, x: Array, t: Array, stats: Any) -> None:
-        """Add one block: logits `x`, targets `t` and their `CrossEntropyStats`."""
-        keep = np.asarray(stats.target_rank) >= 0
-        loss, lse, entropy, rank = (np.asarray(a)[keep] for a in (stats.loss, stats.lse, stats.entropy, stats.target_rank))
-        chosen = np.take_along_axis(x, np.expand_dims(np.asarray(stats.prediction), self.axis), self.axis)
-        confidence = np.exp(chosen.squeeze(self.axis)[keep].astype(np.float64) - lse)
-        known = np.isfinite(lse)  # no logit is greater than nan, so the rank would be 0: such a row is no hit
-        hit = known & (rank == 0)
-
-        self.kept += len(loss)
-        self.divisor += len(loss) if self.weight is None else self.weight[t[keep]].sum(dtype=np.float64)
-        self.loss += loss.sum(dtype=np.float64)
-        self.entropy += entropy.sum(dtype=np.float64)
-        self.nonfinite += int(np.count_nonzero(~np.isfinite(loss)))
-        self.top1 += int(np.count_nonzero(hit))
-        self.top5 += int(np.count_nonzero(known & (rank < 5)))
-        # Bin m is (m / BINS, (m + 1) / BINS]; a confidence of nan falls in bin 0 and makes the result nan.
-        which = np.clip(np.ceil(np.nan_to_num(confidence) * BINS).astype(np.intp) - 1, 0, BINS - 1)
-        self.surplus += np.bincount(which, weights=np.minimum(confidence, 1.0) - hit, minlength=BINS)
-
-    def calibration_error(self) -> float:
-        """Return the expected calibration error: the mean of |accuracy - confidence| over the bins, weighted by their rows.
-
-        Confidence is the probability of the prediction, in 15 bins of equal width. Guo, Pleiss, Sun and
-        Weinberger, On Calibration of Modern Neural Networks, ICML 2017, equation 3.
-        """
-        return float(np.abs(self.surplus).sum() / self.kept) if self.kept else math.nan
-
-    @np.errstate(all="ignore")
-    def result(self, **facts: Any) -> Evaluation:
-        """Return the means; without kept rows they are nan, as in PyTorch."""
-        loss = np.float64(self.loss) / self.divisor
-        top1, top5, entropy = np.array([self.top1, self.top5, self.entropy]) / self.kept
-        return Evaluation(
-            loss=float(loss),
-            perplexity=float(np.exp(loss)),
-            top1_accuracy=float(top1),
-            top5_accuracy=float(top5),
-            entropy=float(entropy),
-            calibration_error=self.calibration_error(),
-            kept_rows=self.kept,
-            nonfinite_rows=self.nonfinite,
-            **facts,
-        )
+    >>> [[(s.start, s.stop) for s in index] for index in whole_chunks((5,), (2,), 1)]
+    [[(0, 2)], [(2, 4)], [(4, 5)]]
+    >>> [[(s.start, s.stop) for s in index] for index in whole_chunks((2, 5), (1, 2), 4)]
+    [[(0, 1), (0, 4)], [(0, 1), (4, 5)], [(1, 2), (0, 4)], [(1, 2), (4, 5)]]
+    """
+    block = list(chunks)
+    for k in reversed(range(len(rows))):
+        block[k] = min(rows[k], block[k] * max(1, at_most // math.prod(block)))
+    for corner in itertools.product(*map(range, itertools.repeat(0), rows, block)):
+        yield tuple(slice(i, min(i + step, n)) for i, step, n in zip(corner, block, rows, strict=True))
 
 
 # Checks of shapes, dtypes and class indices ---------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Reads arrays from untrusted files: a .npy is memory-mapped, a member of a .npz is read as a stream.
+"""Reads arrays from untrusted files: a .npy is memory-mapped, a member of a .npz is a stream, a folder is for ``zarr_folder``.
 
 Nothing that such a file says is trusted: a header is read from a bounded prefix, the size it promises is compared with the
 bytes that are there before anything is mapped or allocated, and nothing is ever unpickled. Any fault raises an `InputError`.
@@ -14,7 +14,8 @@ import os
 import stat
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -47,6 +48,8 @@ class Header(NamedTuple):
 class FileArray:
     """An array in a file, read in blocks."""
 
+    chunks: tuple[int, ...] | None = None  # the extents of the pieces in which it is stored, if these are read as a whole
+
     def __init__(self, name: str, header: Header) -> None:
         self.name, self.header = name, header
         self.shape, self.dtype, self.n_bytes = header.shape, header.dtype, header.n_bytes
@@ -69,6 +72,10 @@ class FileArray:
     def to_read_again(self) -> FileArray:
         """Return an array of which any block can be read any number of times, this one if possible."""
         return self
+
+    def opener(self) -> Callable[[], FileArray]:
+        """Return a function that opens the array in another process, for blocks in any order."""
+        raise InputError(f"{self.name} is in an archive, in which a cluster finds no blocks; use a .npy file or a zarr folder")
 
     def release(self) -> None:
         """Release the memory of what was read so far."""
@@ -94,6 +101,9 @@ class Mapped(FileArray):
         if isinstance(self._buffer, mmap.mmap) and self._buffer.size() < self.header.offset + self.n_bytes:
             raise InputError(f"{self.name} is cut short")  # after it was opened: reading past its end would raise SIGBUS
         return np.asarray(self._array[index])  # the index () gives a scalar
+
+    def opener(self) -> Callable[[], FileArray]:
+        return partial(open_array, os.path.abspath(self.name)) if isinstance(self._buffer, mmap.mmap) else super().opener()
 
     def release(self) -> None:
         # Without this, the resident memory grows to the size of the file. The system's page cache still holds the pages.
@@ -136,7 +146,7 @@ class Streamed(FileArray):
         self._stream = self._zip = None
 
     def _read(self, size: int) -> bytes:
-        with _in_one_line(self.name):
+        with in_one_line(self.name):
             if self._stream is None:
                 self._zip = zipfile.ZipFile(self._path)
                 self._stream = self._zip.open(self._member)
@@ -148,12 +158,19 @@ class Streamed(FileArray):
 
 
 def open_array(spec: str) -> FileArray:
-    """Return the array in ``FILE.npy``, ``FILE.npz`` (if it holds one) or ``FILE.npz:key``; only its header is read."""
+    """Return the array in ``FILE.npy``, ``FILE.npz`` (if it holds one), ``FILE.npz:key`` or a zarr folder.
+
+    Only its header is read.
+    """
     path, key = spec, ""
+    if os.path.isdir(spec):
+        from fastxent._cli.zarr_folder import open_folder
+
+        return open_folder(spec)
     if not os.path.lexists(spec) and ".npz:" in spec:
         path, _, key = spec.partition(".npz:")
         path += ".npz"
-    with _in_one_line(spec):
+    with in_one_line(spec):
         if not stat.S_ISREG(os.stat(path).st_mode):  # tested before opening: a FIFO would wait for a writer
             raise InputError(f"{spec} is not a regular file")
         with open(path, "rb") as file:
@@ -206,7 +223,7 @@ def _read_header(name: str, prefix: bytes, size: int) -> Header:
 
 
 @contextlib.contextmanager
-def _in_one_line(name: str) -> Iterator[None]:
+def in_one_line(name: str) -> Iterator[None]:
     """Turn whatever the parsers raise within this context, where they may read hostile bytes, into an `InputError`."""
     try:
         yield

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -34,6 +36,8 @@ class Product(FileArray):
         super().__init__(f"{hidden.name} by {head.name}", Header((*hidden.shape[:-1], n_classes), dtype, False, 0))
         self.n_bytes = hidden.n_bytes + head.n_bytes
         self.hidden, self.head = hidden.in_blocks(len(hidden.shape) - 1), head.to_read_again()
+        self.chunks = None if hidden.chunks is None else (*hidden.chunks[:-1], n_classes)
+        self._bias_file = bias
         self.bias = None if bias is None else bias.block((slice(0, n_classes),)).astype(dtype)
 
     @np.errstate(all="ignore")  # inf and nan are numbers here
@@ -58,5 +62,15 @@ class Product(FileArray):
     def zeros(self, index: Index) -> Array:
         return np.zeros([s.stop - s.start for s in index], self.dtype)
 
+    def opener(self) -> Callable[[], FileArray]:
+        files = self.hidden, self.head, self._bias_file
+        return partial(_open_product, *(None if file is None else file.opener() for file in files))
+
     def release(self) -> None:
         self.hidden.release()
+
+
+def _open_product(*openers: Callable[[], FileArray] | None) -> Product:
+    hidden, head, bias = (None if opener is None else opener() for opener in openers)
+    assert hidden is not None and head is not None
+    return Product(hidden, head, bias)

@@ -31,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     command = add("evaluate", commands.evaluate, "evaluate logits in a file: loss, accuracy, calibration")
-    command.add_argument("logits", metavar="LOGITS", help=".npy, .npz or FILE.npz:key; floating point")
+    text = ".npy, .npz, FILE.npz:key or the folder of a zarr array; floating point"
+    command.add_argument("logits", metavar="LOGITS", help=text)
     targets = command.add_argument("targets", metavar="TARGETS", help="likewise; class indices or class probabilities")
     targets.required = False  # with --hidden, TARGETS are the only file
     command.set_defaults(wrong_usage=command.error)
@@ -42,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--ignore-index", type=int, default=-100, metavar="N", help="class index of rows to leave out (-100)")
     command.add_argument("--label-smoothing", type=float, default=0.0, metavar="X", help="from 0 to 1 (0)")
     command.add_argument("--weight", metavar="FILE", help="like LOGITS; one weight a class")
+    text = "evaluate on the cluster of this Dask scheduler, whose workers find the files under the same names"
+    command.add_argument("--dask", metavar="ADDRESS", help=text)
 
     command = add("demo", commands.demo, "train on handwritten digits and check the result against scikit-learn")
     which = command.add_mutually_exclusive_group()

@@ -10,6 +10,7 @@ from numba import types
 from numba.core.registry import cpu_target
 
 from fastxent._abi import argument_block as abi
+from fastxent._abi.tasks import TASKS
 from fastxent._abi.variant import BUILTINS, SYMBOL, Layout, Schedule, Storage, Variant
 from fastxent._kernels import entry, tasks
 from fastxent._simd import parts
@@ -29,6 +30,7 @@ def task_type(name: str, variant: Variant) -> Task:
         "acc": (acc, acc),
         "weight": (acc, acc) if name in tasks.POINTWISE else ("f64", "f64"),
         "x": (variant.logits, acc),
+        "g": ("f32" if name in TASKS and TASKS[name].rounds else variant.logits, acc),
         "t": (variant.target or acc, acc),
     }
     fields = tuple((field, abi.FIRST_SLOT + slot, kinds[kind]) for slot, (field, kind) in enumerate(abi.FIELDS))

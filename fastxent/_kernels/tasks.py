@@ -7,6 +7,7 @@ from fastxent._kernels import schedules, steps
 from fastxent._kernels.losses import (
     class_shard,
     cross_entropy,
+    focal,
     hessian,
     log_prob_entropy,
     pointwise,
@@ -23,6 +24,8 @@ LOSSES: dict[str, tuple[ModuleType, bool]] = {
     "value_and_grad": (cross_entropy, True),
     "log_prob_and_entropy": (log_prob_entropy, False),
     "log_prob_and_entropy_grad": (log_prob_entropy, True),
+    "focal": (focal, False),
+    "focal_value_and_grad": (focal, True),
     "class_shard": (class_shard, False),
 }
 # Tasks that call a function for one unit after the other
@@ -30,6 +33,7 @@ VISITS = {
     "save_segment": save_segment,
     "class_shard_grad": class_shard.gradient,
     "grad_hess": hessian.grad_hess,
+    "boosting": hessian.grad_hess,
     "stats": statistics.stats,
     "softmax": softmax.softmax,
     "log_softmax": softmax.log_softmax,

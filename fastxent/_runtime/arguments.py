@@ -190,28 +190,30 @@ def walkable(x: Array, axis: int) -> bool:
     )
 
 
-def like(x: Array, axis: int, copy: bool = False) -> Array:
+def like(x: Array, axis: int, copy: bool = False, dtype: np.dtype[Any] | None = None) -> Array:
     """Return a new array in the memory order of x's axes, or with the classes innermost if that order does not suit a kernel.
 
-    With ``copy`` it holds a copy of x.
+    With ``copy`` it holds a copy of x. Its dtype is that of x unless another one is given.
     """
+    dtype = dtype or x.dtype
     # ``np.empty_like`` orders the axes by their strides: an axis of stride 0 (broadcast rows) would become the innermost.
     closer = any(n > 1 and abs(s) <= x.itemsize for i, (n, s) in enumerate(zip(x.shape, x.strides, strict=True)) if i != axis)
     if x.shape[axis] > FEW_CLASSES and (copy or (x.strides[axis] == x.itemsize and closer)):
         rows = x.shape[:axis] + x.shape[axis + 1 :]
-        new = np.moveaxis(np.empty((*rows, x.shape[axis]), x.dtype), -1, axis)
+        new = np.moveaxis(np.empty((*rows, x.shape[axis]), dtype), -1, axis)
     else:
-        new = np.empty_like(x, subok=False)
+        new = np.empty_like(x, dtype, subok=False)
     if copy:
         new[...] = x
     return new
 
 
-def new_gradient(x: Array, axis: int) -> Array:
+def new_gradient(x: Array, axis: int, dtype: np.dtype[Any] | None = None) -> Array:
     """Return a new array for the gradient of x, as `like` does; large ones are recycled memory, aligned to cache lines."""
-    if x.nbytes < buffers.SMALLEST or not x.flags.forc:
-        return like(x, axis)
-    return buffers.empty(x.shape, x.dtype) if x.flags.c_contiguous else buffers.empty(x.T.shape, x.dtype).T
+    dtype = dtype or x.dtype
+    if x.size * dtype.itemsize < buffers.SMALLEST or not x.flags.forc:
+        return like(x, axis, dtype=dtype)
+    return buffers.empty(x.shape, dtype) if x.flags.c_contiguous else buffers.empty(x.T.shape, dtype).T
 
 
 def check_target(
@@ -256,6 +258,10 @@ def target_for(
 
 def _from_floats(a: Array, n_classes: int, ignore: int) -> Array:
     """Return class indices that came as floats, as boosting libraries pass them, in int64."""
+    with np.errstate(invalid="ignore"):  # nan and inf, which are told below
+        y = a.astype(np.int64, order="C")
+    if a.size and (y.astype(a.dtype) == a).all() and y.min() >= 0 and y.max() < n_classes:
+        return y
     values = a.astype(np.float64)
     whole = np.isfinite(values) & (values == np.trunc(values))
     if not whole.all():

@@ -47,6 +47,13 @@ def check_finite(value: float, name: str) -> float:
     return number
 
 
+def check_at_least_0(value: float, name: str) -> float:
+    number = check_finite(value, name)
+    if number < 0.0:
+        raise ValueError(f"{name} = {value} is negative")
+    return number
+
+
 def check_softcap(value: float | None, name: str) -> float | None:
     return None if value is None else check_positive(value, name)
 
@@ -100,6 +107,7 @@ OPTIONS = (
     Option("label_smoothing", 0.0, "float", check_fraction, ("confidence", "uniform"), "smooth"),
     Option("z_loss", 0.0, "float", check_finite, ("z",)),
     Option("temperature", 1.0, "float", check_positive, ("temperature", "factor"), "tempered"),
+    Option("gamma", 2.0, "float", check_at_least_0, ("gamma",)),
     Option("softcap", None, "float", check_softcap, ("cap",), "capped"),
     Option("memory_limit", None, "int?", check_memory_limit),  # decides the blocks, see ``blocks``; no kernel reads it
     Option("n_threads", None, check=check_n_threads, fields=("team",)),

@@ -277,7 +277,7 @@ def make_plan(
 
     The choice depends only on shapes, strides, dtypes and options, never on threads, so the number of threads changes no bit.
     """
-    sizes = (ITEMSIZE[logits], ITEMSIZE[logits], ITEMSIZE[target or logits])
+    sizes = (ITEMSIZE[logits], ITEMSIZE["f32" if TASKS[task].rounds else logits], ITEMSIZE[target or logits])
     n_classes = shape[axis]
     axes = row_axes(shape, strides, axis)
     steps = tuple(s[axis] for s in strides)

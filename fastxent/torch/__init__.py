@@ -27,7 +27,10 @@ from __future__ import annotations
 
 import struct
 
-import torch
+try:
+    import torch
+except ImportError as error:
+    raise ImportError("fastxent.torch needs PyTorch: pip install 'fastxent[torch]'", name="torch") from error
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 

@@ -31,6 +31,17 @@ def save(folder: Path, **arrays: np.ndarray) -> list[str]:
     return [str(folder / f"{name}.npy") for name in arrays]
 
 
+def save_zarr(folder: Path, array: np.ndarray, chunks: tuple[int, ...], version: int | None = None, fill_value=0) -> str:
+    """Write an array as a zarr folder and return its name."""
+    import zarr
+
+    name = "zarr_format" if zarr.__version__ >= "3" else "zarr_version"
+    options = {"fill_value": fill_value} | ({} if version is None else {name: version})
+    store = zarr.open_array(store=str(folder), mode="w", shape=array.shape, chunks=chunks, dtype=array.dtype, **options)
+    store[...] = array
+    return str(folder)
+
+
 def evaluate(capsys, *args) -> dict:
     """The JSON object that ``fastxent evaluate`` prints."""
     assert cli.main(["evaluate", *map(str, args), "--json"]) == 0

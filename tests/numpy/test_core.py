@@ -36,6 +36,7 @@ def calls(shape: tuple[int, int] = (2, 3), dtype: str = "float32") -> dict[str, 
     formula = [{}, dict(weight=weight), dict(sample_weight=sample_weight), dict(ignore_index=y[0]), dict(label_smoothing=0.1)]
     formula += [formula[1] | formula[2] | formula[3] | formula[4], dict(axis=1), dict(n_threads=2)]
     reductions = [dict(reduction=how) for how in ("none", "mean", "sum")]
+    focal = [dict(gamma=0.5) | {k: v for k, v in o.items() if k != "label_smoothing"} for o in formula]
     probabilities = [((x, p), o) for o in (formula[0], formula[1] | formula[2])]
     layer = (rng.standard_normal((n, 5)).astype(dtype), rng.standard_normal((c, 5)).astype(dtype), y)
     biased = dict(linear_bias=weight, memory_limit=1)
@@ -56,6 +57,8 @@ def calls(shape: tuple[int, int] = (2, 3), dtype: str = "float32") -> dict[str, 
         "log_prob_and_entropy": [
             ((x, y), o) for o in ({}, dict(temperature=0.7, ignore_index=y[0]), dict(axis=1), dict(n_threads=2))
         ],
+        "focal_loss": [((x, y), o) for o in (*focal, *reductions)],
+        "focal_loss_value_and_grad": [((x, y), o) for o in (*focal, *reductions)],
         "softmax": [((x,), dict(axis=1, **o)) for o in ({}, dict(out=out), dict(n_threads=2))],
         "log_softmax": [((x,), dict(axis=1, **o)) for o in ({}, dict(out=out), dict(n_threads=2))],
         "logsumexp": [

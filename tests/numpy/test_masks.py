@@ -24,6 +24,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "cross_entropy_value_and_grad": LOSS | dict(out=X),
     "cross_entropy_stats": LOSS,
     "cross_entropy_grad_hess": LOSS,
+    "focal_loss": LOSS,
+    "focal_loss_value_and_grad": LOSS,
     "linear_cross_entropy": LINEAR,
     "linear_cross_entropy_value_and_grad": LINEAR,
     "linear_cross_entropy_stats": LINEAR,

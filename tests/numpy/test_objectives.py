@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fastxent as fx
 from fastxent import reference as ref
 from fastxent.objectives import lightgbm_multiclass, log_prior, xgboost_softprob
 
@@ -69,6 +70,36 @@ def test_options(objective, factor):
             np.testing.assert_allclose(hess, factor(7) * want[1], atol=6e-6)
     flat = objective(x, Data(soft.ravel()))  # as XGBoost hands labels (N, K) over
     np.testing.assert_array_equal(flat[0], objective(soft, x)[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "options"),
+    [
+        ((300, 7), "C", {"label_smoothing": 0.1}),
+        ((300, 7), "F", {"label_smoothing": 0.1}),
+        ((300, 7), "C", {}),
+        ((300, 7), "F", {}),
+        ((5, 70), "C", {}),
+        ((40, 330), "F", {}),
+        ((600, 7), "every second", {}),
+        ((220_000, 10), "F", {}),
+    ],
+    ids=str,
+)
+def test_results_are_rounded_once(shape, order, options):
+    """Every layout of the kernels, and an array past the caches: to the bit what float64 results are, rounded to float32."""
+    rng = np.random.default_rng(0)
+    x, y = 3 * rng.standard_normal(shape), rng.integers(0, shape[1], shape[0])
+    x = x[::2] if order == "every second" else np.asarray(x, order=order)
+    y = y[: len(x)]
+    y[: len(x) // 2] = -100  # whole units and single rows
+    y[::3] = 1
+    u = rng.random(len(x))
+    grad, hess = lightgbm_multiclass(x, Data(y, u), **options)
+    want_grad, want_hess = fx.cross_entropy_grad_hess(x, y, sample_weight=u, **options)
+    np.testing.assert_array_equal(grad, want_grad.astype(np.float32))
+    np.testing.assert_array_equal(hess, (want_hess * (shape[1] / (shape[1] - 1))).astype(np.float32))
+    assert (grad[y == -100] == 0).all() and (hess[y == -100] == 0).all()
 
 
 def test_errors():
@@ -191,11 +222,11 @@ def numpy_recipe(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np
     return (p + update).astype(np.float32, copy=False), (k / (k - 1) * p * (1 - p)).astype(np.float32, copy=False)
 
 
-@pytest.mark.parametrize(("objective", "layout", "ratio"), [(xgboost_softprob, "C", 2), (lightgbm_multiclass, "F", 0.7)])
+@pytest.mark.parametrize(("objective", "layout", "ratio"), [(xgboost_softprob, "C", 2), (lightgbm_multiclass, "F", 2)])
 def test_it_takes_a_fraction_of_the_numpy_recipes_time(objective, layout, ratio):
     """At 100000 x 10: CPU time with one thread, since other tests run meanwhile; NumPy has no second thread to use.
 
-    How much page faults add to NumPy's time depends on what the process did before: in a new one the ratios are 7.6 and 2.8.
+    On an idle machine the ratios are above 5: see benchmarks/LOG.md.
     """
     x, y, _ = scores(100_000, 10)
     x = np.asarray(x, np.float32 if layout == "C" else np.float64, order=layout)

@@ -77,7 +77,7 @@ def test_numpys_functions_check_each_option_of_theirs():
                 checked(option.name, 2.5j)
             with pytest.raises((TypeError, ValueError), match=option.name):
                 function = fx.linear_cross_entropy if option.name in OF_LINEAR else fx.cross_entropy
-                function = fx.log_prob_and_entropy if option.name == "temperature" else function
+                function = {"temperature": fx.log_prob_and_entropy, "gamma": fx.focal_loss}.get(option.name, function)
                 operands = [np.zeros((2, 3)), np.zeros((4, 3)), [0, 1]]
                 function(*(operands if option.name in OF_LINEAR else operands[::2]), **{option.name: 2.5j})
 

@@ -1,6 +1,6 @@
 """Gradient and Hessian diagonal of the cross-entropy per row, as gradient boosting needs them.
 
-h_c = d2l/dx_c^2 = u Q p_c (1 - p_c)
+h_c = d2l/dx_c^2 = u Q p_c (1 - p_c), times a constant that boosting libraries have there
 """
 
 from fastxent._kernels.addressing import g_step, locate, unscaled, write, write_tile
@@ -16,10 +16,10 @@ from fastxent._simd.vector import all_lanes, any_lane, narrow, splat
 
 
 @inlined
-def hessian_vector(task, unit, j, mask, f, s_max, s_rest):
-    """Return vector j of h_c = a e_c (s - e_c) / s, with s - e_c = (s_max - e_c) + s_rest."""
+def hessian_vector(task, unit, j, mask, f, s_max, s_rest, factor):
+    """Return vector j of h_c = factor a e_c (s - e_c) / s, with s - e_c = (s_max - e_c) + s_rest."""
     e = exponentials(task, unit, j, mask, f.shift, f.power)
-    return e * f.a * (((s_max - e) + s_rest) * f.inverse_s)
+    return e * f.a * (((s_max - e) + s_rest) * f.inverse_s) * factor
 
 
 @inlined
@@ -32,11 +32,12 @@ def grad_hess(task, tile, number):
         state = span_state(task, unit)
         f = coefficients(task, unit, state, y, to_row(task, number, state))
         s_max, s_rest = narrow(task.x, state.s_max), narrow(task.x, state.s_rest)
+        factor = narrow(task.x, splat(task.w, task.hessian_factor))
         for j in range(unit.start, unit.stop):
             whole = j < unit.full
             reads = all_lanes() if whole else unit.reads
             writes = all_lanes() if whole else unit.writes
-            h = hessian_vector(task, unit, j, reads, f, s_max, s_rest)
+            h = hessian_vector(task, unit, j, reads, f, s_max, s_rest, factor)
             write(task, task.h + (unit.g + j * g_step(task)), unit.g_lanes, h, writes)
         tile_update = write_gradient(task, unit, f)
     else:
