@@ -116,12 +116,12 @@ def by_torch(p: Problem) -> dict[str, Contestant]:
         return F.cross_entropy(F.linear(x, w), y)
 
     torch._dynamo.reset()
-    ours = {
+    ours: dict[str, Callable[..., Any]] = {
         TORCH: linear_cross_entropy,
         TORCH + LIMITED: partial(linear_cross_entropy, memory_limit=LIMIT),
         TORCH + WHOLE: lambda x, w, y: cross_entropy(F.linear(x, w), y, inplace=p.mode == GRAD),
     }
-    peers = {EAGER: eager, COMPILED: torch.compile(eager, dynamic=False, fullgraph=True)}
+    peers: dict[str, Callable[..., Any]] = {EAGER: eager, COMPILED: torch.compile(eager, dynamic=False, fullgraph=True)}
     if hasattr(F, "linear_cross_entropy"):  # since PyTorch 2.13
         peers[UNCHUNKED] = F.linear_cross_entropy
         peers[CHUNKED] = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
