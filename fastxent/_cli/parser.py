@@ -60,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("warmup", commands.warmup, "compile the kernels now, not at their first use", json=False)
     command.add_argument("--dtype", nargs="+", choices=NAMES, metavar="DTYPE", help=", ".join(NAMES))
+    jobs: dict[str, Any] = {"type": int, "metavar": "N", "help": "processes that compile (default: one a core)"}
+    command.add_argument("--jobs", **jobs)
 
     text = "compile the common kernels for levels of processors, as wheels bring them"
     command = add("prebuild", commands.prebuild, text, json=False)
@@ -68,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--kernels", nargs="+", metavar="PATTERN", default=["*"], help="only those of such names, as value*-f32-*"
     )
-    command.add_argument("--jobs", type=int, metavar="N", help="processes that compile (default: one a core)")
+    command.add_argument("--jobs", **jobs)
     return main
 
 

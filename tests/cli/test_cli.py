@@ -53,6 +53,7 @@ def test_help_is_instant_and_imports_nothing_heavy():
         (["evaluate", "logits.npy"], 2),
         (["evaluate", "x", "t", "--axis", "last"], 2),
         (["warmup", "--dtype", "int8"], 2),
+        (["warmup", "--jobs", "0"], 2),
     ],
 )
 def test_usage(args, code, capsys):
@@ -257,12 +258,12 @@ def test_info_is_real(capsys):
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(fastxent.show_config()))
 
 
-def test_warmup_passes_its_dtypes_on(monkeypatch, capsys):
+def test_warmup_passes_its_options_on(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(fastxent, "warmup", lambda *args, progress=None: calls.append(args))
+    monkeypatch.setattr(fastxent, "warmup", lambda *args, progress=None, n_jobs: calls.append((*args, n_jobs)))
     assert cli.main(["warmup"]) == 0
-    assert cli.main(["warmup", "--dtype", "float16", "bfloat16", "float16"]) == 0
-    assert calls == [(), (("float16", "bfloat16"),)]
+    assert cli.main(["warmup", "--dtype", "float16", "bfloat16", "float16", "--jobs", "3"]) == 0
+    assert calls == [(None,), (("float16", "bfloat16"), 3)]
     assert "kernels are ready" in capsys.readouterr().out
 
 

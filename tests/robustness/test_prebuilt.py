@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import itertools
 import json
@@ -21,7 +22,7 @@ from fastxent._cli import parser
 from fastxent._codegen import levels
 from fastxent._codegen.prebuilt import MANIFEST, kernel_name
 from fastxent._runtime import common, run
-from tests.helpers.processes import run_script
+from tests.helpers.processes import ROOT, run_script
 
 PACKAGE = Path(fx.__file__).parent
 HERE = [level for level in levels.of_this_cpu() if level.only == "*"]
@@ -279,6 +280,16 @@ def test_names_tell_kernels_apart():
 
 def test_the_command_names_the_levels():
     assert parser.LEVELS == levels.NAMES
+
+
+def test_the_build_hook_names_the_levels():
+    """It runs before fastxent is installed, so it cannot import them; hatchling, which it imports, may be missing here."""
+    tree = ast.parse((ROOT / ".ci" / "prebuild_hook.py").read_text())
+    [written] = [node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LEVELS"]
+    of_machine: dict[str, list[str]] = {}
+    for level in levels.LEVELS:
+        of_machine.setdefault(level.machine, []).append(level.name)
+    assert ast.literal_eval(written) == of_machine
 
 
 def test_what_is_no_folder_of_kernels_is_left_alone(tmp_path, capsys):
