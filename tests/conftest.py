@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Compiling a kernel leaves some 20 MB behind in LLVM, and the tests compile hundreds: a process of its own does it, and is
 # replaced from time to time.
-_compiler = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=25)
+_compiler = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=50)
 
 
 def _compiled_elsewhere(name: str, variant: Any) -> bytes:

@@ -15,6 +15,7 @@ LEVELS = (
     "x86-64-v4",
     "x86-64-v4-bf16",
     "aarch64",
+    "apple-m1",
 )  # of `_codegen.levels`, which imports more than --help may wait for
 
 
