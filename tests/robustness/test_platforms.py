@@ -40,6 +40,7 @@ print("well")
 """
 
 
+@pytest.mark.thorough
 @x86
 @pytest.mark.parametrize(
     ("processor", "dtypes"),
@@ -51,6 +52,7 @@ def test_numerics_on_older_processors(processor, dtypes, tmp_path):
     assert run_script(code, **PROCESSORS[processor], NUMBA_CACHE_DIR=str(tmp_path)) == "well"
 
 
+@pytest.mark.thorough
 def test_numerics_with_registers_of_the_other_width(tmp_path):
     """What this host's kernels do without, those for 32 registers of 16 lanes or those for fewer, computes the same here."""
     code = "from fastxent._simd import vector\nvector.WIDE = not vector.WIDE\n" + NUMERICS

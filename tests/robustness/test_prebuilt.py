@@ -124,6 +124,7 @@ def test_two_builds_give_the_same_bytes(built, tmp_path):
     assert second == first | {"levels": {best: first["levels"][best]}}
 
 
+@pytest.mark.thorough
 def test_compiled_across_is_compiled_here():
     """For this very processor, a process that compiles for a level writes what any process writes."""
     across = """
