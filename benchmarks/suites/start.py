@@ -68,7 +68,9 @@ class FirstCall:
             return None
         site = Path("site").resolve()
         package = shutil.copytree(Path(fastxent.__file__).parent, site / "fastxent")
-        kernels = "launch*", "check*", "run_arrays*", "save_segment-f32*", "value_and_grad-f32-labelled-*"
+        # What starts kernels, and the gradients of the shapes: transposed, pipelined and of split rows
+        kernels = ["launch*", "check*", "run_arrays*", "*-f32-labelled-class_lanes-split-gradient"]
+        kernels += [f"value_and_grad-f32-labelled-{name}" for name in ("transposed_tile-paired-tile-*", "class_lanes-*tile")]
         command = [sys.executable, "-m", "fastxent", "prebuild", "--levels", level, "--into", package / "_prebuilt"]
         subprocess.run([*command, "--kernels", *kernels], check=True)
         return str(site)
