@@ -158,9 +158,9 @@ def warmup(args: argparse.Namespace) -> int:
     import fastxent
 
     _check_jobs(args)
-    start, dtypes = perf_counter(), (tuple(dict.fromkeys(args.dtype)),) if args.dtype else ()
+    start, dtypes = perf_counter(), {"dtypes": tuple(dict.fromkeys(args.dtype))} if args.dtype else {}
     with output.progress("kernels") as progress:
-        fastxent.warmup(*dtypes, progress=progress, n_jobs=args.jobs)
+        fastxent.warmup(**dtypes, progress=progress, n_jobs=args.jobs)
     print(f"kernels are ready ({perf_counter() - start:.1f} s)")
     return 0
 

@@ -6,6 +6,7 @@ import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 from fastxent._abi.variant import Variant
@@ -56,9 +57,9 @@ def kernels(wanted: Sequence[tuple[str, Variant]], n_processes: int) -> Iterator
         for one in wanted:
             yield one
             if one in absent:
-                code = next(codes)
+                kept = partial(machine_code.kept, code=next(codes))
                 with lock:
-                    _keep(*one, lambda name, variant, code=code: machine_code.kept(name, variant, code))
+                    _keep(*one, kept)
             else:
                 kernel(*one)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
@@ -26,7 +26,7 @@ def possible() -> bool:
     return bool(sys.executable) and not getattr(sys, "frozen", False)
 
 
-def results(calls: Sequence[Call], n_processes: int, begin: Call | None = None) -> Iterator[Any]:
+def results(calls: Sequence[Call], n_processes: int, begin: Call | None = None) -> Generator[Any, None, None]:
     """Yield what the calls return, in their order; each process makes the call ``begin`` first."""
     idle: SimpleQueue[_Process] = SimpleQueue()
     processes = [_Process(begin) for _ in range(min(n_processes, len(calls)))]

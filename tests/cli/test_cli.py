@@ -260,10 +260,10 @@ def test_info_is_real(capsys):
 
 def test_warmup_passes_its_options_on(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(fastxent, "warmup", lambda *args, progress=None, n_jobs: calls.append((*args, n_jobs)))
+    monkeypatch.setattr(fastxent, "warmup", lambda progress, **options: calls.append(options))
     assert cli.main(["warmup"]) == 0
     assert cli.main(["warmup", "--dtype", "float16", "bfloat16", "float16", "--jobs", "3"]) == 0
-    assert calls == [(None,), (("float16", "bfloat16"), 3)]
+    assert calls == [{"n_jobs": None}, {"dtypes": ("float16", "bfloat16"), "n_jobs": 3}]
     assert "kernels are ready" in capsys.readouterr().out
 
 
