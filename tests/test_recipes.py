@@ -30,7 +30,6 @@ def test_recipe(name):
     assert result.failed == 0
 
 
-@pytest.mark.thorough
 def test_vocabulary_parallel(tmp_path):
     pytest.importorskip("torch")
     (script := tmp_path / "script.py").write_text(CODE[-1])
