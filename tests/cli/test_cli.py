@@ -53,7 +53,6 @@ def test_help_is_instant_and_imports_nothing_heavy():
         (["evaluate", "logits.npy"], 2),
         (["evaluate", "x", "t", "--axis", "last"], 2),
         (["warmup", "--dtype", "int8"], 2),
-        (["warmup", "--jobs", "0"], 2),
     ],
 )
 def test_usage(args, code, capsys):
@@ -265,6 +264,12 @@ def test_warmup_passes_its_options_on(monkeypatch, capsys):
     assert cli.main(["warmup", "--dtype", "float16", "bfloat16", "float16", "--jobs", "3"]) == 0
     assert calls == [{"n_jobs": None}, {"dtypes": ("float16", "bfloat16"), "n_jobs": 3}]
     assert "kernels are ready" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["warmup"], ["prebuild", "--levels", "aarch64"]], ids=" ".join)
+def test_no_jobs(command, capsys):
+    assert cli.main([*command, "--jobs", "0"]) == 2
+    assert "--jobs 0 is not above 0" in capsys.readouterr().err
 
 
 def test_warmup_is_real():
