@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import multiprocessing
+import re
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Compiling a kernel leaves some 20 MB behind in LLVM, and the tests compile hundreds: a process of its own does it, and is
 # replaced from time to time.
-_compiler = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=25)
+_compiler = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=50)
 
 
 def _compiled_elsewhere(name: str, variant: Any) -> bytes:
@@ -45,8 +46,17 @@ def _compiled_elsewhere(name: str, variant: Any) -> bytes:
 machine_code.compiled = _compiled_elsewhere
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first: one that began last would be waited for by all workers but one."""
+    """Mark what is thorough, and put the longest tests first: one that began last would be waited for by all but one worker.
+
+    A dtype has kernels of its own, and compiling them is most of a test's time. So of what is parametrised over dtypes float32
+    is for README's command, and the others are thorough, but those that are marked ``core``.
+    """
+    for item in items:
+        parameters = item.name.partition("[")[2]
+        if re.search("float16|float64", parameters) and item.get_closest_marker("core") is None:
+            item.add_marker("thorough")
     items.sort(key=lambda item: item.path.name not in ("test_fuzz.py", "test_guard_pages.py"))
 
 

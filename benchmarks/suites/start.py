@@ -1,12 +1,15 @@
 """What a process pays before its first result, and how much memory it takes."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 from suites.speed import number_of_threads
 
+import fastxent
 from benchmarks.bars import OUT, TORCH, TORCH_IN_PLACE
 from benchmarks.cases import HEADLINE, Inputs
 from benchmarks.providers import BY_NAME
@@ -45,25 +48,51 @@ print(time.process_time() - start)
 
 
 class FirstCall:
-    """Processor time of the first loss and gradient of a process: with an empty cache, and with what that has left there."""
+    """Processor time of the first loss and gradient of a process: with an empty cache, with what that has left there, or
+    from a wheel that brings the kernels."""
 
-    params = (["64 10", "64 1000", "16 100000"], ["compiled", "from the cache"])
+    params = (["64 10", "64 1000", "16 100000"], ["compiled", "from the cache", "prebuilt"])
     param_names = ("shape", "kernels")
     unit = "s"
     version = "1"
     timeout = 300
 
-    def setup(self, shape, kernels):
+    def setup_cache(self):
+        """Return a folder with a copy of the package and its kernels, or None: older commits and some machines have none."""
+        try:
+            from fastxent._codegen.levels import of_this_cpu
+        except ImportError:
+            return None
+        level = next((level.name for level in of_this_cpu() if level.only == "*"), None)
+        if level is None:
+            return None
+        site = Path("site").resolve()
+        package = shutil.copytree(Path(fastxent.__file__).parent, site / "fastxent")
+        # What starts kernels, and the gradients of the shapes: transposed, pipelined and of split rows
+        kernels = ["launch*", "check*", "run_arrays*", "*-f32-labelled-class_lanes-split-gradient"]
+        kernels += [f"value_and_grad-f32-labelled-{name}" for name in ("transposed_tile-paired-tile-*", "class_lanes-*tile")]
+        command = [sys.executable, "-m", "fastxent", "prebuild", "--levels", level, "--into", package / "_prebuilt"]
+        subprocess.run([*command, "--kernels", *kernels], check=True)
+        return str(site)
+
+    def setup(self, site, shape, kernels):
+        if kernels == "prebuilt" and site is None:
+            raise NotImplementedError("no kernels are compiled ahead for this machine, or by this commit")
         self.folder = tempfile.TemporaryDirectory()
-        if kernels != "compiled":
-            self.track_first_call(shape, kernels)
+        if kernels == "from the cache":
+            self.track_first_call(site, shape, kernels)
 
-    def track_first_call(self, shape, kernels):
+    def track_first_call(self, site, shape, kernels):
         env = {**os.environ, "NUMBA_CACHE_DIR": self.folder.name, "FASTXENT_PREBUILT": "0"}
+        if kernels == "prebuilt":
+            env |= {"FASTXENT_PREBUILT": "1", "PYTHONPATH": site}
         command = [sys.executable, "-c", FIRST, *shape.split()]
-        return float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
+        seconds = float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
+        if kernels == "prebuilt" and os.listdir(self.folder.name):
+            raise RuntimeError(f"a kernel was compiled: {os.listdir(self.folder.name)}")
+        return seconds
 
-    def teardown(self, shape, kernels):
+    def teardown(self, site, shape, kernels):
         self.folder.cleanup()
 
 

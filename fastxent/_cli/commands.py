@@ -159,12 +159,10 @@ def warmup(args: argparse.Namespace) -> int:
 
     import fastxent
 
-    start = perf_counter()
+    _check_jobs(args)
+    start, dtypes = perf_counter(), {"dtypes": tuple(dict.fromkeys(args.dtype))} if args.dtype else {}
     with output.progress("kernels") as progress:
-        if args.dtype:
-            fastxent.warmup(tuple(dict.fromkeys(args.dtype)), progress=progress)
-        else:
-            fastxent.warmup(progress=progress)
+        fastxent.warmup(**dtypes, progress=progress, n_jobs=args.jobs)
     print(f"kernels are ready ({perf_counter() - start:.1f} s)")
     return 0
 
@@ -175,11 +173,15 @@ def prebuild(args: argparse.Namespace) -> int:
     from fastxent._cli.prebuild import PLACE, prebuild
     from fastxent._runtime.threads import available_cpus
 
-    if args.jobs is not None and args.jobs < 1:
-        raise CommandError(f"--jobs {args.jobs} is not above 0")
+    _check_jobs(args)
     folder, start = Path(args.into) if args.into else PLACE, perf_counter()
     with output.progress("kernels") as progress:
         n = prebuild(args.levels, folder, args.jobs or available_cpus(), args.kernels, progress)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{n} kernels in {folder}, {size / 1e6:.1f} MB ({perf_counter() - start:.1f} s)")
     return 0
+
+
+def _check_jobs(args: argparse.Namespace) -> None:
+    if args.jobs is not None and args.jobs < 1:
+        raise CommandError(f"--jobs {args.jobs} is not above 0")

@@ -15,6 +15,7 @@ LEVELS = (
     "x86-64-v4",
     "x86-64-v4-bf16",
     "aarch64",
+    "apple-m1",
 )  # of `_codegen.levels`, which imports more than --help may wait for
 
 
@@ -63,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("warmup", commands.warmup, "compile the kernels now, not at their first use", json=False)
     command.add_argument("--dtype", nargs="+", choices=NAMES, metavar="DTYPE", help=", ".join(NAMES))
+    jobs: dict[str, Any] = {"type": int, "metavar": "N", "help": "processes that compile (default: one a core)"}
+    command.add_argument("--jobs", **jobs)
 
     text = "compile the common kernels for levels of processors, as wheels bring them"
     command = add("prebuild", commands.prebuild, text, json=False)
@@ -71,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--kernels", nargs="+", metavar="PATTERN", default=["*"], help="only those of such names, as value*-f32-*"
     )
-    command.add_argument("--jobs", type=int, metavar="N", help="processes that compile (default: one a core)")
+    command.add_argument("--jobs", **jobs)
     return main
 
 

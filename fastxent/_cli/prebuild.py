@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from fnmatch import filter as fnfilter
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,9 @@ from fastxent._cli.output import CommandError
 from fastxent._codegen import levels
 from fastxent._codegen.cache_key import source_id
 from fastxent._codegen.prebuilt import FOLDER, MANIFEST, SUFFIX, kernel_name
+from fastxent._codegen.side_by_side import results
 
 PLACE = Path(fastxent.__file__).parent / FOLDER  # where fastxent looks for them
-SECONDS = 300  # that no kernel takes: a process that dies leaves its task unanswered
-KERNELS_A_PROCESS = 25  # compiling one leaves some 20 MB behind
 
 Progress = Callable[[int, int, str], None]
 
@@ -54,19 +53,19 @@ def _compile_level(
 ) -> dict[str, Any]:
     """Write the files of a level, and return what the manifest says of each."""
     files: dict[str, Any] = {}
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(jobs, _begin, (level,), KERNELS_A_PROCESS) as pool:
-        common = {kernel_name(*kernel): kernel for kernel in pool.apply(_common_kernels)}
-        chosen = {name for pattern in patterns for name in fnfilter(common, pattern)} & set(fnfilter(common, level.only))
-        kernels = [kernel for name, kernel in common.items() if name in chosen]
-        if kernels:
-            folder.mkdir(parents=True)
-        results = [pool.apply_async(_compile, kernel) for kernel in kernels]
-        for done, (kernel, result) in enumerate(zip(kernels, results, strict=True)):
+    begin = _begin, (level,)
+    [listed] = results([(_common_kernels, ())], 1, begin)
+    common = {kernel_name(*kernel): kernel for kernel in listed}
+    chosen = {name for pattern in patterns for name in fnfilter(common, pattern)} & set(fnfilter(common, level.only))
+    kernels = [kernel for name, kernel in common.items() if name in chosen]
+    if kernels:
+        folder.mkdir(parents=True)
+    with closing(results([(_compile, kernel) for kernel in kernels], jobs, begin)) as codes:
+        for done, kernel in enumerate(kernels):
+            file = kernel_name(*kernel) + SUFFIX
             if progress is not None:
                 progress(done, len(kernels), f"{level.name} {kernel_name(*kernel)}")
-            code = result.get(SECONDS * len(kernels))
-            file = kernel_name(*kernel) + SUFFIX
+            code = next(codes)
             (folder / file).write_bytes(code)
             files[file] = {
                 "sha256": hashlib.sha256(code).hexdigest(), "bytes": len(code), "kernel": kernel[0],

@@ -21,6 +21,15 @@ class Level(NamedTuple):
     def needs(self) -> set[str]:
         return set(self.features.split(",")) - {""}
 
+    @property
+    def system(self) -> str:
+        return _system(self.triple)
+
+
+def _system(triple: str) -> str:
+    """Return which system's calling convention and object format a triple names, of those that have levels."""
+    return next((system for system in ("linux", "darwin") if system in triple), "none")
+
 
 def _x86(name: str, *features: str, extra: str = "", only: str = "*") -> Level:
     text = ",".join(f"+{feature}" for feature in sorted(features))
@@ -38,6 +47,8 @@ LEVELS = (
     # Rounding to bfloat16 by an instruction: a gradient of 4096 x 8192 takes 0.84 times as long
     _x86("x86-64-v4-bf16", *_V4, "avx512bf16", extra="-bf16", only="*-bf16-*"),
     Level("aarch64", "aarch64", "aarch64-unknown-linux-gnu", "generic", ""),
+    # Every Mac of this architecture has what the M1 has. Tried under emulation, on Linux: not on a Mac.
+    Level("apple-m1", "arm64", "arm64-apple-darwin20.0.0", "apple-m1", ""),
 )
 NAMES = tuple(level.name for level in LEVELS)
 
@@ -45,8 +56,8 @@ NAMES = tuple(level.name for level in LEVELS)
 def of_this_cpu() -> list[Level]:
     """Return the levels of the processor that Numba compiles for, the best first.
 
-    Calling conventions are those of Linux: other systems have no level.
+    Windows has no level: see "Prebuilt kernels" in benchmarks/README.md.
     """
-    machine, _, system = binding.get_process_triple().partition("-")
-    has = set(host.features(binding).split(","))
-    return [level for level in reversed(LEVELS) if level.machine == machine and "linux" in system and level.needs <= has]
+    triple = binding.get_process_triple()
+    here, has = (_system(triple), triple.partition("-")[0]), set(host.features(binding).split(","))
+    return [level for level in reversed(LEVELS) if (level.system, level.machine) == here and level.needs <= has]

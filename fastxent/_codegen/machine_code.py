@@ -35,7 +35,11 @@ def loaded(name: str, variant: Variant) -> tuple[int, object, str] | None:
 
 def made(name: str, variant: Variant) -> tuple[int, object, str]:
     """Compile a kernel, write it to the disk cache, and return what `loaded` does."""
-    code = compiled(name, variant)
+    return kept(name, variant, compiled(name, variant))
+
+
+def kept(name: str, variant: Variant, code: bytes) -> tuple[int, object, str]:
+    """Write the code of a kernel to the disk cache, and return what `loaded` does."""
     disk_cache.write(file_name(name, variant), code)
     return *link(code), COMPILED
 

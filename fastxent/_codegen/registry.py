@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 from fastxent._abi.variant import Variant
@@ -41,6 +43,25 @@ def kernel(name: str, variant: Variant = _ANY) -> Kernel:
     if (name, variant) not in _kernels:
         uninterrupted(_keep, name, variant, machine_code.made, meanwhile=patience.watch)
     return _kernels[name, variant]
+
+
+def kernels(wanted: Sequence[tuple[str, Variant]], n_processes: int) -> Iterator[tuple[str, Variant]]:
+    """Get kernels as `kernel` does, and yield each before; ``n_processes`` compile those that must be compiled."""
+    from fastxent._codegen import side_by_side  # imports more than a call may wait for
+
+    absent: list[tuple[str, Variant]] = []
+    machine_code = imported("fastxent._codegen.machine_code")
+    if n_processes > 1 and side_by_side.possible():
+        absent = [one for one in wanted if one not in _kernels and machine_code.found(*one)[0] is None]
+    with closing(side_by_side.results([(machine_code.compiled, one) for one in absent], n_processes)) as codes:
+        for one in wanted:
+            yield one
+            if one in absent:
+                kept = partial(machine_code.kept, code=next(codes))
+                with lock:
+                    _keep(*one, kept)
+            else:
+                kernel(*one)
 
 
 def origins() -> dict[str, int]:

@@ -16,10 +16,15 @@ from fastxent._abi.dtypes import STORAGE
 from fastxent._codegen import disk_cache, patience, registry
 from fastxent._codegen.uninterrupted import imported
 from fastxent._runtime import bfloat16, blas, common, threads
-from fastxent._runtime.threads import available_cpus, get_num_threads
+from fastxent._runtime.threads import available_cpus, check_threads, get_num_threads
 
 
-def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[int, int, str], None] | None = None) -> None:
+def warmup(
+    dtypes: Sequence[str] = ("float32", "float64"),
+    progress: Callable[[int, int, str], None] | None = None,
+    *,
+    n_jobs: int | None = 1,
+) -> None:
     """Compile the common kernels now, not in the first call that needs them.
 
     A kernel takes some seconds to compile; it is then stored on disk, for later processes too. The common kernels are those of
@@ -32,11 +37,16 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
         Any of "float16", "bfloat16", "float32", "float64".
     progress : callable, optional
         Called as ``progress(done, total, name)`` before each kernel and after the last.
+    n_jobs : int or None
+        With more than 1, so many processes compile side by side, and end with this function; None starts one a core. In a
+        packaged program, which cannot start a Python, this process compiles, as with 1.
 
     Raises
     ------
+    TypeError
+        n_jobs is not an integer.
     ValueError
-        A dtype is not one of these.
+        A dtype is not one of these, or n_jobs is less than 1.
 
     Examples
     --------
@@ -46,14 +56,14 @@ def warmup(dtypes: Sequence[str] = ("float32", "float64"), progress: Callable[[i
     for dtype in dtypes:
         if dtype not in STORAGE:
             raise ValueError(f"dtypes holds {dtype!r}; allowed are {', '.join(STORAGE)}")
-    jobs = common.warm(dtypes)
+    n_processes = available_cpus() if n_jobs is None else check_threads(n_jobs, "n_jobs")
+    kernels = common.warm(dtypes)
     with patience.quietly():
-        for done, (name, variant) in enumerate(jobs):
+        for done, (name, variant) in enumerate(registry.kernels(kernels, n_processes)):
             if progress is not None:
-                progress(done, len(jobs), f"{name} {variant.logits}")
-            registry.kernel(name, variant)
+                progress(done, len(kernels), f"{name} {variant.logits}")
     if progress is not None:
-        progress(len(jobs), len(jobs), "done")
+        progress(len(kernels), len(kernels), "done")
 
 
 def show_config() -> dict[str, Any]:

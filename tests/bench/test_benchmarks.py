@@ -297,6 +297,7 @@ def test_threads_and_training_step():
     assert len(group["entries"]) == 4 and group["missing"] == {}
 
 
+@pytest.mark.thorough
 def test_start_and_memory_in_processes_of_their_own():
     group = whole.run_start(silent, times=1)
     assert {entry["name"] for entry in group["entries"]} == {"import fastxent", "first call"}, group["missing"]

@@ -124,6 +124,7 @@ def test_add_refuses_what_is_not_committed(repository, capsys, name):
     assert results(repository) == {}
 
 
+@pytest.mark.thorough
 def test_commits_are_measured_oldest_first_and_what_fails_is_told(repository, capsys):
     assert run(repository, "--commits", "HEAD~1", "HEAD~5", "HEAD~2") == 1
     measured = results(repository)
@@ -146,6 +147,7 @@ def test_commits_that_asv_would_not_show_are_refused(repository, capsys):
     assert "one of the arguments --add --backfill --commits is required" in error(repository, capsys)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform == "win32", reason="no other process can be sent a Ctrl-C of its own")
 def test_backfill_goes_on_after_ctrl_c(repository, capsys):
     """It begins with the first commit that can be measured, and ends with the last landing, not with HEAD."""

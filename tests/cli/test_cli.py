@@ -257,13 +257,19 @@ def test_info_is_real(capsys):
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(fastxent.show_config()))
 
 
-def test_warmup_passes_its_dtypes_on(monkeypatch, capsys):
+def test_warmup_passes_its_options_on(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(fastxent, "warmup", lambda *args, progress=None: calls.append(args))
+    monkeypatch.setattr(fastxent, "warmup", lambda progress, **options: calls.append(options))
     assert cli.main(["warmup"]) == 0
-    assert cli.main(["warmup", "--dtype", "float16", "bfloat16", "float16"]) == 0
-    assert calls == [(), (("float16", "bfloat16"),)]
+    assert cli.main(["warmup", "--dtype", "float16", "bfloat16", "float16", "--jobs", "3"]) == 0
+    assert calls == [{"n_jobs": None}, {"dtypes": ("float16", "bfloat16"), "n_jobs": 3}]
     assert "kernels are ready" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["warmup"], ["prebuild", "--levels", "aarch64"]], ids=" ".join)
+def test_no_jobs(command, capsys):
+    assert cli.main([*command, "--jobs", "0"]) == 2
+    assert "--jobs 0 is not above 0" in capsys.readouterr().err
 
 
 def test_warmup_is_real():

@@ -58,6 +58,7 @@ def test_ignore_index(tmp_path, capsys):
     assert truth["kept_rows"] < truth["rows"] == 50
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("axis", [-1, 0, 1, 2])
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("how", ["npy", "npz", "compressed"])
@@ -176,6 +177,7 @@ def test_the_progress_bar_goes_to_a_terminal_and_only_there(tmp_path):
     assert b"\x1b[" in b"".join(shown)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory as Linux reports it")
 @pytest.mark.parametrize("how", ["npy", "npz"])
 def test_memory_is_bounded(tmp_path, how):

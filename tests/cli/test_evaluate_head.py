@@ -143,6 +143,7 @@ def test_progress_is_shown_on_a_terminal(tmp_path):
     assert b"\x1b[" in b"".join(shown)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory as Linux reports it")
 def test_memory_is_bounded(tmp_path):
     """Hidden states of 1 GiB and a head of 512 MiB, in sparse files, take little more than small ones."""

@@ -102,6 +102,7 @@ def test_a_loss_that_is_nan_is_seen():
     assert not compared([1.0, 1.0], [1.0, math.nan]).passed
 
 
+@pytest.mark.thorough
 def test_from_end_to_end(monkeypatch, tmp_path, capsys):
     run = language_model.run
     monkeypatch.setattr(language_model, "run", lambda sizes, progress: run(SIZES, folder=SOURCES, progress=progress))

@@ -70,6 +70,13 @@ OPTIONS = [
     "probabilities weight",
     "probabilities weight smoothing sample_weight",
 ]
+
+
+def softcap_is_thorough(options: list[str]) -> list[Any]:
+    """Options for a parametrisation over float64 cases, where every third kernel would be one for a softcap."""
+    return [pytest.param(o, marks=pytest.mark.thorough) if "softcap" in o else o for o in options]
+
+
 INDEX_OPTIONS = [o for o in OPTIONS if "probabilities" not in o and "one_hot" not in o]
 
 INF, NAN = np.inf, np.nan

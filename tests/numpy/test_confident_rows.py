@@ -112,6 +112,7 @@ def test_one_hot_probabilities(weight):
     rows.assert_near(rows.of_target(g), -w * rows.of_target(rows.rest))
 
 
+@pytest.mark.thorough
 def test_one_hot_probabilities_of_a_split_row():
     rows = Rows((1, 200_000), np.float64)
     t = np.zeros(rows.x.shape)

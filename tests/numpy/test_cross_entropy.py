@@ -62,8 +62,14 @@ def check(*cases: Case) -> None:
     gradients.check()
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+FIRST = BFLOAT16, "index"  # of half precision
+
+
+@pytest.mark.parametrize(
+    ("dtype", "option"),
+    [pytest.param(*one, marks=[pytest.mark.core] if one == FIRST else []) for one in product(DTYPES, OPTIONS)],
+    ids=str,
+)
 def test_grid(dtype, option):
     check(*(make_case(dtype, shape, option) for shape in GRID))
 
@@ -77,6 +83,7 @@ LONG_SHAPES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("option", ["index", "weight ignore smoothing sample_weight", "probabilities weight"])
 @pytest.mark.parametrize("dtype", MOST_DTYPES, ids=str)
 def test_long_rows(dtype, option):
@@ -231,6 +238,7 @@ def test_any_number_of_axes(shape, option):
     check(make_case(FLOAT32, shape, option))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("axis", [0, 1, 2, -2, -3])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)

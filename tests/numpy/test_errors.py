@@ -341,6 +341,8 @@ WRONG_ELSEWHERE = {
     "binary threads": (lambda: fx.binary_cross_entropy_with_logits(X, X, n_threads=0), ValueError, "n_threads", "0"),
     "set no threads": (lambda: fx.set_num_threads(0), ValueError, "n", "0", "1"),
     "set half a thread": (lambda: fx.set_num_threads(0.5), TypeError, "n", "float"),
+    "warm up by nobody": (lambda: fx.warmup(n_jobs=0), ValueError, "n_jobs", "0", "1"),
+    "warm up by half": (lambda: fx.warmup(n_jobs=0.5), TypeError, "n_jobs", "float"),
     "warm up nothing": (lambda: fx.warmup(dtypes=("float8",)), (ValueError, TypeError), "dtypes", "float8", "float32"),
 }
 

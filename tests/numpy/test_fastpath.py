@@ -78,6 +78,7 @@ def digest_of(root: Path, what: str, **environment: str) -> tuple[str, str]:
     return enabled, digest
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("what", ["NumPy", "torch"])
 def test_without_the_room_results_are_the_same(what, tmp_path):
     if what == "torch":

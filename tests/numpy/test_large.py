@@ -55,6 +55,7 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype, offset: int) -> tuple[np.nd
     return memory[start : start + size].reshape(shape), memory
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", EVERYDAY_DTYPES, ids=str)
 def test_streamed_gradient(dtype, shape, all_is_large):
@@ -76,6 +77,7 @@ def test_streamed_gradient(dtype, shape, all_is_large):
     gradients.check()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("dtype", "option"), [*itertools.product([FLOAT32], OPTIONS), *itertools.product([FLOAT16, BFLOAT16], OPTIONS[:1])], ids=str
 )
@@ -139,6 +141,7 @@ def test_rows_that_begin_between_elements(gap, all_is_large):
     assert (rows[:, 4 * 4133 :] == 7).all() and (memory[start + rows.size :] == 7).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("option", ["index", "ignore smoothing", "probabilities weight", "sample_weight"])
 def test_parts_of_a_very_long_row(option, all_is_large):
     """50,001 classes are three parts, each with a maximum of its own: it rises, falls, is far below, or is -inf; and targets
@@ -176,6 +179,7 @@ def test_parts_of_a_very_long_row(option, all_is_large):
     gradients.check()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("n_classes", [20, 300])
 @pytest.mark.parametrize("dtype", EVERYDAY_DTYPES, ids=str)
 def test_neighbours_are_rows(dtype, n_classes, all_is_large):
@@ -206,6 +210,7 @@ def test_ignored_rows_are_zeros(all_is_large):
         assert not out[[0, 2, 3]].any() and out[1].any()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("large", [False, True])
 def test_exponentials_computed_twice(large, nothing_is_kept, request):
     """A row of two blocks and a tail."""

@@ -352,6 +352,7 @@ print(peak() - before - sum(g.nbytes for g in gradients))
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory as Linux reports it")
 @pytest.mark.parametrize(("rows", "dtype"), [(1024, "float32"), (4096, "float32"), (4096, "bfloat16")])
 @pytest.mark.parametrize("limit", [0, 24_000_000])

@@ -52,6 +52,7 @@ def test_all_signatures_give_the_formula_in_the_order_of_the_scores(objective, f
     np.testing.assert_array_equal(xgboost_softprob(y, x, sample_weight=u)[0], xgboost_softprob(y, x, u)[0])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("objective", "factor"), OBJECTIVES)
 def test_options(objective, factor):
     x, y, _ = scores()

@@ -96,6 +96,7 @@ def test_import_brings_in_neither_numba_nor_torch():
     assert out == "[]"
 
 
+@pytest.mark.thorough
 def test_kernels_from_the_disk_need_nothing_of_numba(tmp_path):
     """Zeros, as for ignored rows, may be written by the C library's memset: it must be found where Numba never was."""
     code = """
@@ -131,6 +132,7 @@ def test_torch_keeps_its_threads_and_shares_its_pool():
     assert out.splitlines() == ["3 True", "True"]
 
 
+@pytest.mark.thorough
 def test_a_cache_that_cannot_be_written_or_read_is_no_error(tmp_path):
     code = """
         import warnings, fastxent as fx
@@ -161,6 +163,7 @@ def test_set_num_threads():
             fx.set_num_threads(wrong)
 
 
+@pytest.mark.thorough
 def test_a_thread_stays_in_its_tile():
     """It keeps exponentials there, or rows transposed: not on its stack, which may be small."""
     run._State.tiles.clear()

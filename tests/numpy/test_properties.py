@@ -118,6 +118,7 @@ def test_a_row_does_not_know_how_many_come_after_it(n_classes):
         np.testing.assert_allclose(some_gradient, gradient[:n], rtol=1e-6)
 
 
+@pytest.mark.thorough
 @given(SHAPES, SPREAD)
 def test_cross_entropy_is_entropy_plus_divergence(shape, spread):
     case = draw(shape, "probabilities", spread)
@@ -138,6 +139,7 @@ def test_one_hot_probabilities_are_class_indices(shape, spread):
         np.testing.assert_allclose(got[1], want[1], rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.thorough
 @given(SHAPES, SPREAD)
 def test_softmax_family_agrees_with_itself(shape, spread):
     x = draw(shape, "index", spread).logits
@@ -147,6 +149,7 @@ def test_softmax_family_agrees_with_itself(shape, spread):
     np.testing.assert_allclose(x - lse[:, None], log_p, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.thorough
 @given(SHAPES, OPTIONS, SPREAD)
 def test_stats_agree_with_the_loss(shape, option, spread):
     case = draw(shape, option, spread)
@@ -165,6 +168,7 @@ def test_stats_agree_with_the_loss(shape, option, spread):
 LARGE_SHAPES = [(50000, 3), (3000, 49), (300, 1000), (40, 6500), (2, 70000)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("option", ["index", "weight ignore smoothing sample_weight", "probabilities weight"])
 @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", EVERYDAY_DTYPES, ids=str)

@@ -72,6 +72,7 @@ def those_in(module: Any) -> Iterator[tuple[str, Any]]:
             yield name, thing
 
 
+@pytest.mark.thorough
 def test_scipys_own_tests(scipys_tests, monkeypatch):
     """Every one of real numbers passes."""
     for name in NAMES:
@@ -178,6 +179,7 @@ FLOAT_OF_SUM = {  # of a, of b: of the result
 }
 
 
+@pytest.mark.thorough
 def test_logsumexp_dtypes_are_scipys():
     """But float32 for float16. A Python number has no say."""
     for (of_a, of_b), want in FLOAT_OF_SUM.items():

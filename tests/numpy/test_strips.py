@@ -32,6 +32,7 @@ def gradient_in(out, logits, target, **options):
     return loss
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", IMAGES, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "option"),

@@ -75,6 +75,7 @@ def test_a_kernel_is_compiled_once_and_loaded_without_numba(compiled_once):
     assert binary(compiled_once) == LOADED
 
 
+@pytest.mark.thorough
 def test_processes_that_compile_at_once_do_not_swap_their_kernels(tmp_path):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     started = [
@@ -102,6 +103,7 @@ def test_a_damaged_file_is_replaced(compiled_once, tmp_path, monkeypatch):
     assert [binary(tmp_path), binary(tmp_path)] == [COMPILED, LOADED]
 
 
+@pytest.mark.thorough
 def test_the_place_is_chosen_or_beside_the_package_or_the_users(package, tmp_path):
     home = {name: str(tmp_path / "home") for name in ("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA")}
     assert binary("", str(package.parent), **home) == COMPILED
@@ -326,6 +328,7 @@ def test_the_version_of_numba_counts(monkeypatch):
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not X86, reason="names of x86 processors")
 def test_two_kinds_of_processor_share_a_home(tmp_path):
     """Neither runs the other's machine code, and neither throws it away."""

@@ -246,16 +246,19 @@ def check_error(number: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("part", range(4))  # for as many workers: the kernels they meet are compiled one after the other
-def test_random_calls(part):
-    for number in range(part, 160, 4):
-        check(number)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_calls(dtype):
+    for number in range(160):
+        if native(make_call(number).logits).dtype == dtype:
+            check(number)
 
 
+@pytest.mark.thorough
 def test_random_errors():
     assert sum(map(check_error, range(2000))) > 1000
 
 
+@pytest.mark.thorough
 @given(st.integers(10**6, 2**31))
 def test_calls_of_any_number(number):
     check(number)

@@ -158,6 +158,7 @@ HOLDERS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", HOLDERS)
 def test_no_buffer_is_handed_out_that_is_still_looked_at(name):
     first = gradient()

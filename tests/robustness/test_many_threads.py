@@ -91,6 +91,7 @@ def hammer(seconds: float) -> tuple[int, list[str]]:
     return sum(counts), wrong
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["OpenMP", "threads"])
 def test_the_bits_of_serial_calls(how, monkeypatch):
     if how == "threads":
@@ -174,6 +175,7 @@ print("well")
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the number of threads and the memory")
 @pytest.mark.parametrize("how", ["", "threads._openmp = lambda: None"], ids=["OpenMP", "threads"])
 def test_threads_that_come_and_go_leave_nothing(how):

@@ -50,6 +50,7 @@ def run(code: str, *arguments: str, **environment: str) -> str:
     return run_script("import warnings; warnings.simplefilter('ignore')\n" + code, *arguments, PYTHONPATH=path, **environment)
 
 
+@pytest.mark.thorough
 @linux
 def test_any_order_of_imports_gives_one_result():
     assert len({run(IMPORT.format(like_cv2=LIKE_CV2), *order) for order in ORDERS}) == 1

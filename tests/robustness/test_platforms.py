@@ -40,6 +40,7 @@ print("well")
 """
 
 
+@pytest.mark.thorough
 @x86
 @pytest.mark.parametrize(
     ("processor", "dtypes"),
@@ -51,6 +52,7 @@ def test_numerics_on_older_processors(processor, dtypes, tmp_path):
     assert run_script(code, **PROCESSORS[processor], NUMBA_CACHE_DIR=str(tmp_path)) == "well"
 
 
+@pytest.mark.thorough
 def test_numerics_with_registers_of_the_other_width(tmp_path):
     """What this host's kernels do without, those for 32 registers of 16 lanes or those for fewer, computes the same here."""
     code = "from fastxent._simd import vector\nvector.WIDE = not vector.WIDE\n" + NUMERICS
@@ -63,7 +65,7 @@ def test_numerics_with_registers_of_the_other_width(tmp_path):
 def test_the_numerical_tests_on_older_processors(processor, tmp_path):
     files = ["test_simd.py", "test_cross_entropy.py", "test_stats_and_hessian.py", "test_binary.py", "test_softmax_family.py"]
     environment = os.environ | PROCESSORS[processor] | dict(NUMBA_CACHE_DIR=str(tmp_path))
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", *(f"tests/numpy/{file}" for file in files)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "not slow", *(f"tests/numpy/{file}" for file in files)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stdout[-3000:]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import itertools
 import json
@@ -21,7 +22,7 @@ from fastxent._cli import parser
 from fastxent._codegen import levels
 from fastxent._codegen.prebuilt import MANIFEST, kernel_name
 from fastxent._runtime import common, run
-from tests.helpers.processes import run_script
+from tests.helpers.processes import ROOT, run_script
 
 PACKAGE = Path(fx.__file__).parent
 HERE = [level for level in levels.of_this_cpu() if level.only == "*"]
@@ -30,7 +31,10 @@ pytestmark = pytest.mark.skipif(not HERE, reason="no level is for this processor
 
 # The kernel of the binary loss is the quickest to compile; another one starts it.
 SMALL = "binary-f32-f32", "launch-f32"
-ELF_MACHINE = {"x86_64": 62, "aarch64": 183}
+# How object files begin, and the number of the architecture in them: its format and place
+ELF, MACH_O = b"\x7fELF", b"\xcf\xfa\xed\xfe"
+CPU_AT = {ELF: ("<H", 18), MACH_O: ("<I", 4)}
+FORMATS = {("linux", "x86_64"): (ELF, 62), ("linux", "aarch64"): (ELF, 183), ("darwin", "arm64"): (MACH_O, 0x0100000C)}
 
 
 def build(folder: Path, *names: str, kernels: tuple[str, ...] = SMALL, jobs: int = 2) -> None:
@@ -103,7 +107,8 @@ def test_machine_code_of_each_level(built):
         assert set(files) == {f"{name}.o" for name in SMALL} == {f.name for f in (built / level.name).iterdir()}
         for name, told in files.items():
             code = (built / level.name / name).read_bytes()
-            assert code[:4] == b"\x7fELF" and struct.unpack_from("<H", code, 18) == (ELF_MACHINE[level.machine],)
+            kind, place = CPU_AT[code[:4]]
+            assert (code[:4], *struct.unpack_from(kind, code, place)) == FORMATS[level.system, level.machine]
             assert told["sha256"] == hashlib.sha256(code).hexdigest() and told["bytes"] == len(code)
             codes.add(code)
     assert len(codes) >= 6  # of the binary loss each level has its own
@@ -119,6 +124,7 @@ def test_two_builds_give_the_same_bytes(built, tmp_path):
     assert second == first | {"levels": {best: first["levels"][best]}}
 
 
+@pytest.mark.thorough
 def test_compiled_across_is_compiled_here():
     """For this very processor, a process that compiles for a level writes what any process writes."""
     across = """
@@ -176,7 +182,7 @@ def test_a_level_for_some_kernels_leaves_the_others_to_the_next(package, tmp_pat
 
 def test_other_machines_and_systems_have_levels_of_their_own(monkeypatch):
     for triple, names in (
-        ("aarch64-unknown-linux-gnu", ["aarch64"]), ("arm64-apple-darwin25", []), ("x86_64-pc-windows-msvc", []),
+        ("aarch64-unknown-linux-gnu", ["aarch64"]), ("arm64-apple-darwin25.1.0", ["apple-m1"]), ("x86_64-pc-windows-msvc", []),
         ("powerpc64le-unknown-linux-gnu", []),
     ):  # fmt: skip
         monkeypatch.setattr(levels.binding, "get_process_triple", lambda triple=triple: triple)
@@ -279,6 +285,16 @@ def test_names_tell_kernels_apart():
 
 def test_the_command_names_the_levels():
     assert parser.LEVELS == levels.NAMES
+
+
+def test_the_build_hook_names_the_levels():
+    """It runs before fastxent is installed, so it cannot import them; hatchling, which it imports, may be missing here."""
+    tree = ast.parse((ROOT / ".ci" / "prebuild_hook.py").read_text())
+    [written] = [node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LEVELS"]
+    of_platform: dict[str, list[str]] = {}
+    for level in levels.LEVELS:
+        of_platform.setdefault(f"{level.system}_{level.machine}", []).append(level.name)
+    assert ast.literal_eval(written) == of_platform
 
 
 def test_what_is_no_folder_of_kernels_is_left_alone(tmp_path, capsys):

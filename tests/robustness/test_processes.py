@@ -40,6 +40,7 @@ print("well")
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("before", "after"),
     [pytest.param("spawn", "fork", marks=has_fork), pytest.param("fork", "forkserver", marks=has_fork), ("spawn", "spawn")],
@@ -203,6 +204,7 @@ time.sleep(0.1)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("end", ["", "sys.exit(3)", "import os; os.kill(os.getpid(), 15)"], ids=["end", "exit", "SIGTERM"])
 @pytest.mark.parametrize("how", ["", NO_OPENMP], ids=["OpenMP", "threads"])
 def test_exit_while_calls_are_in_flight(how, end):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import grad
 
 from fastxent.torch import cross_entropy
-from tests.helpers.cases import REDUCTIONS, Case
+from tests.helpers.cases import REDUCTIONS, Case, softcap_is_thorough
 from tests.helpers.launches import counted
 from tests.helpers.opponent import torch_loss
 from tests.helpers.torch_cases import DTYPES, EXTRAS, OPTIONS, make_case
@@ -45,7 +45,7 @@ def grad_outputs(loss: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("option", OPTIONS + EXTRAS)
+@pytest.mark.parametrize("option", softcap_is_thorough(OPTIONS + EXTRAS))
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_any_grad_output(reduction, option):
     for shape in SHAPES:
@@ -130,7 +130,7 @@ def test_gradients_of_several_steps_are_their_own(reduction):
 # ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", OPTIONS + EXTRAS)
+@pytest.mark.parametrize("option", softcap_is_thorough(OPTIONS + EXTRAS))
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradient_penalty(reduction, option):
     """Double backward is there: its values are PyTorch's, with respect to the logits and to grad_output."""

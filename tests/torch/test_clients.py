@@ -297,6 +297,7 @@ print(json.dumps(curves))
 """
 
 
+@pytest.mark.thorough
 def test_distributed_data_parallel(tmp_path):
     """Two processes, gloo over loopback: gradients are averaged while the backward runs, and the ranks stay equal."""
     loopback = dict(GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1")

@@ -339,6 +339,7 @@ def recorded() -> list[tuple]:
     return record.calls
 
 
+@pytest.mark.thorough
 def test_opcheck():
     """Schema (nothing aliased, nothing mutated that is not said), fake tensors, autograd registration, dynamic AOT."""
     calls = recorded()

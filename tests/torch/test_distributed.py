@@ -315,6 +315,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.thorough
 def test_torchrun_with_data_parallel_rows_and_dtensors(tmp_path):
     """Four processes, two by two: the rows of a batch over one axis, in DistributedDataParallel, the classes over the other."""
     (tmp_path / "rank.py").write_text(RANK)

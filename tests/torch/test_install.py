@@ -315,6 +315,7 @@ print("well")
 """
 
 
+@pytest.mark.thorough
 def test_a_tensor_made_of_tensors_is_not_read_as_memory():
     """Its data pointer is 0. In a process of its own, which a mistake would end."""
     pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
@@ -339,6 +340,7 @@ print("well")
 """
 
 
+@pytest.mark.thorough
 def test_zero_tensors_are_not_read_as_memory():
     """What autograd uses for zeros that nobody has to store: no memory either."""
     assert run_script(ZERO) == "well"

@@ -345,6 +345,7 @@ print(step(n, c, memory_limit=limit))
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("limit", [None, 32_000_000])
 def test_peak_of_memory(dtype, limit):

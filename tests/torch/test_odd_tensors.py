@@ -17,7 +17,10 @@ import fastxent.torch as ft
 X, Y, WEIGHT, U = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), torch.ones(3), torch.ones(4)
 
 
-@pytest.mark.parametrize("argument", ["input", "target", "probabilities", "weight", "sample_weight", "grad_output"])
+OTHERS = "target", "probabilities", "weight", "sample_weight", "grad_output"
+
+
+@pytest.mark.parametrize("argument", ["input", *(pytest.param(name, marks=pytest.mark.thorough) for name in OTHERS)])
 def test_the_process_lives_and_does_as_pytorch(argument):
     program = Path(__file__).with_name("odd_tensors.py")
     result = subprocess.run([sys.executable, program, argument], capture_output=True, text=True, check=False)

@@ -113,6 +113,7 @@ def test_nothing_of_the_logits_size_is_saved():
     assert set(saved) <= {leaf.data_ptr(), y.data_ptr()}
 
 
+@pytest.mark.thorough
 def test_odd_layouts_and_rows_that_hold_nan():
     x, y = make((33, 10), torch.float64)
     want = log_prob_and_entropy(x, y)

@@ -171,6 +171,7 @@ def test_module_error_inputs(route):
             module(*entry.forward_input.args)
 
 
+@pytest.mark.thorough
 @routes
 def test_module_gradients_numerically(route):
     """What PyTorch's test_modules does: gradcheck and gradgradcheck of each entry in double."""
@@ -216,6 +217,7 @@ def test_sample_inputs(requires_grad, dtype, route):
         assert_near(got, want, sample)
 
 
+@pytest.mark.thorough
 @routes
 def test_sample_inputs_numerically(route):
     inside, package = route

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from fastxent.torch import CrossEntropyLoss, cross_entropy
-from tests.helpers.cases import REDUCTIONS
+from tests.helpers.cases import REDUCTIONS, softcap_is_thorough
 from tests.helpers.opponent import torch_loss
 from tests.helpers.torch_cases import EXTRAS, OPTIONS, make_case
 
@@ -40,7 +40,7 @@ def pair(option: str, shape: tuple[int, ...], reduction: str):
 # ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", CHECKED)
+@pytest.mark.parametrize("option", softcap_is_thorough(CHECKED))
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradcheck(reduction, option):
     for shape in [(4,), (3, 5), (2, 3, 2)]:
@@ -58,7 +58,7 @@ def test_gradcheck(reduction, option):
         )
 
 
-@pytest.mark.parametrize("option", CHECKED)
+@pytest.mark.parametrize("option", softcap_is_thorough(CHECKED))
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradgradcheck(reduction, option):
     for shape in [(4,), (3, 5), (2, 3, 2)]:
@@ -85,7 +85,7 @@ def test_gradcheck_with_respect_to_probabilities_and_weights(reduction):
 # ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", OPTIONS + EXTRAS)
+@pytest.mark.parametrize("option", softcap_is_thorough(OPTIONS + EXTRAS))
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_dual_numbers(reduction, option):
     for shape in SHAPES:
@@ -155,7 +155,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # torch.func.linearize, of its own graph
-@pytest.mark.parametrize("option", ["index", "probabilities", FULL])
+@pytest.mark.parametrize("option", softcap_is_thorough(["index", "probabilities", FULL]))
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_transforms(reduction, transform, option):

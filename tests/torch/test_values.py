@@ -71,6 +71,7 @@ def test_extras(dtype, option):
     check(*(make_case(dtype, shape, option) for shape in [(5, 3), (33, 17), (40, 17), (9, 100), (20, 100)]))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("option", EXTRAS)
 def test_extras_in_any_number_of_dimensions(option):
     check(*(make_case(torch.float32, shape, option) for shape in SHAPES))
@@ -131,6 +132,7 @@ def test_confident_predictions(dtype, option):
     check(*(case._replace(logits=(case.logits.double() / 3 + h).to(dtype)) for case, h in zip(cases, hot, strict=True)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [(2, 128257), (1, 40000)], ids=str)
 @pytest.mark.parametrize("option", ["index", "weight ignore smoothing sample_weight z_loss softcap"])
 def test_long_rows(shape, option):
