@@ -53,7 +53,7 @@ class Machine(NamedTuple):
         return self.call + n * self.row + n * v / n_ranks * trips + self.messages(8 * n, 16 * n)
 
     def of_linear(self, n: int, d: int, v: int, n_ranks: int, b: int = 4) -> float:
-        n_products = 3 if rows_per_block(n, d, v // n_ranks, b) >= n else 4
+        n_products = 3 if rows_per_block(n, d, v // n_ranks, b, b) >= n else 4
         products = 2 * n_products * n * d * v / n_ranks / self.flops
         return self.of_logits(n, v, n_ranks, b) + products + self.messages(4 * n * d)
 

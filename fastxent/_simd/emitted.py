@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from llvmlite import ir as llvm
 from numba.core import cgutils, ir, types
 
 from fastxent._simd.typed import Body, Operand, Statement, Types
 
-
-class Callees(Protocol):
-    """Where the functions come from that an emitted function calls."""
-
-    def function(self, callee: Any, arguments: tuple[types.Type, ...]) -> llvm.Function:
-        """Return the declaration of an inlined function for these types of arguments."""
+# Returns the declaration of an inlined function for these types of arguments.
+FunctionFor = Callable[[Any, tuple[types.Type, ...]], llvm.Function]
 
 
 class Emission:
@@ -25,8 +22,8 @@ class Emission:
     types, and ``held`` the types of the slots that hold a variable's value already.
     """
 
-    def __init__(self, context: Any, callees: Callees, body: Body, function: llvm.Function) -> None:
-        self.context, self.callees, self.body, self.function = context, callees, body, function
+    def __init__(self, context: Any, function_for: FunctionFor, body: Body, function: llvm.Function) -> None:
+        self.context, self.function_for, self.body, self.function = context, function_for, body, function
         self.builder = llvm.IRBuilder(function.append_basic_block("entry"))
         self.starts = {label: function.append_basic_block() for label in body.blocks}
         self.slots: dict[tuple[str, types.Type], Any] = {}
@@ -117,7 +114,7 @@ class Emission:
             others = [self.cast(*both) for both in zip(statement.operands[n_given:], last, strict=True)]
             arguments.append(cgutils.make_anonymous_struct(self.builder, others))
         if hasattr(statement.callee, "inlined_for"):
-            callee = self.callees.function(statement.callee.inlined_for(call.args), call.args)
+            callee = self.function_for(statement.callee.inlined_for(call.args), call.args)
             return self.builder.call(callee, arguments)
         result = context.get_function(statement.callee, call)(self.builder, arguments)
         return context.get_dummy_value() if result is None else result

@@ -48,7 +48,7 @@ class Part:
         part, name = Part(self.context), f"{callee.name}.{next(self.numbers)}"
         function = part._declaration(callee, arguments, name)
         function.attributes.add("alwaysinline")
-        Emission(self.context, part, callee.body(arguments), function).emit()
+        Emission(self.context, part.function, callee.body(arguments), function).emit()
         return part.optimised(), name
 
     def _declaration(self, callee: InlinedFunction, arguments: tuple[types.Type, ...], name: str) -> ir.Function:
