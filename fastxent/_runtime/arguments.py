@@ -258,9 +258,10 @@ def target_for(
 
 def _from_floats(a: Array, n_classes: int, ignore: int) -> Array:
     """Return class indices that came as floats, as boosting libraries pass them, in int64."""
-    with np.errstate(invalid="ignore"):  # nan and inf, which are told below
+    with np.errstate(invalid="ignore", over="ignore"):  # nan and inf, which are told below
         y = a.astype(np.int64, order="C")
-    if a.size and (y.astype(a.dtype) == a).all() and y.min() >= 0 and y.max() < n_classes:
+        is_whole = bool((y.astype(a.dtype) == a).all())
+    if a.size and is_whole and y.min() >= 0 and y.max() < n_classes:
         return y
     values = a.astype(np.float64)
     whole = np.isfinite(values) & (values == np.trunc(values))
