@@ -20,7 +20,10 @@ from tests.helpers.processes import run_script
 
 TEXT = (Path(__file__).parents[1] / ".github" / "RECIPES.md").read_text()
 RECIPES = dict(re.findall(r"^## (.+)\n(?:(?!^## ).*\n)*?^```python\n((?:.*\n)*?)^```$", TEXT, flags=re.MULTILINE))
-SHARDED = "torch.distributed: classes in several processes"  # a script for torchrun
+SHARDED = [  # scripts for torchrun
+    "torch.distributed: classes in several processes",
+    "torch.distributed: a linear layer in several processes",
+]
 LIBRARIES = {
     "torch.compile": ["torch"],
     "transformers: Trainer": ["torch", "transformers", "accelerate"],
@@ -109,7 +112,7 @@ def stock(names: dict[str, Any]) -> Any:
 
 
 def test_each_recipe_has_a_test():
-    assert list(RECIPES) == re.findall(r"^## (.+)$", TEXT, flags=re.MULTILINE) == [*LIBRARIES, SHARDED]
+    assert list(RECIPES) == re.findall(r"^## (.+)$", TEXT, flags=re.MULTILINE) == [*LIBRARIES, *SHARDED]
     assert TEXT.count("```python") == len(RECIPES)
 
 
@@ -124,9 +127,10 @@ def test_recipe(name):
     assert play(name).kernels or "torch" not in LIBRARIES[name]
 
 
-def test_sharded(tmp_path):
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded(name, tmp_path):
     pytest.importorskip("torch")
-    (script := tmp_path / "script.py").write_text(RECIPES[SHARDED])
+    (script := tmp_path / "script.py").write_text(RECIPES[name])
     arguments = ["torchrun", "--standalone", "--nproc-per-node=2", str(script)]
     code = f"import sys; sys.argv = {arguments!r}; from torch.distributed.run import main; main()"
     printed = run_script(code, GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
