@@ -27,9 +27,9 @@ def warmup(
 ) -> None:
     """Compile the common kernels now, not in the first call that needs them.
 
-    A kernel takes one to three seconds to compile; it is then stored on disk, for later processes too. The common kernels are those of
-    loss and gradient for class indices with short rows, long rows, logits past the caches, and pixels with the classes on the
-    second axis. Any other kernel is compiled by the first call that needs it.
+    A kernel takes one to three seconds to compile; it is then stored on disk, for later processes too. The common kernels are
+    those of loss and gradient for class indices with short rows, long rows, logits past the caches, and pixels with the classes
+    on the second axis. Any other kernel is compiled by the first call that needs it.
 
     Parameters
     ----------
