@@ -87,7 +87,7 @@ def typed(function: Callable[..., Any], arguments: tuple[types.Type, ...]) -> Bo
                 starts[following] = after
                 if following not in waiting:
                     heappush(waiting, following)
-    return Body(dict(sorted(done.items())), _common(list(results.values())))
+    return Body(dict(sorted(done.items())), _common(f"the result of {function.__qualname__}", list(results.values())))
 
 
 @cache
@@ -98,17 +98,17 @@ def _interpreted(function: Callable[..., Any]) -> ir.FunctionIR:
 
 def _merged(a: Types, b: Types) -> Types:
     """Return the types of variables that come from several blocks; a type of which nothing is known is any."""
-    return {name: _common([t[name] for t in (a, b) if name in t]) for name in {**a, **b}}
+    return {name: _common(name, [t[name] for t in (a, b) if name in t]) for name in {**a, **b}}
 
 
-def _common(found: list[types.Type]) -> types.Type:
-    """Return the type into which values of all of these types can be cast."""
+def _common(name: str, found: list[types.Type]) -> types.Type:
+    """Return the type into which the values of a variable can be cast, of all of these types."""
     first, *rest = map(_without_literals, found)
     for other in rest:
         if other != first:
             common = cpu_target.typing_context.unify_types(first, other)
             if common is None:
-                raise TypingError(f"a variable is {first} on one way and {other} on another")
+                raise TypingError(f"{name} is {first} on one way and {other} on another")
             first = common
     return first
 
