@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import os
 import subprocess
 import sys
-import threading
 import zipfile
 
 import numpy as np
@@ -18,7 +15,7 @@ from fastxent import cli
 from fastxent import reference as ref
 from fastxent._cli import evaluate as evaluation
 from tests.helpers.cases import DTYPES, FLOAT32, FLOAT64, make_case
-from tests.helpers.cli_cases import TOLERANCE, assert_matches, evaluate, expected, save
+from tests.helpers.cli_cases import TOLERANCE, assert_matches, evaluate, expected, needs_terminals, run_on_terminal, save
 from tests.helpers.processes import ROOT
 
 
@@ -152,29 +149,13 @@ def test_the_table_says_the_same(tmp_path, capsys):
         assert text in out
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+@needs_terminals
 def test_the_progress_bar_goes_to_a_terminal_and_only_there(tmp_path):
-    import pty
-
     files = save(tmp_path, logits=np.zeros((100, 4), np.float32), targets=np.zeros(100, int))
-    terminal, stderr = pty.openpty()
-    shown = []
-
-    def read():
-        with contextlib.suppress(OSError):  # Linux ends a pseudo-terminal with an error
-            while text := os.read(terminal, 4096):
-                shown.append(text)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    command = [sys.executable, "-m", "fastxent", "evaluate", *files, "--json"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, env=os.environ | {"TERM": "xterm"})
-    os.close(stderr)
-    reader.join()
-    os.close(terminal)
+    done, shown = run_on_terminal("evaluate", *files, "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout)["rows"] == 100
-    assert b"\x1b[" in b"".join(shown)
+    assert b"\x1b[" in shown
 
 
 @pytest.mark.thorough

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,8 +13,16 @@ import pytest
 import fastxent as fx
 from fastxent._cli import evaluate as evaluation
 from tests.helpers.cases import FLOAT32, make_case
-from tests.helpers.cli_cases import assert_matches, error_of, evaluate, expected, save, save_zarr
-from tests.helpers.processes import ROOT
+from tests.helpers.cli_cases import (
+    assert_matches,
+    error_of,
+    evaluate,
+    expected,
+    needs_terminals,
+    run_on_terminal,
+    save,
+    save_zarr,
+)
 
 distributed = pytest.importorskip("distributed")
 zarr = pytest.importorskip("zarr")
@@ -91,29 +95,13 @@ def test_without_dask(tmp_path, capsys, monkeypatch, package):
     assert f"{package} is missing: pip install 'fastxent[dask]'" in error_of(capsys, *files, "--dask", "tcp://127.0.0.1:9")
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+@needs_terminals
 def test_the_progress_of_dask_goes_to_a_terminal(tmp_path, cluster):
-    import pty
-
     files = save(tmp_path, logits=np.zeros((100, 4), np.float32), targets=np.zeros(100, int))
-    terminal, stderr = pty.openpty()
-    shown = []
-
-    def read():
-        with contextlib.suppress(OSError):  # Linux ends a pseudo-terminal with an error
-            while text := os.read(terminal, 4096):
-                shown.append(text)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    command = [sys.executable, "-m", "fastxent", "evaluate", *files, "--json", "--dask", cluster.scheduler_address]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, env=os.environ | {"TERM": "xterm"})
-    os.close(stderr)
-    reader.join()
-    os.close(terminal)
-    assert done.returncode == 0, b"".join(shown)
+    done, shown = run_on_terminal("evaluate", *files, "--json", "--dask", cluster.scheduler_address)
+    assert done.returncode == 0, shown
     assert json.loads(done.stdout)["rows"] == 100
-    assert b"100% Completed" in b"".join(shown)
+    assert b"100% Completed" in shown
 
 
 def peak_memory() -> int:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -14,7 +11,16 @@ import pytest
 from fastxent import cli
 from fastxent._cli import evaluate as evaluation
 from tests.helpers.cases import DTYPES, FLOAT32, FLOAT64, make_case, make_rng
-from tests.helpers.cli_cases import TOLERANCE, assert_matches, error_of, evaluate, expected, save
+from tests.helpers.cli_cases import (
+    TOLERANCE,
+    assert_matches,
+    error_of,
+    evaluate,
+    expected,
+    needs_terminals,
+    run_on_terminal,
+    save,
+)
 from tests.helpers.processes import ROOT
 
 CLASSES, FEATURES = 17, 6
@@ -119,28 +125,12 @@ def test_a_head_that_is_too_large_for_an_archive(tmp_path, capsys, monkeypatch):
     assert "is read more than once and is too large for that; use a .npy file" in error_of(capsys, *flags)
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+@needs_terminals
 def test_progress_is_shown_on_a_terminal(tmp_path):
-    import pty
-
     flags, _, _ = make_files(tmp_path, FLOAT32)
-    terminal, stderr = pty.openpty()
-    shown = []
-
-    def read():
-        with contextlib.suppress(OSError):  # Linux ends a pseudo-terminal with an error
-            while text := os.read(terminal, 4096):
-                shown.append(text)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    command = [sys.executable, "-m", "fastxent", "evaluate", *flags]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, env=os.environ | {"TERM": "xterm"})
-    os.close(stderr)
-    reader.join()
-    os.close(terminal)
+    done, shown = run_on_terminal("evaluate", *flags)
     assert done.returncode == 0 and b"perplexity" in done.stdout
-    assert b"\x1b[" in b"".join(shown)
+    assert b"\x1b[" in shown
 
 
 @pytest.mark.thorough

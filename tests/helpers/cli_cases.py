@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,31 @@ TOLERANCE = {FLOAT16: 1e-6, BFLOAT16: 1e-6, FLOAT32: 1e-6, FLOAT64: 1e-13}  # of
 def run_process(*args: str, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "fastxent", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+needs_terminals = pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+
+
+def run_on_terminal(*args: str) -> tuple[subprocess.CompletedProcess, bytes]:
+    """Run the command with a terminal as standard error; return the process, with its output, and what the terminal got."""
+    import pty
+
+    terminal, stderr = pty.openpty()
+    shown = []
+
+    def read():
+        with contextlib.suppress(OSError):  # Linux ends a pseudo-terminal with an error
+            while text := os.read(terminal, 4096):
+                shown.append(text)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    command = [sys.executable, "-m", "fastxent", *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, env=os.environ | {"TERM": "xterm"})
+    os.close(stderr)
+    reader.join()
+    os.close(terminal)
+    return done, b"".join(shown)
 
 
 def save(folder: Path, **arrays: np.ndarray) -> list[str]:
