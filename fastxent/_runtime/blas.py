@@ -88,7 +88,10 @@ class _Calls:
 
 
 def _after_fork() -> None:
-    _Calls.lock, _Calls.n = threading.Lock(), 0
+    """Give BLAS its threads back in a child: the calls in flight go on in its parent alone."""
+    in_flight, _Calls.n, _Calls.lock = _Calls.n, 0, threading.Lock()
+    if in_flight:
+        blas().set_threads(_Calls.before)
 
 
 if hasattr(os, "register_at_fork"):

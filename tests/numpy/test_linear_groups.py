@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from fastxent._runtime import blas, linear_layer, linear_loss, linear_products
 from fastxent._runtime.blas import Found
 from fastxent._runtime.blocks import GROUPS, class_groups, rows_per_block, rows_per_tile
 from tests.helpers.cases import BFLOAT16, FLOAT32, FLOAT64, REDUCTIONS, make_rng
+from tests.helpers.processes import run_script
 
 ROWS, FEATURES, CLASSES = 150, 64, 6001  # four groups, the last of them smaller; a tail in a vector
 OPTIONS = ["index", "ignore weight", "smoothing z_loss sample_weight ignore", "smoothing weight", "bias"]
@@ -57,9 +59,18 @@ def is_tiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return tiles
 
 
+def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let products be computed by NumPy, or by the functions of its BLAS if these are found."""
+    if path == "numpy":
+        monkeypatch.setattr(blas, "blas", lambda: Found({}, ""))
+
+
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64, BFLOAT16], ids=str)
-def test_the_loss_is_the_references_whatever_the_tiles(dtype, option, monkeypatch):
+@pytest.mark.parametrize(
+    ("path", "dtype"), [("blas", FLOAT32), ("blas", FLOAT64), ("blas", BFLOAT16), ("numpy", FLOAT32)], ids=str
+)
+def test_the_loss_is_the_references_whatever_the_tiles(path, dtype, option, monkeypatch):
+    take_path(path, monkeypatch)
     case, tiles = Case(option, dtype), is_tiled(monkeypatch)
     tolerance = 1e-13 if dtype == FLOAT64 else 3e-6
     for reduction in REDUCTIONS:
@@ -76,8 +87,7 @@ def test_the_loss_is_the_references_whatever_the_tiles(dtype, option, monkeypatc
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("path", ["blas", "numpy"])
 def test_gradients_are_the_references_whatever_the_groups(path, option, monkeypatch):
-    if path == "numpy":
-        monkeypatch.setattr(blas, "blas", lambda: Found({}, ""))
+    take_path(path, monkeypatch)
     case = Case(option, FLOAT64)
     loss, gradients = case(ref.linear_cross_entropy_value_and_grad)
     for limit in limits(FLOAT64):
@@ -155,6 +165,30 @@ def test_blas_gets_its_threads_back():
             raise KeyError
         assert blas.blas().get_threads() == 1
     assert blas.blas().get_threads() == blas.get_num_threads() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.skipif(not blas.blas().gemm, reason=blas.blas().why)
+def test_a_child_forked_within_a_call_has_all_threads_of_blas():
+    """The call goes on in the parent alone: nothing in the child would put the threads back."""
+    out = run_script(FORKED)
+    assert out == "child 3 3, parent 1 3"
+
+
+FORKED = """
+import os, warnings
+import numpy
+from fastxent._runtime import blas
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+blas.blas().set_threads(3)
+with blas.one_thread_a_call():
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.write(write, f"child {blas.blas().get_threads()} {blas.get_num_threads()}".encode())
+        os._exit(0)
+    os.wait()
+    print(os.read(read, 99).decode(), f"parent {blas.blas().get_threads()} {blas.get_num_threads()}", sep=", ")
+"""
 
 
 def test_an_error_in_a_thread_is_raised_and_blas_gets_its_threads_back(monkeypatch):
