@@ -81,9 +81,11 @@ def linear_cross_entropy(
     Notes
     -----
     For "mean" and "sum" the forward makes the gradients and the backward multiplies them by grad_output. For "none" the
-    backward makes them, and computes the logits a second time. Gradients of half precision add up in float32 over the blocks
-    and are rounded once; for that a float32 array of the size of ``linear_weight`` is held until the backward. Products of
-    bfloat16 are computed as such if the processor has instructions for them, else half precision is multiplied in float32.
+    backward makes them, and computes the logits a second time. Gradients of half precision add up in a float32 array of the
+    size of ``linear_weight``, unless all rows are one block. Those of float16 are held in float32 until the backward, for they
+    may be too small for float16 before grad_output scales them; those of bfloat16 are rounded by the forward, and once more if
+    grad_output is no power of 2. Products of bfloat16 are computed as such if the processor has instructions for them, else
+    half precision is multiplied in float32.
     Double backward, forward-mode AD and ``torch.func`` hold the logits as a whole.
 
     References

@@ -5,7 +5,7 @@
         gradients.add(block)                            two more products, which use it
 
 Half precision is multiplied in float32, converted some classes at a time, unless the processor multiplies bfloat16 itself; its
-gradients add up in float32 over the blocks, and are rounded once, in the backward.
+gradients add up in float32 over the blocks.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ class Layer(NamedTuple):
     def accumulated(self) -> torch.dtype:
         """The dtype in which gradients add up."""
         return torch.promote_types(self.input.dtype, torch.float32)
+
+    @property
+    def held(self) -> torch.dtype:
+        """The dtype of gradients that wait for grad_output. Before that scales them they may be too small for float16."""
+        return torch.float32 if self.input.dtype == torch.float16 else self.input.dtype
 
 
 class Block(NamedTuple):
@@ -96,6 +101,7 @@ class Gradients:
         self.layer, self.wanted = layer, wanted
         self.is_first = True  # the first block writes, the others add
         x, w, b = (t.shape if t is not None and is_wanted else (0,) for t, is_wanted in zip(layer, wanted, strict=True))
+        self.n_kept = len(layer.input) if kept is None else len(kept)
         self.input, self.linear_weight = empty(x, layer.accumulated), empty(w, layer.accumulated)
         self.linear_bias = torch.zeros(b, dtype=torch.float64, device="cpu")  # of one number a class, which costs nothing
         if kept is not None:  # a row in no block has the gradient 0
@@ -124,6 +130,10 @@ class Gradients:
         if self.layer.precision == self.layer.accumulated:
             self.linear_weight.addmm_(block.logits.T, block.input, beta=0.0 if self.is_first else 1.0)
             return
+        if len(block.logits) == self.n_kept:  # no block adds to it
+            out = empty(self.linear_weight.shape, self.layer.precision)
+            self.linear_weight = torch.mm(block.logits.T, block.input, out=out)
+            return
         n_classes, n_features = self.linear_weight.shape
         size = classes_per_block(n_features, block.input.itemsize)
         product = empty((min(size, n_classes), n_features), self.layer.precision)
@@ -134,8 +144,13 @@ class Gradients:
             into.copy_(part) if self.is_first else into.add_(part)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of input, weight and bias; one that is not wanted is empty."""
+        """Return the gradients of input, weight and bias as they added up; one that is not wanted is empty."""
         if self.is_first:
             self.input.zero_()
             self.linear_weight.zero_()
-        return self.input, self.linear_weight, self.linear_bias.to(self.layer.accumulated)
+        return self.input, self.linear_weight, self.linear_bias
+
+    def held(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients in the dtype in which they wait for grad_output."""
+        x, w, b = (gradient.to(self.layer.held) for gradient in self.result())
+        return x, w, b

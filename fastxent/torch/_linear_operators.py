@@ -147,20 +147,20 @@ def _value(*arguments: Any) -> Tensor:
 
 
 def _value_and_grad(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, reduced, and the gradients of input, weight and bias in the precision of their sums."""
+    """Return the loss, reduced, and the gradients of input, weight and bias."""
     tensors, options, memory_limit = _parts(arguments)
     layer = layer_of(tensors)
     check_layer(layer)
     rows = rows_of(tensors, options)
     gradients = Gradients(layer, arguments[-1], rows.kept)
     if stand_in(layer).numel() == 0:
-        return _by_whole_logits(tensors, options).to(_accumulated(tensors)), *gradients.result()
+        return _by_whole_logits(tensors, options).to(_accumulated(tensors)), *gradients.held()
     totals = []
     for block in blocks(layer, rows.kept, memory_limit):
         totals.append(_run("value_and_grad", block, rows, options, None))
         gradients.add(block)
     loss = _bridge.scalar(_sum(totals) / (rows.divisor or math.nan), _accumulated(tensors))
-    return loss, *gradients.result()
+    return loss, *gradients.held()
 
 
 def _sum(totals: list[float]) -> float:
@@ -250,7 +250,7 @@ def _value_and_grad_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 def gradients_fake(layer: Layer, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     x, w, b = (
-        layer.input.new_empty(t.shape if t is not None and is_wanted else (0,), dtype=layer.accumulated)
+        layer.input.new_empty(t.shape if t is not None and is_wanted else (0,), dtype=layer.held)
         for t, is_wanted in zip(layer, wanted, strict=True)
     )
     return x, w, b

@@ -152,7 +152,7 @@ def _value(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _gradient(of_log_prob: Tensor, of_entropy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of input, weight and bias, in the precision of their sums; empty if not wanted."""
+    """Return the gradients of input, weight and bias; empty if not wanted."""
     *operands, temperature, ignore_index, memory_limit, wanted = arguments
     layer, rows = _checked(operands, temperature, ignore_index)
     if of_log_prob.shape != layer.input.shape[:1] or of_entropy.shape != of_log_prob.shape:
@@ -169,7 +169,7 @@ def _gradient(of_log_prob: Tensor, of_entropy: Tensor, *arguments: Any) -> tuple
             ignore=ignore_index, temperature=temperature,
         )  # fmt: skip
         gradients.add(block)
-    return gradients.result()
+    return gradients.held()
 
 
 def _value_fake(input: Tensor, linear_weight: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

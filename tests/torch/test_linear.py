@@ -336,7 +336,7 @@ def step(n, c, **options):
     open("/proc/self/clear_refs", "w").write("5")
     linear_cross_entropy(x, w, y, **options).backward()
     gradients = sum(t.grad.nbytes for t in (x, w))
-    if dtype.itemsize == 2:  # those of float32, which are held until the backward
+    if dtype.itemsize == 2:  # those of float32, in which they add up
         gradients += 2 * sum(t.grad.nbytes for t in (x, w))
     return status("VmHWM") - before - gradients
 
