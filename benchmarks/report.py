@@ -21,13 +21,14 @@ from benchmarks.cases import GRAD, LOSS, SHAPES, Case
 from benchmarks.measure import Group, Spread, ratio, spread
 
 ROOT = Path(__file__).resolve().parent.parent
-OTHERS = ("scikit-learn", "SciPy", "JAX")
+OTHERS = ("scikit-learn", "SciPy", "JAX", linear.UNCHUNKED, linear.CHUNKED)
 EAGER, COMPILED = TORCH_PEERS
 OURS = (TORCH, TORCH_IN_PLACE, OUT, IN_PLACE)
 BEST_OTHER = "best other"
 COLUMNS = (EAGER, COMPILED, BEST_OTHER, *OURS, "floor out=", "floor in place")
 FRONT_COLUMNS = (EAGER, COMPILED, BEST_OTHER, TORCH, OUT, "floor out=")
 FRONT = ((32, 10), (1024, 1000), (65536, 10), (4096, 8192), (1024, 128256), (16, 150, 128, 128))  # shapes of the front page
+FRONT_OF_LINEAR = {linear.NUMPY: OUT, linear.NUMPY_FLOOR: "floor out="}  # the columns of a linear layer
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
 
 Document = Mapping[str, Any]
@@ -119,8 +120,9 @@ def tables(document: Document, source: str) -> dict[str, str]:
         f"Measured on {facts['machine']}, {document['threads']} threads, {document['started'][:10]} ({facts['versions']}): "
         f"`{source}`."
     )
+    front = _times([case for case in shapes if case.extents in FRONT], groups, FRONT_COLUMNS)
     lines = {
-        "speed": _times([case for case in shapes if case.extents in FRONT], groups, FRONT_COLUMNS),
+        "speed": [*front, *_front_of_linear(groups)],
         "times": _times(shapes, groups, COLUMNS),
         "linear": _linear_times(groups),
         "bars": _table(BAR_COLUMNS, [bar_cells(verdict) for verdict in verdicts]),
@@ -131,6 +133,16 @@ def tables(document: Document, source: str) -> dict[str, str]:
 def _times(cases: Sequence[Case], groups: Mapping[str, Group], columns: Sequence[str]) -> list[str]:
     rows = [[case.shape, *_time_cells(groups[case.key], columns)] for case in cases]
     return _table(("shape", *columns), rows) if rows else [f"No {GRAD} case of the table was run."]
+
+
+def _front_of_linear(groups: Mapping[str, Group]) -> list[str]:
+    """The line of a linear layer on the front page, if it was run."""
+    found = groups.get(linear.key_of(linear.SHAPE, "float32", GRAD))
+    if found is None:
+        return []
+    entries = [{**entry, "name": FRONT_OF_LINEAR.get(entry["name"], entry["name"])} for entry in found["entries"]]
+    shape = f"{' x '.join(map(str, linear.SHAPE))}, linear layer"
+    return _table(FRONT_COLUMNS, [[shape, *_time_cells({**found, "entries": entries}, FRONT_COLUMNS)]])[2:]
 
 
 def _linear_times(groups: Mapping[str, Group]) -> list[str]:
