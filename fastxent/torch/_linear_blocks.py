@@ -100,9 +100,10 @@ class Gradients:
     def __init__(self, layer: Layer, wanted: Sequence[bool], kept: Tensor | None) -> None:
         self.layer, self.wanted = layer, wanted
         self.is_first = True  # the first block writes, the others add
-        x, w, b = (t.shape if t is not None and is_wanted else (0,) for t, is_wanted in zip(layer, wanted, strict=True))
         self.n_kept = len(layer.input) if kept is None else len(kept)
-        self.input, self.linear_weight = empty(x, layer.accumulated), empty(w, layer.accumulated)
+        x, w, b = (t.shape if t is not None and is_wanted else (0,) for t, is_wanted in zip(layer, wanted, strict=True))
+        self.input = empty(x, layer.accumulated)
+        self.shape_of_weight, self.linear_weight = w, empty((0,), layer.accumulated)  # the first block makes it
         self.linear_bias = torch.zeros(b, dtype=torch.float64, device="cpu")  # of one number a class, which costs nothing
         if kept is not None:  # a row in no block has the gradient 0
             self.input.zero_()
@@ -127,12 +128,11 @@ class Gradients:
             self.input[block.rows] = out.to(self.input.dtype)
 
     def _add_to_weight(self, block: Block) -> None:
-        if self.layer.precision == self.layer.accumulated:
+        if self.is_first:
+            is_only = len(block.logits) == self.n_kept
+            self.linear_weight = empty(self.shape_of_weight, self.layer.precision if is_only else self.layer.accumulated)
+        if self.layer.precision == self.linear_weight.dtype:
             self.linear_weight.addmm_(block.logits.T, block.input, beta=0.0 if self.is_first else 1.0)
-            return
-        if len(block.logits) == self.n_kept:  # no block adds to it
-            out = empty(self.linear_weight.shape, self.layer.precision)
-            self.linear_weight = torch.mm(block.logits.T, block.input, out=out)
             return
         n_classes, n_features = self.linear_weight.shape
         size = classes_per_block(n_features, block.input.itemsize)
@@ -147,7 +147,7 @@ class Gradients:
         """Return the gradients of input, weight and bias as they added up; one that is not wanted is empty."""
         if self.is_first:
             self.input.zero_()
-            self.linear_weight.zero_()
+            self.linear_weight = torch.zeros(self.shape_of_weight, dtype=self.layer.accumulated, device="cpu")
         return self.input, self.linear_weight, self.linear_bias
 
     def held(self) -> tuple[Tensor, Tensor, Tensor]:

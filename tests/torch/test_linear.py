@@ -159,6 +159,19 @@ def test_a_block_has_as_many_rows_as_fit_in_the_precision_in_which_they_are_held
     assert sum(len(block.logits) for block in made) == 64
 
 
+@pytest.mark.parametrize(("n_rows", "dtype"), [(64, torch.bfloat16), (16, torch.float32)], ids=["one block", "four"])
+def test_float32_sums_of_a_weights_gradient_are_made_for_several_blocks_only(n_rows, dtype, monkeypatch):
+    """They are the largest array of the call, and would drive others out of the recycled memory."""
+    multiply_bfloat16(monkeypatch, True)
+    problem = make("index", torch.bfloat16, 64)
+    made = []
+    empty = _linear_blocks.empty
+    monkeypatch.setattr(_linear_blocks, "empty", lambda shape, dtype: made.append((tuple(shape), dtype)) or empty(shape, dtype))
+    step(linear_cross_entropy, problem, memory_limit=limit_of(n_rows, itemsize=2))
+    of_weight = {dtype for shape, dtype in made if shape == problem.linear_weight.shape}
+    assert dtype in of_weight and (dtype == torch.float32) == (torch.float32 in of_weight)
+
+
 def test_order_of_the_rows_and_ignored_rows_do_not_matter():
     problem = make("ignore", torch.float64)
     order = torch.randperm(N_ROWS, generator=torch.Generator().manual_seed(0))
