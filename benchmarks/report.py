@@ -120,9 +120,9 @@ def tables(document: Document, source: str) -> dict[str, str]:
         f"Measured on {facts['machine']}, {document['threads']} threads, {document['started'][:10]} ({facts['versions']}): "
         f"`{source}`."
     )
-    front = _times([case for case in shapes if case.extents in FRONT], groups, FRONT_COLUMNS)
+    front = [case for case in shapes if case.extents in FRONT]
     lines = {
-        "speed": [*front, *_front_of_linear(groups)],
+        "speed": _times(front, groups, FRONT_COLUMNS, _front_of_linear(groups)),
         "times": _times(shapes, groups, COLUMNS),
         "linear": _linear_times(groups),
         "bars": _table(BAR_COLUMNS, [bar_cells(verdict) for verdict in verdicts]),
@@ -130,19 +130,22 @@ def tables(document: Document, source: str) -> dict[str, str]:
     return {name: "\n".join([*table, "", about]) for name, table in lines.items()}
 
 
-def _times(cases: Sequence[Case], groups: Mapping[str, Group], columns: Sequence[str]) -> list[str]:
-    rows = [[case.shape, *_time_cells(groups[case.key], columns)] for case in cases]
+def _times(
+    cases: Sequence[Case], groups: Mapping[str, Group], columns: Sequence[str], more: Sequence[Sequence[str]] = ()
+) -> list[str]:
+    """A line a case, and ``more`` lines."""
+    rows = [*([case.shape, *_time_cells(groups[case.key], columns)] for case in cases), *more]
     return _table(("shape", *columns), rows) if rows else [f"No {GRAD} case of the table was run."]
 
 
-def _front_of_linear(groups: Mapping[str, Group]) -> list[str]:
-    """The line of a linear layer on the front page, if it was run."""
+def _front_of_linear(groups: Mapping[str, Group]) -> list[list[str]]:
+    """The cells of a linear layer on the front page, if it was run."""
     found = groups.get(linear.key_of(linear.SHAPE, "float32", GRAD))
     if found is None:
         return []
     entries = [{**entry, "name": FRONT_OF_LINEAR.get(entry["name"], entry["name"])} for entry in found["entries"]]
     shape = f"{' x '.join(map(str, linear.SHAPE))}, linear layer"
-    return _table(FRONT_COLUMNS, [[shape, *_time_cells({**found, "entries": entries}, FRONT_COLUMNS)]])[2:]
+    return [[shape, *_time_cells({**found, "entries": entries}, FRONT_COLUMNS)]]
 
 
 def _linear_times(groups: Mapping[str, Group]) -> list[str]:
