@@ -22,6 +22,7 @@ from fastxent._fastpath import array_calls
 from fastxent._fastpath.array_calls import DenseCall
 from fastxent._fastpath.cache import CallCache, calls
 from fastxent._runtime import fastpath, run, threads
+from tests.helpers.processes import has_fork
 
 PACKAGE = Path(fx.__file__).parent
 with_fast_path = pytest.mark.skipif(not fastpath.ENABLED, reason="the fast path is off")
@@ -346,7 +347,7 @@ print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@has_fork
 def test_a_forked_child_waits_for_no_task_of_its_parent():
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120)
     assert done.stdout == "0\n", done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from fastxent._runtime import blas, linear_layer, linear_loss, linear_products
 from fastxent._runtime.blas import Found
 from fastxent._runtime.blocks import GROUPS, class_groups, rows_per_block, rows_per_tile
 from tests.helpers.cases import BFLOAT16, FLOAT32, FLOAT64, REDUCTIONS, make_rng
-from tests.helpers.processes import run_script
+from tests.helpers.processes import has_fork, run_script
 
 ROWS, FEATURES, CLASSES = 150, 64, 6001  # four groups, the last of them smaller; a tail in a vector
 OPTIONS = ["index", "ignore weight", "smoothing z_loss sample_weight ignore", "smoothing weight", "bias"]
@@ -167,7 +166,7 @@ def test_blas_gets_its_threads_back():
     assert blas.blas().get_threads() == blas.get_num_threads() == before
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@has_fork
 @pytest.mark.skipif(not blas.blas().gemm, reason=blas.blas().why)
 def test_a_child_forked_within_a_call_has_all_threads_of_blas():
     """The call goes on in the parent alone: nothing in the child would put the threads back."""

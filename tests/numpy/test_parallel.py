@@ -12,6 +12,7 @@ import pytest
 import fastxent as fx
 from fastxent._abi.variant import MOST_STORED, TILE
 from fastxent._runtime import run, threads
+from tests.helpers.processes import has_fork
 
 rng = np.random.default_rng(1)
 X = (rng.standard_normal((700, 301)) * 4).astype(np.float32)  # enough for several chunks and every thread
@@ -68,7 +69,7 @@ def test_several_python_threads_at_once():
     assert not run._State.calls
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@has_fork
 def test_a_forked_child_works_serially():
     out = in_a_new_process(
         """

@@ -17,7 +17,7 @@ import torch
 import fastxent as fx
 import fastxent.torch as fxt
 from fastxent._runtime import buffers
-from tests.helpers.processes import run_script
+from tests.helpers.processes import has_fork, run_script
 
 CALLS = """
 import gc, os, resource
@@ -279,7 +279,7 @@ print("well")
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@has_fork
 def test_the_store_survives_a_fork():
     assert run_script(FORK, PYTHONPATH=os.pathsep.join(sys.path)) == "well"
 

@@ -10,9 +10,8 @@ import time
 
 import pytest
 
-from tests.helpers.processes import run_script
+from tests.helpers.processes import has_fork, run_script
 
-has_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 NO_OPENMP = "threads._openmp = lambda: None  # as on macOS and Windows"
 
 
