@@ -10,12 +10,12 @@ import torch.distributed as dist
 from fastxent.distributed import cross_entropy, linear_cross_entropy
 from fastxent.torch import _linear_blocks
 from tests.helpers.cases import FLOAT32, FLOAT64, Z_LOSS, Case, make_case
+from tests.helpers.linear_cases import N_ROWS, Problem, assert_no_worse, limit_of, make, step, whole
 from tests.helpers.opponent import run_torch
 from tests.helpers.processes import ROOT, run_script
 from tests.helpers.shards import Job, LinearJob, Outcome, run_jobs
 from tests.helpers.torch_cases import array, as_tensors
 from tests.helpers.truth import Budget, make_truth
-from tests.torch.test_linear import N_ROWS, Problem, assert_no_worse, limit_of, make, step, whole
 
 # By the number of processes: the classes of each. 16 rows at a time, and a row at a time; uneven shards, empty ones.
 SIZES = {1: [(8,), (400,)], 2: [(5, 3), (400, 350), (0, 400)], 3: [(3, 0, 5), (400, 350, 330)]}

@@ -1,94 +1,35 @@
-"""Linear layer and loss block by block: values against float64, options, blocks, frozen and tied parts, memory, errors."""
+"""Linear layer and loss block by block: values against float64, options, blocks, frozen and tied parts, memory, the module."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastxent._runtime.blocks import SCRATCH
-from fastxent.torch import (
-    LinearCrossEntropyLoss,
-    _linear_blocks,
-    linear_cross_entropy,
-    linear_log_prob_and_entropy,
-    log_prob_and_entropy,
-)
+from fastxent.torch import LinearCrossEntropyLoss, _linear_blocks, linear_cross_entropy
 from tests.helpers.cases import REDUCTIONS
-from tests.helpers.opponent import torch_loss
+from tests.helpers.linear_cases import (
+    N_CLASSES,
+    N_FEATURES,
+    N_ROWS,
+    Problem,
+    assert_no_worse,
+    limit_of,
+    make,
+    multiply_bfloat16,
+    step,
+    whole,
+)
 from tests.helpers.processes import run_script
-from tests.helpers.torch_cases import DTYPES, make_case
+from tests.helpers.torch_cases import DTYPES
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
-# More than 320 classes: rows are not transposed, so all of these tests need few kernels.
-N_ROWS, N_FEATURES, N_CLASSES = 37, 12, 400
 OPTIONS = ["index", "weight ignore sample_weight z_loss", "ignore smoothing softcap", "probabilities weight sample_weight"]
-
-
-class Problem(NamedTuple):
-    input: Tensor
-    linear_weight: Tensor
-    linear_bias: Tensor
-    target: Tensor
-    options: dict[str, Any]
-
-    def to(self, dtype: torch.dtype) -> Problem:
-        x, w, b, target = (t.to(dtype) if t.is_floating_point() else t for t in self[:4])
-        options = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in self.options.items()}
-        return Problem(x, w, b, target, options)
-
-    @property
-    def layer(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self[:3]
-
-
-def make(
-    option: str = "index", dtype: torch.dtype = torch.float32, n_rows: int = N_ROWS, n_features: int = N_FEATURES
-) -> Problem:
-    case = make_case(dtype, (n_rows, N_CLASSES), option)
-    generator = torch.Generator().manual_seed(n_rows + n_features)
-    x, w, b = (
-        torch.randn(shape, generator=generator) for shape in ((n_rows, n_features), (N_CLASSES, n_features), (N_CLASSES,))
-    )
-    return Problem(x.to(dtype), w.to(dtype), b.to(dtype), case.target, case.options)
-
-
-def limit_of(n_rows: int, n_features: int = N_FEATURES, itemsize: int = 4) -> int:
-    """The memory limit that makes blocks of so many rows."""
-    return min(SCRATCH, itemsize * n_features * N_CLASSES) + n_rows * itemsize * (N_CLASSES + 2 * n_features)
-
-
-def whole(x: Tensor, w: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, reduction: str = "mean", **options: Any):
-    """The loss of whole logits, in PyTorch."""
-    return torch_loss(F.linear(x, w, linear_bias), target, reduction, **options)
-
-
-def step(function, problem: Problem, reduction: str = "mean", **more: Any) -> list[Tensor]:
-    """The loss, and the gradients of input, weight and bias; for none each row has a grad_output of its own."""
-    x, w, b = (t.detach().clone().requires_grad_() for t in problem.layer)
-    loss = function(x, w, problem.target, linear_bias=b, reduction=reduction, **problem.options, **more)
-    factors = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
-    (loss * factors).sum().backward()
-    return [loss.detach(), x.grad, w.grad, b.grad]
-
-
-def multiply_bfloat16(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
-    """Whether products of bfloat16 are computed as such, whatever the processor can do."""
-    monkeypatch.setattr(_linear_blocks, "multiplies_bfloat16", lambda: native)
-
-
-def assert_no_worse(ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor], ulps: float = 1.0) -> None:
-    """At most PyTorch's error, plus an ulp of the largest value."""
-    for name, a, b, t in zip(("loss", "input", "linear_weight", "linear_bias"), ours, theirs, truth, strict=True):
-        assert a.dtype == b.dtype and a.shape == t.shape, name
-        ulp = torch.finfo(a.dtype).eps * t.abs().max()
-        assert (a.double() - t).abs().max() <= (b.double() - t).abs().max() + ulps * ulp, name
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -394,154 +335,3 @@ def test_the_modules_state_is_pytorchs():
     ours.load_state_dict(theirs.state_dict())
     x, y = torch.randn(5, 4), torch.randint(6, (5,))
     torch.testing.assert_close(ours(x, y), theirs(x, y))
-
-
-# ----------------------------------------------------------------------------------------------------
-# Errors
-# ----------------------------------------------------------------------------------------------------
-
-x, w, y = torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 1, 2, 3, 6])
-ERRORS = {
-    "class": (lambda f: f(x, w, y + 1), IndexError, "Target 7 is out of bounds"),
-    "negative class": (lambda f: f(x, w, y - 1), IndexError, "Target -1 is out of bounds"),
-    "batch": (lambda f: f(x, w, y[:4]), ValueError, r"Expected input batch_size \(5\) to match target batch_size \(4\)"),
-    "features": (lambda f: f(x[:, :3], w, y), RuntimeError, "expected equal input and linear_weight last dimensions"),
-    "weight's rank": (lambda f: f(x, w[0], y), RuntimeError, "linear_weight with dimensionality at least 2, got 1"),
-    "bias": (lambda f: f(x, w, y, linear_bias=torch.ones(6)), RuntimeError, r"expected linear_bias shape \(7,\), got \(6,\)"),
-    "class weight": (lambda f: f(x, w, y, weight=torch.ones(6)), RuntimeError, "defined either for all 7"),
-    "reduction": (lambda f: f(x, w, y, reduction="men"), ValueError, "men is not a valid value for reduction"),
-    "dtypes": (lambda f: f(x, w.double(), y), RuntimeError, "same dtype"),
-    "smoothing": (lambda f: f(x, w, y, label_smoothing=1.5), RuntimeError, "label_smoothing must be between 0.0 and 1.0"),
-    "target's dtype": (lambda f: f(x, w, y.float()), RuntimeError, "expected .*Long.* Float"),
-    "ignore_index": (
-        lambda f: f(x, w, torch.rand(5, 7), ignore_index=3), RuntimeError, "ignore_index cannot be specified when target",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("call", "kind", "message"), ERRORS.values(), ids=ERRORS)
-def test_errors_are_pytorchs(call, kind, message):
-    with pytest.raises(kind, match=message):
-        call(linear_cross_entropy)
-    if hasattr(F, "linear_cross_entropy"):
-        with pytest.raises(kind, match=message):
-            call(F.linear_cross_entropy)
-
-
-def test_errors_of_our_own():
-    with pytest.raises(ValueError, match="memory_limit = 0 is less than 1"):
-        linear_cross_entropy(x, w, y, memory_limit=0)
-    with pytest.raises(TypeError, match="memory_limit must be an integer"):
-        linear_cross_entropy(x, w, y, memory_limit=1.5)
-    with pytest.raises(TypeError, match="argument 'linear_weight' must be Tensor, not list"):
-        linear_cross_entropy(x, w.tolist(), y)
-    with pytest.raises(TypeError, match="softcap must be a number, got str"):
-        linear_cross_entropy(x, w, y, softcap="1")
-    with pytest.raises(ValueError, match="sample_weight has shape"):
-        linear_cross_entropy(x, w, y, sample_weight=torch.ones(4))
-    with pytest.raises(RuntimeError, match="label_smoothing must be between"):
-        linear_cross_entropy(x, w, y, label_smoothing=-0.1)
-    with pytest.raises(RuntimeError, match="requires batched input"):
-        linear_cross_entropy(x[0], torch.randn(7, 2, 4), y)
-    with pytest.raises(RuntimeError, match="expected weight shape"):
-        LinearCrossEntropyLoss(4, 7, weight=torch.ones(6))
-
-
-OPERATORS = torch.ops.fastxent.linear_cross_entropy, torch.ops.fastxent.linear_cross_entropy_value_and_grad
-
-
-def freed(t: Tensor) -> Tensor:
-    t = t.clone()
-    t.untyped_storage().resize_(0)
-    return t
-
-
-SWAPPED = {
-    "target": ({2: y[:4]}, "size mismatch"),
-    "freed target": ({2: freed(y)}, "not allocated"),
-    "freed input": ({0: freed(x)}, "not allocated"),
-    "freed weight": ({1: freed(w)}, "not allocated"),
-    "rank": ({0: x[None]}, "size mismatch"),
-    "features": ({1: w[:, :3]}, "size mismatch"),
-    "bias": ({3: torch.ones(6)}, "size mismatch"),
-    "dtype": ({1: w.double()}, "one dtype"),
-    "whole numbers": ({0: x.long(), 1: w.long()}, "floating point numbers"),
-    "class": ({2: y + 1}, "Target 7 is out of bounds"),
-    "class weight": ({4: torch.ones(6)}, "weight must be 7"),
-}
-
-
-@pytest.mark.parametrize(("swapped", "message"), SWAPPED.values(), ids=SWAPPED)
-def test_nothing_is_read_out_of_bounds(swapped, message):
-    """A traced graph, or a hook on saved tensors, may pass any tensors to the operators."""
-    arguments = [x, w, y, None, None, None, 1, -100, 0.0, 0.0, 0.0, None]
-    for place, value in swapped.items():
-        arguments[place] = value
-    with pytest.raises((RuntimeError, IndexError), match=message):
-        OPERATORS[0](*arguments)
-    with pytest.raises((RuntimeError, IndexError), match=message):
-        OPERATORS[1](*arguments, [True, True, False])
-
-
-# ----------------------------------------------------------------------------------------------------
-# Log-probability and entropy
-# ----------------------------------------------------------------------------------------------------
-
-
-def policy_step(function, problem: Problem, **options: Any) -> list[Tensor]:
-    """Both results, and the gradients of a number in which every row of both counts differently."""
-    x, w, b = (t.detach().clone().requires_grad_() for t in problem.layer)
-    log_prob, entropy = function(x, w, problem.target, linear_bias=b, temperature=0.7, **options)
-    rows = torch.linspace(-1, 1, log_prob.numel(), dtype=torch.float64)
-    (log_prob * rows + entropy * rows.flip(0)).sum().backward()
-    return [torch.stack([log_prob, entropy]).detach(), x.grad, w.grad, b.grad]
-
-
-def whole_policy(x: Tensor, w: Tensor, y: Tensor, *, linear_bias: Tensor, temperature: float, **_: Any):
-    return log_prob_and_entropy(F.linear(x, w, linear_bias), y, temperature=temperature)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_log_prob_and_entropy(dtype):
-    problem = make("ignore", dtype)
-    truth, theirs = policy_step(whole_policy, problem.to(torch.float64)), policy_step(whole_policy, problem)
-    for limit in (None, limit_of(8)):
-        ours = policy_step(linear_log_prob_and_entropy, problem, memory_limit=limit)
-        assert_no_worse(ours, theirs, truth, 8 if dtype == torch.float64 else 1)
-
-
-def test_log_prob_and_entropy_of_frozen_parts_any_rank_and_no_rows():
-    problem = make("ignore", torch.float64, 12)
-    want = policy_step(linear_log_prob_and_entropy, problem)
-    head = problem.linear_weight.clone().requires_grad_()
-    x, target = problem.input.reshape(3, 4, N_FEATURES), problem.target.reshape(3, 4)
-    both = linear_log_prob_and_entropy(x, head, target, linear_bias=problem.linear_bias, temperature=0.7)
-    assert torch.equal(torch.stack(both).reshape(2, 12), want[0])
-    rows = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
-    (both[0] * rows + both[1] * rows.flip(0, 1)).sum().backward()
-    torch.testing.assert_close(head.grad, want[2])
-    ignored = linear_log_prob_and_entropy(x, head, torch.full((3, 4), -100))
-    sum(t.sum() for t in ignored).backward()
-    assert not torch.stack(ignored).any()
-    assert all(t.shape == (0,) for t in linear_log_prob_and_entropy(x[0, :0], head, target[0, :0]))
-
-
-def test_log_prob_and_entropy_errors():
-    with pytest.raises(IndexError, match="Target 7 is out of bounds"):
-        linear_log_prob_and_entropy(x, w, y + 1)
-    with pytest.raises(TypeError, match="it takes class indices"):
-        linear_log_prob_and_entropy(x, w, torch.rand(5, 7))
-    with pytest.raises(ValueError, match=r"temperature = 0\.0 is not above 0"):
-        linear_log_prob_and_entropy(x, w, y, temperature=0.0)
-    with pytest.raises(RuntimeError, match="expected equal input and linear_weight last dimensions"):
-        linear_log_prob_and_entropy(x, w[:, :3], y)
-    with pytest.raises(TypeError, match="argument 'target' must be Tensor, not list"):
-        linear_log_prob_and_entropy(x, w, y.tolist())
-
-
-@pytest.mark.parametrize("missing", ["input", "linear_weight", "target"])
-@pytest.mark.parametrize("function", [linear_cross_entropy, linear_log_prob_and_entropy])
-def test_a_required_tensor_must_not_be_none(function, missing):
-    arguments = {"input": torch.rand(5, 4), "linear_weight": torch.rand(7, 4), "target": torch.arange(5)} | {missing: None}
-    with pytest.raises(TypeError, match=rf"{function.__name__}\(\): argument '{missing}' must be Tensor, not NoneType"):
-        function(**arguments)
