@@ -397,4 +397,6 @@ def _on_block(function: Callable[..., Any], options: dict[str, Any], x: Any, tar
 
 def _counted(weight: Any, ignore_index: int, y: Any, u: Any) -> Any:
     """Return the weight of each row in a mean. A class index out of range raises its error in the loss."""
-    return np.where(y == ignore_index, 0.0, u if weight is None else u * weight.take(y, mode="clip"))
+    # In float64, as the losses are weighted: a product of int8 would overflow.
+    weights = u if weight is None else np.multiply(u, weight.take(y, mode="clip"), dtype=np.float64)
+    return np.where(y == ignore_index, 0.0, weights)

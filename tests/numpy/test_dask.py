@@ -64,6 +64,13 @@ def test_cross_entropy(target, options, reduction):
     same(grad, want_grad)
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.float16, np.float32], ids=lambda dtype: dtype.__name__)
+def test_a_mean_adds_weights_up_in_float64_whatever_their_type(dtype):
+    weight, sample_weight = (100 * W).astype(dtype), (100 * U).astype(dtype)  # their products are above 127
+    ours = fxd.cross_entropy(lazy(X), lazy(Y), weight=weight, sample_weight=lazy(sample_weight))
+    same(ours, fx.cross_entropy(X, Y, weight=weight, sample_weight=sample_weight))
+
+
 def test_statistics_and_the_softmax_family():
     for ours, want in zip(fxd.cross_entropy_stats(lazy(X), lazy(Y)), fx.cross_entropy_stats(X, Y), strict=True):
         same(ours, want)
