@@ -19,8 +19,9 @@ the same for class lanes and for row lanes.
 
 from collections import namedtuple
 
+from fastxent._kernels.compensated_sums import widen_add
 from fastxent._simd.elementary import exp_scale, exp_scaled, log, shift_by, split_exponent
-from fastxent._simd.lanes import fold
+from fastxent._simd.lanes import fold, upper_bound
 from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import any_lane, maximum, narrow, splat, where, widen
 
@@ -38,24 +39,23 @@ def s_of(state):
 
 
 @inlined
-def sums_of(task, x, e, q, m):
-    """Return s_max, s_rest, Q, D, E over one vector, or over a group of vectors that are concatenated.
+def sums_of(task, x, e, q, m, s_max):
+    """Return ``s_max``, and s_rest, Q, D, E over one vector, or over a group of vectors that are concatenated.
 
-    With class lanes in float32, the terms of 1 are summed apart: few vectors of a row have one. With row lanes nearly all
-    vectors have one, and summing them apart would take an eighth of the time: there, s_max is 0 and s_rest takes all terms.
+    With class lanes in float32, terms of 1 are added to the total ``s_max``, not to s_rest: few groups of a row have one. With
+    row lanes nearly all vectors have one, and telling them apart would take an eighth of the time: there, s_rest takes all.
     """
     d = x - m
     s = q_sum = q_dot = e_dot = fold(e)
-    s_max = splat(task.x, 0.0)
     if task.class_lanes and not task.double:
-        if any_lane(s >= exp_scale(task.x)):
+        if any_lane(upper_bound(e) >= exp_scale(task.x)):
             ones = where(e >= exp_scale(task.x), e, 0.0)
-            s_max, s = fold(ones), fold(e - ones)
+            s_max, s = widen_add(task, s_max, fold(ones)), fold(e - ones)
     if task.dense:
         q_sum, q_dot = fold(q), fold(q * d)
     if task.entropic:
         e_dot = fold(where(e == 0.0, e, e * d))
-    return s_max, s, q_sum, q_dot, e_dot
+    return s_max, (s, q_sum, q_dot, e_dot)
 
 
 @inlined

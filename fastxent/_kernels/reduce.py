@@ -54,12 +54,12 @@ def group_length(task):
 
 
 @inlined
-def vector_sums(task, unit, j, mask, m, shift):
-    """Return the sums over vector j, and store its exponentials if the task does."""
+def vector_sums(task, unit, j, mask, m, shift, s_max):
+    """Return what ``sums_of`` does over vector j, and store its exponentials if the task does."""
     x = logits(task, unit, j, mask)
     e = where(mask, exp_scaled(x, shift), 0.0)
     store_exponentials(task, unit, j, e, mask)
-    return sums_of(task, x, e, target_weights(task, unit, j, mask), m)
+    return sums_of(task, x, e, target_weights(task, unit, j, mask), m, s_max)
 
 
 def concatenated(size):
@@ -80,7 +80,7 @@ def wide_group(size):
     several = concatenated(size)
 
     @inlined
-    def group(task, unit, j, m, shift):
+    def group(task, unit, j, m, shift, s_max):
         for k in range(j, j + size):
             prefetch_operands(task, unit, k)
         x = several(full_logits, task, unit, j)
@@ -93,7 +93,7 @@ def wide_group(size):
                 store_each(task.g + (unit.g + j * g_step(task)), e, g_step(task))
             else:
                 store_each(unit.tile + j * tile_step(task, unit), e, tile_step(task, unit))
-        return sums_of(task, x, e, q, repeat(m, size))
+        return sums_of(task, x, e, q, repeat(m, size), s_max)
 
     return group
 
@@ -103,24 +103,22 @@ eight, two = wide_group(GROUP), wide_group(2)
 
 @inlined
 def add_terms(a, b):
-    top, s, q_sum, q_dot, e_dot = a
-    more, t, r_sum, r_dot, f_dot = b
-    return top + more, s + t, q_sum + r_sum, q_dot + r_dot, e_dot + f_dot
+    s, q_sum, q_dot, e_dot = a
+    t, r_sum, r_dot, f_dot = b
+    return s + t, q_sum + r_sum, q_dot + r_dot, e_dot + f_dot
 
 
 @inlined
-def add_sums(task, totals, sums):
-    """Return the float64 totals plus the sums over some vectors."""
-    top, s, q_sum, q_dot, e_dot = totals
-    dtop, ds, dq_sum, dq_dot, de_dot = sums
+def add_sums(task, totals, s_max, sums):
+    """Return the float64 totals plus the sums over some vectors, which are added to ``s_max`` already."""
+    _, s, q_sum, q_dot, e_dot = totals
+    ds, dq_sum, dq_dot, de_dot = sums
     s = widen_add(task, s, ds)
-    if task.class_lanes and not task.double:
-        top = widen_add(task, top, dtop)
     if task.dense:
         q_sum, q_dot = widen_add(task, q_sum, dq_sum), widen_add(task, q_dot, dq_dot)
     if task.entropic:
         e_dot = widen_add(task, e_dot, de_dot)
-    return top, s, q_sum, q_dot, e_dot
+    return s_max, s, q_sum, q_dot, e_dot
 
 
 @inlined
@@ -129,7 +127,7 @@ def wide_groups(task, unit, start, stop, m, shift, totals, overlap):
     top = no_maximum(task)
     for j in range(start, stop, GROUP):
         top = overlap.step(task, overlap.data, top, j)
-        totals = add_sums(task, totals, eight(task, unit, j, m, shift))
+        totals = add_sums(task, totals, *eight(task, unit, j, m, shift, totals[0]))
     return totals, top
 
 
@@ -137,7 +135,7 @@ def wide_groups(task, unit, start, stop, m, shift, totals, overlap):
 def wide_pairs(task, unit, start, stop, m, shift, totals):
     """Add the sums of vectors start ... stop - 1, an even number, to the totals."""
     for j in range(start, stop, 2):
-        totals = add_sums(task, totals, two(task, unit, j, m, shift))
+        totals = add_sums(task, totals, *two(task, unit, j, m, shift, totals[0]))
     return totals
 
 
@@ -151,34 +149,38 @@ def first_half(task, unit, j, shift, r, power):
 
 
 @inlined
-def other_half(task, unit, j, m, r, power):
-    """Return the sums over vector j, whose exponentials are finished from what ``first_half`` stored."""
+def other_half(task, unit, j, m, r, power, s_max):
+    """Return what ``sums_of`` does over vector j, whose exponentials are finished from what ``first_half`` stored."""
     x = full_logits(task, unit, j)  # read first: the exponential may overwrite it
     e = exp_reduced(load(r), load(power))
     store_exponentials(task, unit, j, e, all_lanes())
-    return sums_of(task, x, e, target_weights(task, unit, j, all_lanes()), m)
+    return sums_of(task, x, e, target_weights(task, unit, j, all_lanes()), m, s_max)
 
 
 @inlined
-def pair(task, unit, j, m, r, power):
-    """Return the sums over vectors j and j + 1."""
+def pair(task, unit, j, m, r, power, s_max):
+    """Return what ``sums_of`` does, over vectors j and j + 1."""
     vector = LANES * itemsize(r)
-    return add_terms(other_half(task, unit, j, m, r, power), other_half(task, unit, j + 1, m, r + vector, power + vector))
+    s_max, a = other_half(task, unit, j, m, r, power, s_max)
+    s_max, b = other_half(task, unit, j + 1, m, r + vector, power + vector, s_max)
+    return s_max, add_terms(a, b)
 
 
 @inlined
 def narrow_group(task, unit, first, end, m, r, power, totals, top, overlap):
     """Add the sums of vectors first ... end - 1 to the totals, after ``first_half``; return these and the maximum ahead."""
     zero = splat(m, 0.0)
-    sums = zero, zero, zero, zero, zero
+    s_max, sums = totals[0], (zero, zero, zero, zero)
     for j in range(first, end, group_length(task)):  # sums of pairs lose fewer digits than one sequential sum
         top = overlap.step(task, overlap.data, top, j)
         at = (j - first) * LANES * itemsize(r)
-        sums = add_terms(sums, pair(task, unit, j, m, r + at, power + at))
+        s_max, more = pair(task, unit, j, m, r + at, power + at, s_max)
+        sums = add_terms(sums, more)
         if group_length(task) > 2:
             at += 2 * LANES * itemsize(r)
-            sums = add_terms(sums, pair(task, unit, j + 2, m, r + at, power + at))
-    return add_sums(task, totals, sums), top
+            s_max, more = pair(task, unit, j + 2, m, r + at, power + at, s_max)
+            sums = add_terms(sums, more)
+    return add_sums(task, totals, s_max, sums), top
 
 
 @inlined
@@ -245,9 +247,9 @@ def state_of(task, unit, start, stop, m, overlap):
         grouped = paired
     for j in range(grouped, n_whole):
         prefetch_operands(task, unit, j)
-        totals = add_sums(task, totals, vector_sums(task, unit, j, all_lanes(), finite, shift))
+        totals = add_sums(task, totals, *vector_sums(task, unit, j, all_lanes(), finite, shift, totals[0]))
     for j in range(n_whole, stop):
-        totals = add_sums(task, totals, vector_sums(task, unit, j, unit.reads, finite, shift))
+        totals = add_sums(task, totals, *vector_sums(task, unit, j, unit.reads, finite, shift, totals[0]))
     s_max, s, q_sum, q_dot, e_dot = totals
     s_max, s_rest = split_sum(task, s_max, s)
     state = State(

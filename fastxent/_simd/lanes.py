@@ -46,6 +46,24 @@ def fold(typingctx, x):
 
 
 @intrinsic
+def upper_bound(typingctx, x):
+    """Return a bound from above, lane by lane, of the vectors that were concatenated into ``x``, none of which is negative.
+
+    It is the largest sum of two of them; ``fold`` starts with the same sums, so LLVM computes them once.
+    """
+
+    def codegen(context, builder, sig, args):
+        bound = args[0]
+        if bound.type.count > LANES:
+            bound = builder.fadd(*_halves(builder, bound))
+        while bound.type.count > LANES:
+            bound = larger(builder, *_halves(builder, bound))
+        return bound
+
+    return Vec(x.kind)(x), codegen
+
+
+@intrinsic
 def add_halves(typingctx, x):
     """Return half as many lanes: the sum of the two halves."""
     return Vec(x.kind, x.lanes // 2)(x), lambda context, builder, sig, args: builder.fadd(*_halves(builder, *args))
