@@ -20,8 +20,9 @@ the same for class lanes and for row lanes.
 from collections import namedtuple
 
 from fastxent._kernels.compensated_sums import widen_add
-from fastxent._simd.elementary import exp_scale, exp_scaled, log, shift_by, split_exponent
+from fastxent._simd.elementary import exp_scale, exp_scaled, shift_by
 from fastxent._simd.lanes import fold, upper_bound
+from fastxent._simd.logarithm import log, split_exponent
 from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import any_lane, maximum, narrow, splat, where, widen
 

@@ -5,7 +5,7 @@ from collections import namedtuple
 from fastxent._abi.argument_block import DONE, ENTERED, LINE, OVER
 from fastxent._abi.variant import TILE
 from fastxent._kernels.compensated_sums import compensated, two_sum
-from fastxent._simd.elementary import log
+from fastxent._simd.logarithm import log
 from fastxent._simd.memory import call, fetch_add, fetch_max, get, put, read_slot
 from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import lane, splat

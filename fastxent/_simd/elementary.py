@@ -1,4 +1,4 @@
-"""The elementary functions of the kernels, 16 lanes at a time: exp, tanh, log, each with its derivation."""
+"""exp and tanh of 16 lanes, each with its derivation."""
 
 import math
 from collections import namedtuple
@@ -33,13 +33,13 @@ _Q64 = (
 )  # fmt: skip
 SHORT = 5  # a polynomial of at most this many terms is evaluated term by term
 _GRID = {"f32": 2.0**-9, "f64": 2.0**-32}
-_FORMAT = {  # mantissa bits, exponent bias, UP, ln 2 high part (a multiple of the grid), ln 2 low part, coefficients of q
+FORMAT = {  # mantissa bits, exponent bias, UP, ln 2 high part (a multiple of the grid), ln 2 low part, coefficients of q
     "f32": (23, 127, 24, 0.693359375, -2.1219444005469057e-4, _Q32),
     "f64": (52, 1023, 52, 6.93147180369123816490e-01, 1.90821492927058770002e-10, _Q64),
 }
 
 
-def _polynomial(coefficients):
+def polynomial_of(coefficients):
     """Return a jitted ``c0 + c1 x + c2 x^2 + ...`` of x and x^2, by Horner's rule.
 
     A short one is evaluated in x, with the fewest instructions; a long one in x^2, over pairs of terms, which are independent.
@@ -69,7 +69,7 @@ def _polynomial(coefficients):
 @intrinsic
 def _power_of_two(typingctx, shifted):
     """Return ``2^(n - bias)`` from ``shifted = 1.5 2^mantissa + n``, n >= 0; 0 for n = 0."""
-    mantissa = _FORMAT[shifted.kind][0]
+    mantissa = FORMAT[shifted.kind][0]
     integer = {"f32": I32, "f64": I64}[shifted.kind]
 
     def codegen(context, builder, sig, args):
@@ -90,7 +90,7 @@ def shift_by(m):
 
 @by_types(shift_by)
 def _shift_by(m):
-    mantissa, bias, up, *_ = _FORMAT[m.kind]
+    mantissa, bias, up, *_ = FORMAT[m.kind]
     to_grid = 1.5 * 2.0**mantissa * _GRID[m.kind]  # adding and subtracting it rounds to the grid
     reach = to_grid / 3.0
     lowest = -(bias + up) * math.log(2.0)
@@ -122,7 +122,7 @@ def reduce_argument(x, shift):
 
 @by_types(reduce_argument)
 def _reduce_argument(x, shift):
-    mantissa, bias, up, ln2_high, ln2_low, _ = _FORMAT[x.kind]
+    mantissa, bias, up, ln2_high, ln2_low, _ = FORMAT[x.kind]
     offset = 1.5 * 2.0**mantissa + (bias + up)
     log2e = 1.0 / math.log(2.0)
     less = _itself if shift.types[0] == types.none else _minus
@@ -144,7 +144,7 @@ def exp_reduced(r, power):
 
 @by_types(exp_reduced)
 def _exp_reduced(r, power):
-    q_of = _polynomial(_FORMAT[r.kind][-1])
+    q_of = polynomial_of(FORMAT[r.kind][-1])
 
     def exp_of(r, power):
         rr = r * r
@@ -170,11 +170,11 @@ def tanh(x, height):
 
 @by_types(tanh)
 def _tanh(x, height):
-    mantissa, bias, _, ln2_high, ln2_low, q = _FORMAT[x.kind]
+    mantissa, bias, _, ln2_high, ln2_low, q = FORMAT[x.kind]
     offset = 1.5 * 2.0**mantissa + bias
     lowest = -1.5 * mantissa  # below it, e^d is negligible against 1
     log2e = 1.0 / math.log(2.0)
-    q_of = _polynomial(q)
+    q_of = polynomial_of(q)
 
     def tanh(x, height):
         d = at_least(absolute(x) * -2.0, lowest)
@@ -206,109 +206,8 @@ def exp_scale(like):
 
 @by_types(exp_scale)
 def _exp_scale(like):
-    factor = 2.0 ** _FORMAT[like.kind][2]
+    factor = 2.0 ** FORMAT[like.kind][2]
     return lambda like: factor
-
-
-# log(x) = k ln 2 + log(m), x = m 2^k with m in [sqrt(1/2), sqrt(2)).
-#   log(m) = 2 atanh(s) = 2 s + 2 s z L(z), with f = m - 1, which is exact, s = f / (2 + f) and z = s^2. The rounding error of s
-#   would be one of the result; but in 2 s = f - s f = f - f^2/2 + s f^2/2, s is in the small terms only.
-#   A denormal number's exponent is not in its exponent field, so it is multiplied by 2^UP first.
-# log(1 + e) for 0 <= e <= 1 is the same with f = e and k = 0: it keeps the digits of a small e, and z <= 1/9 needs a longer L.
-
-_L = {  # coefficients of 2 L for z <= 0.03, and for z <= 1/9
-    "f32": (
-        (0.6666668503957586, 0.3998878056602198, 0.29579949391972),
-        (0.6666666732052742, 0.3999970632992968, 0.28592357998302836, 0.21706575800880374, 0.23224329224025236),
-    ),
-    "f64": (
-        (
-            0.6666666666666666, 0.4000000000000094, 0.28571428570764852, 0.2222222240054776, 0.181817947008978,
-            0.15386290534658992, 0.13267418596475648, 0.13100723383501488,
-        ),
-        (
-            0.6666666666666666, 0.40000000000014585, 0.2857142856710876, 0.22222222717427864, 0.18181789436132858,
-            0.15385570065018625, 0.13314144209654935, 0.12001072809590704, 0.08800738486144673, 0.16164045611943932,
-        ),
-    ),
-}  # fmt: skip
-_SQRT_HALF_BITS = {"f32": 0x3F3504F3, "f64": 0x3FE6A09E667F3BCD}
-
-
-@intrinsic
-def split_exponent(typingctx, x):
-    """Return ``(k, m)`` with ``x = m * 2**k`` and m in [sqrt(1/2), sqrt(2)); k has the kind of x."""
-    mantissa, integer = {"f32": (23, I32), "f64": (52, I64)}[x.kind]
-
-    def codegen(context, builder, sig, args):
-        ints = lanes_of(integer, x.lanes)
-        const = lambda v: ir.Constant(ints, [v] * x.lanes)  # noqa: E731
-        bits = builder.bitcast(args[0], ints)
-        k = builder.ashr(builder.sub(bits, const(_SQRT_HALF_BITS[x.kind])), const(mantissa))
-        m = builder.bitcast(builder.sub(bits, builder.shl(k, const(mantissa))), args[0].type)
-        k = builder.sitofp(k, args[0].type)
-        return context.make_tuple(builder, sig.return_type, [k, m])
-
-    return types.UniTuple(x, 2)(x), codegen
-
-
-def log(x):
-    """Return the natural logarithm, to about 1 ulp."""
-    raise TypeError("log is for kernels")
-
-
-@by_types(log)
-def _log(x):
-    _, bias, up, ln2_high, ln2_low, _ = _FORMAT[x.kind]
-    least, raised = 2.0 ** (1 - bias), 2.0**up
-    l_of = _polynomial(_L[x.kind][0])
-
-    def log(x):
-        denormal = x < least
-        k, m = split_exponent(where(denormal, x * raised, x))
-        k = where(denormal, k - up, k)
-        f = m - 1.0
-        s = f / (f + 2.0)
-        z = s * s
-        half = f * f * 0.5
-        tail = s * fma(z, l_of(z, z * z), half) + k * ln2_low
-        y = k * ln2_high - ((half - tail) - f)
-        y = where(x == 0.0, splat(x, -math.inf), y)
-        y = where(x == math.inf, x, y)
-        return where(x >= 0.0, y, math.nan)
-
-    return log
-
-
-@inlined
-def x_log_x(x):
-    """Return ``x log(x)``, and 0 for 0."""
-    return where(x == 0.0, x, x * log(x))
-
-
-def log1p_to_1(e):
-    """Return ``log(1 + e)``, 0 <= e <= 1, to about 1 ulp."""
-    raise TypeError("log1p_to_1 is for kernels")
-
-
-@by_types(log1p_to_1)
-def _log1p_to_1(e):
-    l_of = _polynomial(_L[e.kind][1])
-
-    def log1p_to_1(e):
-        s = e / (e + 2.0)
-        z = s * s
-        half = e * e * 0.5
-        return e - fma(s * -1.0, fma(z, l_of(z, z * z), half), half)
-
-    return log1p_to_1
-
-
-@inlined
-def log1p(e):
-    """Return ``log(1 + e)`` of float64 lanes ``e >= -1/2``, corrected for the rounding error of 1 + e."""
-    u = e + 1.0
-    return log(u) + (e - (u - 1.0)) / u
 
 
 def exp_negative(x):
@@ -318,7 +217,7 @@ def exp_negative(x):
 
 @by_types(exp_negative)
 def _exp_negative(x):
-    mantissa, bias, up, ln2_high, ln2_low, _ = _FORMAT[x.kind]
+    mantissa, bias, up, ln2_high, ln2_low, _ = FORMAT[x.kind]
     offset = 1.5 * 2.0**mantissa + (bias + up)
     lowest, log2e, down = -(bias + up) * math.log(2.0), 1.0 / math.log(2.0), 2.0**-up
 

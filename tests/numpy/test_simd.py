@@ -10,8 +10,9 @@ from numba import types
 
 from fastxent._abi.variant import SYMBOL, Layout, Variant
 from fastxent._codegen import compiler, machine_code
-from fastxent._simd.elementary import Shift, exp_scaled, log, log1p, shift_by, tanh
+from fastxent._simd.elementary import Shift, exp_scaled, shift_by, tanh
 from fastxent._simd.lanes import concat, fold, repeat
+from fastxent._simd.logarithm import log, log1p
 from fastxent._simd.memory import itemsize, load, store
 from fastxent._simd.parts import c_function
 from fastxent._simd.task import Task

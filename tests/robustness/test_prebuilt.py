@@ -225,7 +225,7 @@ def test_a_damaged_manifest(package, tmp_path, text):
 
 
 def test_an_edit_of_the_sources_makes_them_old(package, tmp_path):
-    file = package / "_simd" / "elementary.py"
+    file = package / "_simd" / "logarithm.py"
     text = file.read_text()
     file.write_text(text + "# a comment\n")
     assert found(package, tmp_path)[0] == f"prebuilt for {HERE[0].name}"

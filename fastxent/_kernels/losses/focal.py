@@ -14,7 +14,8 @@ from fastxent._kernels.gradient import Coefficients, scaled
 from fastxent._kernels.inputs import sample_weights, transformed
 from fastxent._kernels.losses.cross_entropy import put_zero_loss  # noqa: F401  # as for cross-entropy
 from fastxent._kernels.online_softmax import log_s, s_of
-from fastxent._simd.elementary import exp_negative, exp_scaled, log, shift_by
+from fastxent._simd.elementary import exp_negative, exp_scaled, shift_by
+from fastxent._simd.logarithm import log
 from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import at_least, narrow, splat, where, widen
 

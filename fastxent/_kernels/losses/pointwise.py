@@ -12,8 +12,9 @@ from fastxent._abi.variant import POINTS
 from fastxent._kernels.addressing import sum_rows
 from fastxent._kernels.compensated_sums import total_over_classes, widen_add
 from fastxent._kernels.reduce import concatenated
-from fastxent._simd.elementary import exp_negative, log1p_to_1, x_log_x
+from fastxent._simd.elementary import exp_negative
 from fastxent._simd.lanes import fold
+from fastxent._simd.logarithm import log1p_to_1, x_log_x
 from fastxent._simd.memory import get, itemsize, load_masked, store_each, store_masked
 from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import LANES, WIDE, absolute, all_lanes, at_least, first_lanes, fma, splat, where

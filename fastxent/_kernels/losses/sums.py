@@ -5,8 +5,9 @@ from fastxent._kernels.compensated_sums import halve_lanes, total_over_classes, 
 from fastxent._kernels.inputs import full_logits, logits, target_weights
 from fastxent._kernels.online_softmax import INF
 from fastxent._kernels.reduce import concatenated
-from fastxent._simd.elementary import exp_scale, exp_scaled, log, log1p, shift_by, x_log_x
+from fastxent._simd.elementary import exp_scale, exp_scaled, shift_by
 from fastxent._simd.lanes import fold, max_across
+from fastxent._simd.logarithm import log, log1p, x_log_x
 from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import WIDE, absolute, all_lanes, any_lane, maximum, narrow, splat, where, widen
 
