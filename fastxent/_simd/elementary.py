@@ -25,7 +25,7 @@ from fastxent._simd.vector import I32, I64, SCALAR, WIDE, absolute, at_least, ca
 #         number, they are k // n + bias + UP. Those of i = k % n, just below, are replaced by a table's mantissa of 2^(i/n).
 #         2^(k/n) e^r = 2^(k/n) + 2^(k/n) (r + r^2 q(r)), rounded once; a number of the table is rounded too.
 # With AVX-512, one instruction looks 16 lanes up in a table of 16 numbers, by the low bits of an index. That saves three terms
-# of q of float32, and six of float64 (see the log: "A table for exp"). Elsewhere n = 1.
+# of q of float32, and six of float64: benchmarks/LOG.md#a-table-for-exp. Elsewhere n = 1.
 # Softmax needs only ratios of exponentials. So exp_scaled returns exp(x - m) 2^UP, UP = 24 or 52: the factor cancels, and a
 # probability too small for a normal number keeps its bits until the last multiplication rounds it to a denormal one.
 # At x - m = -(bias + UP) ln 2 the low bits are 0, and for x below it, also -inf, the result is exactly 0.
