@@ -15,6 +15,9 @@ from fastxent._simd.memory import (
 from fastxent._simd.numba_backend import inlined
 from fastxent._simd.vector import LANES, all_lanes, every_lane, first_lanes, splat
 
+# Prefetch distances in bytes: from memory to the second-level cache, and on to the first-level one, in two requests, as that
+# one waits for few lines at a time (benchmarks/LOG.md#two-prefetches-a-line); and from the cache that cores share.
+MEMORY_AHEAD, CACHE_AHEAD, SHARED_CACHE_AHEAD = 16384, 2048, 4096
 NEXT_ROW_AHEAD = 4096  # vectors of the next row that are prefetched during the gradient: what half a second-level cache holds
 
 
@@ -25,9 +28,26 @@ def block_length(task):
 
 
 @inlined
-def pipeline_distance(task):
-    """Return the prefetch distance of a row pipeline in bytes: longer for memory, which has a higher latency than a cache."""
-    return 8192 if task.large else 4096
+def prefetch_stream(task, p, offset):
+    """Prefetch what a row pipeline reads for the first time some vectors after ``offset`` bytes from p."""
+    if task.large:
+        prefetch(p, offset + MEMORY_AHEAD)
+        prefetch_near(p, offset + CACHE_AHEAD)
+    else:
+        prefetch_near(p, offset + SHARED_CACHE_AHEAD)
+
+
+@inlined
+def prefetch_short_rows(task, p, row, j):
+    """Prefetch line j of those that lie ahead of 16 short rows at p, if these, ``row`` bytes each, are contiguous.
+
+    Lines that are requested all at once, before the rows are transposed, are dropped, as too many are on their way.
+    """
+    if task.n_classes >= LANES and row == task.n_classes * itemsize(p):
+        line = j * LANES * itemsize(p)
+        prefetch(p, line + MEMORY_AHEAD)
+        if task.double:  # a vector takes two cache lines
+            prefetch(p, line + MEMORY_AHEAD + LINE)
 
 
 @inlined
@@ -35,10 +55,14 @@ def prefetch_operands(task, unit, j):
     """Prefetch what is read a block, a row, or 16 rows after vector j, while the exponentials of that are computed."""
     if task.overlapped and task.class_lanes:  # the logits are prefetched where they are first read: see ``prefetch_pipelined``
         if task.soft:
-            prefetch_near(task.t + unit.t, j * t_step(task) + pipeline_distance(task))
+            prefetch_stream(task, task.t + unit.t, j * t_step(task))
         return
     if task.class_lanes and not task.large:  # x is in some cache, but seldom in the first-level one
         prefetch_near(task.x + unit.x, (j + min(block_length(task), task.n_vectors)) * x_step(task))
+    if task.large and task.transposed:
+        prefetch_short_rows(task, task.x + unit.x, fixed(task.axes, 8), j)
+        if task.soft:
+            prefetch_short_rows(task, task.t + unit.t, fixed(task.axes, 24), j)
     if task.large and not task.packed:
         ahead, t_ahead = LANES * itemsize(task.x), LANES * itemsize(task.t)
         if task.class_lanes:
@@ -55,7 +79,7 @@ def prefetch_operands(task, unit, j):
 @inlined
 def prefetch_pipelined(task, unit, j):
     """Prefetch what follows vector j in a row pipeline, which reads that vector for the first time."""
-    prefetch_near(task.x + unit.x, j * x_step(task) + pipeline_distance(task))
+    prefetch_stream(task, task.x + unit.x, j * x_step(task))
 
 
 @inlined

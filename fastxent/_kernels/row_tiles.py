@@ -25,6 +25,7 @@ from fastxent._simd.vector import LANES, all_lanes, count_lanes, first_lanes, io
 INF = float("inf")
 PAGE = 4096
 SHORT_ROWS_AHEAD = 2048  # prefetch distance in bytes for short rows, if units are not paired
+FEWEST_STREAMED = 64  # classes from which of a large gradient only the line that 16 rows share with the next 16 is prefetched
 
 
 @inlined
@@ -43,9 +44,9 @@ def load_tile(task, tile, p, n, lanes, mask):
     m = splat(tile, -INF)
     if task.transposed and (n == LANES or n == 1):
         row, ahead = fixed(task.axes, 8) if n > 1 else 0, 0  # a single row is read 16 times, at stride 0
-        if task.large or task.n_classes < LANES:
+        if task.n_classes < LANES:
             prefetch_rows(task, p, row)
-        elif row == task.n_classes * itemsize(p):
+        elif row == task.n_classes * itemsize(p) and not task.large:  # large ones: see ``prefetch_short_rows``
             ahead = prefetch_distance(task, row)
         for c in range(0, task.n_classes, LANES):
             first = first_class(task, c)
@@ -65,7 +66,8 @@ def load_target_tile(task, tile, p, n, lanes, mask):
     vector = LANES * itemsize(tile)
     if n == LANES:
         row = fixed(task.axes, 24)
-        ahead = prefetch_distance(task, row) if row == task.n_classes * itemsize(p) else 0
+        from_cache = not task.large or task.n_classes < LANES
+        ahead = prefetch_distance(task, row) if from_cache and row == task.n_classes * itemsize(p) else 0
         for c in range(0, task.n_classes, LANES):
             first = first_class(task, c)
             load_transposed(p + first * itemsize(p), row, min(LANES, task.n_classes), tile + first * vector, ahead)
@@ -137,8 +139,11 @@ def write_transposed(task, unit, tile, p, factor, g_y):
     SQUARE classes and masked stores are slow, if they are fewer than 16, or if contiguous rows need non-temporal stores.
     """
     row, own = fixed(task.axes, 16), task.n_classes * itemsize(p)
-    if task.large:
-        prefetch_rows(task, p, row)
+    if task.large and task.non_temporal != 0:
+        if task.n_classes < FEWEST_STREAMED:
+            prefetch_rows(task, p, row)
+        else:
+            prefetch_near(p, prefetch_distance(task, row))
     n = count_lanes(unit.rows)
     in_pieces = task.n_classes < SQUARE and not BY_MASK
     staged = in_pieces or n < LANES or (task.large and task.non_temporal != 0 and row == own)
