@@ -7,12 +7,14 @@ labels, the raw scores and perhaps weights. Each function here takes all of thes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from fastxent._runtime.arguments import Array
+from fastxent._runtime.arguments import Array, as_array, check_vector, floating
+from fastxent._runtime.options import check_integer
 from fastxent.functional import rounded_grad_hess
 
 SMALLEST_PRIOR = 1e-15  # of a class without rows, whose logarithm would be -inf; LightGBM's own number
@@ -136,8 +138,8 @@ def log_prior(labels: object, n_classes: int, *, sample_weight: object = None) -
 
     Raises
     ------
-    ValueError
-        A shape does not fit, or a label is outside [0, K).
+    ValueError, TypeError
+        A shape or dtype does not fit, a label is no class index in [0, K), or the weights sum to 0, as those of no rows do.
 
     References
     ----------
@@ -149,20 +151,29 @@ def log_prior(labels: object, n_classes: int, *, sample_weight: object = None) -
     >>> log_prior([0, 2, 2, 2], 3).round(3)
     array([ -1.386, -34.539,  -0.288])
     """
-    t = np.asarray(labels)
-    u = None if sample_weight is None else np.asarray(sample_weight, np.float64)
-    if t.ndim == 2 and t.shape[1] == n_classes:
-        frequencies = np.average(t, axis=0, weights=u)
+    k = check_integer(n_classes, "n_classes")
+    t = floating(labels, "labels").astype(np.float64)
+    u = check_vector(sample_weight, "sample_weight", t.shape[:1], "one weight per row")
+    if t.ndim == 2 and t.shape[1] == k:
+        counts = (t if u is None else t * u[:, None]).sum(0)
+    elif t.ndim == 1:
+        good = (t >= 0) & (t < k) & (t == np.trunc(t))
+        if not good.all():
+            row = int(np.argmin(good))
+            raise ValueError(f"labels[{row}] = {t[row]:g} is no class index in [0, {k})")
+        counts = np.bincount(t.astype(np.int64), u, k)
     else:
-        counts = np.bincount(t.astype(np.int64), u, n_classes)
-        if t.ndim != 1 or len(counts) > n_classes:
-            raise ValueError(f"labels must be class indices in [0, {n_classes}), or probabilities of shape (N, {n_classes})")
-        frequencies = counts / counts.sum()
-    return np.log(np.maximum(frequencies, SMALLEST_PRIOR))
+        raise ValueError(f"labels have shape {t.shape}; they must be (N,), class indices, or (N, {k}), class probabilities")
+    total = float(counts.sum())
+    if not 0.0 < total < math.inf:
+        raise ValueError(f"the weights of all labels sum to {total:g}: classes have no frequencies")
+    return np.log(np.maximum(counts / total, SMALLEST_PRIOR))
 
 
 def _read(call: tuple[Any, ...]) -> tuple[Any, Any, Any]:
     """Return scores, labels and sample weights of either kind of call."""
+    if len(call) < 2:
+        raise TypeError(f"an objective takes scores and a data set, or labels and scores; it got {len(call)} argument")
     first, second, *more = call
     if hasattr(second, "get_label"):
         return first, second.get_label(), second.get_weight()
@@ -176,12 +187,12 @@ def _grad_hess(
 
     They are rounded once: with a second rounding, LightGBM grows other trees than by itself.
     """
-    scores = np.asarray(scores)
+    scores = as_array(scores, "scores")
     if scores.ndim != 2:
         raise ValueError(f"the scores have shape {scores.shape}; they must be (rows, classes)")
-    target = np.asarray(options.pop("target", labels))
+    target = as_array(options.pop("target", labels), "target")
     if target.ndim == 1 and target.size == scores.size > len(scores):  # XGBoost flattens labels of shape (N, K)
         target = target.reshape(scores.shape)
-    if sample_weight is not None and not len(sample_weight):  # XGBoost's word for no weights
+    if np.ndim(sample_weight) == 1 and not np.size(sample_weight):  # XGBoost's word for no weights
         sample_weight = None
     return rounded_grad_hess(scores, target, factor(scores.shape[1]), sample_weight=sample_weight, **options)

@@ -312,7 +312,7 @@ def _elementwise(name: str, x: object, axis: Axis, out: Array | None, n_threads:
     axes = _axes(axis, a.ndim)
     threads = checked("n_threads", n_threads)
     if out is not None:
-        check_out(out, a)
+        check_out(out, a, "x")
     if a.ndim == 0:
         one = _elementwise(name, a.reshape(1), axis, None, threads)[0]
         if out is None:

@@ -324,15 +324,15 @@ def check_vector(values: object, name: str, shape: tuple[int, ...], what: str) -
     return np.ascontiguousarray(a, dtype=np.float64).reshape(shape)
 
 
-def check_out(out: object, x: Array) -> Array:
-    """Return ``out``, or raise an error if the result does not fit it."""
+def check_out(out: object, x: Array, name: str = "logits") -> Array:
+    """Return ``out``, or raise an error if the result for x, the argument ``name``, does not fit it."""
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
     as_array(out, "out")
     if out.shape != x.shape:
-        raise ValueError(f"out has shape {out.shape}; it must be that of logits, {x.shape}")
+        raise ValueError(f"out has shape {out.shape}; it must be that of {name}, {x.shape}")
     if out.dtype != x.dtype and out.dtype.newbyteorder("=") != x.dtype:
-        raise TypeError(f"out has dtype {out.dtype}; it must be that of logits, {x.dtype}")
+        raise TypeError(f"out has dtype {out.dtype}; it must be that of {name}, {x.dtype}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
     if out.size and 0 in out.strides and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):

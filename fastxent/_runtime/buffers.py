@@ -22,6 +22,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fastxent._runtime.options import check_integer
+
 Array = np.ndarray[Any, Any]
 
 SMALLEST = 1 << 20  # bytes: malloc itself recycles smaller ones
@@ -113,17 +115,18 @@ def set_buffer_limit(nbytes: int) -> None:
 
     Raises
     ------
-    ValueError
-        If ``nbytes`` is negative.
+    ValueError, TypeError
+        If ``nbytes`` is negative, or no integer.
 
     Examples
     --------
     >>> import fastxent as fx
     >>> fx.set_buffer_limit(1 << 30)
     """
-    if nbytes < 0:
-        raise ValueError(f"nbytes = {nbytes} is negative")
-    _Store.limit = nbytes
+    limit = check_integer(nbytes, "nbytes")
+    if limit < 0:
+        raise ValueError(f"nbytes = {limit} is negative")
+    _Store.limit = limit
     while _Store.kept and not _is_room_for(0):
         del _Store.kept[:1]
 

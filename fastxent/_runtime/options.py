@@ -84,7 +84,7 @@ def check_memory_limit(value: object, name: str) -> int | None:
 
 
 def check_reduction(reduction: str, name: str = "reduction", allowed: tuple[str, ...] = REDUCTIONS) -> str:
-    if reduction not in allowed:
+    if not isinstance(reduction, str) or reduction not in allowed:
         raise ValueError(f"{name} = {reduction!r} is not one of {', '.join(map(repr, allowed))}")
     return reduction
 

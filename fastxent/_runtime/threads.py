@@ -174,7 +174,10 @@ def check_threads(n: object, name: str) -> int:
     """Return ``n`` as a number of threads, or raise an error that names the argument."""
     if isinstance(n, bool) or not hasattr(n, "__index__"):
         raise TypeError(f"{name} must be an integer or None, got {type(n).__name__}")
-    count = int(n.__index__())
+    try:
+        count = int(n.__index__())
+    except TypeError:  # it is an array of several numbers, or of floats
+        raise TypeError(f"{name} must be an integer or None, got {n!r}") from None
     if count < 1:
         raise ValueError(f"{name} = {count} is less than 1")
     return count

@@ -159,7 +159,7 @@ def test_the_boosting_objective_takes_whole_floats_for_labels(dtype):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("reduction", ["batchmean", "Mean", "", None, 0, True])
+@pytest.mark.parametrize("reduction", ["batchmean", "Mean", "", None, 0, True, np.array(["mean"])], ids=repr)
 @pytest.mark.parametrize("name", [*LOSSES[:3], "nll_loss"])
 def test_wrong_reduction(name, reduction):
     first = dict(log_probs=good()["logits"]) if name == "nll_loss" else dict(logits=good()["logits"])
@@ -341,6 +341,12 @@ WRONG_ELSEWHERE = {
     "binary threads": (lambda: fx.binary_cross_entropy_with_logits(X, X, n_threads=0), ValueError, "n_threads", "0"),
     "set no threads": (lambda: fx.set_num_threads(0), ValueError, "n", "0", "1"),
     "set half a thread": (lambda: fx.set_num_threads(0.5), TypeError, "n", "float"),
+    "set threads": (lambda: fx.set_num_threads(np.array([1, 2])), TypeError, "n", "array([1, 2])"),
+    "softmax out": (lambda: fx.softmax(X, out=X[1:]), ValueError, "out", "(3, 5)", "that of x, (4, 5)"),
+    "buffers of half a byte": (lambda: fx.set_buffer_limit(0.5), TypeError, "nbytes", "float"),
+    "buffers of nan": (lambda: fx.set_buffer_limit(np.nan), TypeError, "nbytes", "float"),
+    "buffers of text": (lambda: fx.set_buffer_limit("1 GB"), TypeError, "nbytes", "str"),
+    "fewer buffers than none": (lambda: fx.set_buffer_limit(-1), ValueError, "nbytes", "-1"),
     "warm up by nobody": (lambda: fx.warmup(n_jobs=0), ValueError, "n_jobs", "0", "1"),
     "warm up by half": (lambda: fx.warmup(n_jobs=0.5), TypeError, "n_jobs", "float"),
     "warm up nothing": (lambda: fx.warmup(dtypes=("float8",)), (ValueError, TypeError), "dtypes", "float8", "float32"),

@@ -117,9 +117,49 @@ def test_log_prior():
     np.testing.assert_allclose(log_prior([0.0, 2.0, 2.0, 2.0], 3), np.log([0.25, 1e-15, 0.75]))
     np.testing.assert_allclose(log_prior([0, 1], 2, sample_weight=[3, 1]), np.log([0.75, 0.25]))
     np.testing.assert_allclose(log_prior([[0.5, 0.5], [1, 0]], 2, sample_weight=[2, 1]), np.log([2 / 3, 1 / 3]))
-    for wrong in ([3], [-1], [[0.5, 0.5]]):
-        with pytest.raises(ValueError):
-            log_prior(wrong, 3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "error", "words"),
+    [
+        ([0, 3], {}, ValueError, r"labels\[1\] = 3 .*\[0, 3\)"),
+        ([-1], {}, ValueError, r"labels\[0\] = -1"),
+        ([1, 0.5], {}, ValueError, r"labels\[1\] = 0\.5"),
+        ([np.nan], {}, ValueError, r"labels\[0\] = nan"),
+        (["a"], {}, TypeError, "labels"),
+        (np.ma.masked_array([0, 1], [0, 1]), {}, TypeError, "labels is a masked array"),
+        ([[0.5, 0.5]], {}, ValueError, r"labels have shape \(1, 2\).*\(N, 3\)"),
+        (np.zeros((1, 1, 3)), {}, ValueError, r"labels have shape \(1, 1, 3\)"),
+        ([], {}, ValueError, "sum to 0"),
+        ([0, 1], {"sample_weight": [0, 0]}, ValueError, "sum to 0"),
+        ([[1.0, 0.0, 0.0]], {"sample_weight": [0]}, ValueError, "sum to 0"),
+        ([0, 1], {"sample_weight": [np.nan, 1]}, ValueError, "sum to nan"),
+        ([0, 1], {"sample_weight": [1, 1, 1]}, ValueError, r"sample_weight has shape \(3,\)"),
+        ([0, 1], {"sample_weight": 2.0}, ValueError, r"sample_weight has shape \(\)"),
+        ([0, 1], {"n_classes": 2.5}, TypeError, "n_classes"),
+    ],
+    ids=repr,
+)
+def test_what_has_no_prior(labels, options, error, words):
+    with pytest.raises(error, match=words):
+        log_prior(labels, **{"n_classes": 3, **options})
+
+
+@pytest.mark.parametrize("objective", [xgboost_softprob, lightgbm_multiclass])
+def test_masks_and_weights_that_are_none(objective):
+    x, y, _ = scores()
+    masked = np.ma.masked_array(x, x > 0)
+    for call, name in (
+        (lambda: objective(y, masked), "scores"),
+        (lambda: objective(np.ma.masked_array(y, y > 2), x), "target"),
+        (lambda: objective(y, x, target=masked), "target"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} is a masked array"):
+            call()
+    with pytest.raises(ValueError, match=r"sample_weight has shape \(\)"):
+        objective(x, Data(y, np.float64(2.0)))
+    with pytest.raises(TypeError, match="labels"):
+        xgboost_softprob(y)
 
 
 # ----------------------------------------------------------------------------------------------------
