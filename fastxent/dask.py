@@ -19,6 +19,7 @@ except ImportError as error:
     raise ImportError("fastxent.dask needs Dask: pip install 'fastxent[dask]'", name="dask") from error
 
 from fastxent import functional, special
+from fastxent._runtime.arguments import as_array
 from fastxent._runtime.options import checked
 from fastxent.functional import CrossEntropyStats
 
@@ -341,6 +342,12 @@ def _elementwise(function: Callable[..., Any], x: Any, axis: int, n_threads: int
     return da.moveaxis(da.apply_gufunc(function, "(c)->(c)", rows, output_dtypes=function(_empty(rows)).dtype), -1, axis)
 
 
+def _check_sizes(a: Any, name: str) -> None:
+    """Raise an error if Dask does not know how many rows a chunk has, as after a selection by a mask."""
+    if any(n != n for n in a.shape):
+        raise ValueError(f"{name} has chunks of unknown sizes, shape {a.shape}: call compute_chunk_sizes() of it first")
+
+
 class _Call:
     """A checked call: arrays with the class axis at the end, and the options of NumPy's functions on a block of their rows."""
 
@@ -353,14 +360,17 @@ class _Call:
         self.soft = target.ndim == self.x.ndim
         if self.soft:
             target, _ = _rows_of(target, self.axis, "target")
+        _check_sizes(self.x, "logits")
+        _check_sizes(target, "target")
         rows, chunks = self.x.shape[:-1], self.x.chunks[:-1]
         if target.shape != (self.x.shape if self.soft else rows):
             raise ValueError(f"target has shape {target.shape}; rows of logits have shape {rows}, logits {self.x.shape}")
         u = da.ones(rows, chunks=chunks) if sample_weight is None else da.asanyarray(sample_weight)
+        _check_sizes(u, "sample_weight")
         if u.shape != rows:
             raise ValueError(f"sample_weight has shape {u.shape}; it must be {rows}: one weight per row")
         self.target, self.u = target.rechunk(self.x.chunks if self.soft else chunks), u.rechunk(chunks)
-        self.weight = None if weight is None else np.asarray(weight)
+        self.weight = None if weight is None else as_array(weight, "weight")
         self.options: dict[str, Any] = {
             "weight": self.weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "n_threads": n_threads,
         }  # fmt: skip
