@@ -65,9 +65,9 @@ def load_target_tile(task, tile, p, n, lanes, mask):
     """Load the class probabilities of n rows into a tile, class by class; 16 rows are transposed, fewer are gathered."""
     vector = LANES * itemsize(tile)
     if n == LANES:
-        row = fixed(task.axes, 24)
-        from_cache = not task.large or task.n_classes < LANES
-        ahead = prefetch_distance(task, row) if from_cache and row == task.n_classes * itemsize(p) else 0
+        row, ahead = fixed(task.axes, 24), 0
+        if row == task.n_classes * itemsize(p) and not (task.large and task.n_classes >= LANES):
+            ahead = prefetch_distance(task, row)
         for c in range(0, task.n_classes, LANES):
             first = first_class(task, c)
             load_transposed(p + first * itemsize(p), row, min(LANES, task.n_classes), tile + first * vector, ahead)
