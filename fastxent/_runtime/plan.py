@@ -217,7 +217,7 @@ def strategy(
         per_unit = n_classes * LANES
     large = past_caches and not split and layout != Layout.STRIDED_ROWS and layout != Layout.GATHERED_TILE
 
-    # Chunks do not depend on the task, so that a loss has the same bits with its gradient and without.
+    # Chunks do not depend on the task, so that a float32 loss has the same bits with its gradient and without.
     paired = layout == Layout.TRANSPOSED_TILE and n_classes <= (MOST_PAIRED_LARGE if large else MOST_PAIRED)
     chunk = max(1, CHUNK // per_unit, n_units // PIECES if large else 0)
     together = 2 if paired else panel  # units that must be in the same chunk

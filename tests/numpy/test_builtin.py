@@ -46,11 +46,15 @@ def answer(name: str, *args: Any, options: tuple[Any, ...] = DEFAULTS, team: int
 def test_it_answers_with_the_same_bits(shape, dtype):
     x, y = arrays(shape, dtype)
     loss, g = fx.cross_entropy_value_and_grad(x, y)
-    assert fx.cross_entropy(x, y) == loss
+    alone = fx.cross_entropy(x, y)
+    if dtype == np.float64:  # without its gradient a long row is taken in blocks, whose sums are rescaled, which rounds
+        np.testing.assert_array_max_ulp(alone, loss, 1)
+    else:
+        assert alone == loss
     out = np.full_like(x, 7)
     again = answer("value_and_grad", x, y, out)
     assert type(again) is float and loss.dtype.type(again) == loss and np.array_equal(out, g)
-    assert loss.dtype.type(answer("value", x, y, x)) == loss
+    assert loss.dtype.type(answer("value", x, y, x)) == alone
     other, z = arrays(shape, dtype, seed=1)
     loss, g = fx.cross_entropy_value_and_grad(other, z, n_threads=1)  # not asked where a number of threads is given
     assert loss.dtype.type(answer("value_and_grad", other, z, other)) == loss and np.array_equal(other, g)
