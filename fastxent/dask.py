@@ -319,6 +319,8 @@ def _rows_of(a: Any, axis: int, name: str) -> tuple[Any, int]:
     if not -a.ndim <= axis < a.ndim:
         raise ValueError(f"axis = {axis} is outside [{-a.ndim}, {a.ndim}) for {name} of shape {a.shape}")
     axis %= a.ndim
+    if a.shape[axis] != a.shape[axis]:
+        raise _unknown(a, name)
     if a.dtype.kind in "iub":
         a = a.astype(np.float64)
     if len(a.chunks[axis]) > 1:
@@ -345,7 +347,11 @@ def _elementwise(function: Callable[..., Any], x: Any, axis: int, n_threads: int
 def _check_sizes(a: Any, name: str) -> None:
     """Raise an error if Dask does not know how many rows a chunk has, as after a selection by a mask."""
     if any(n != n for n in a.shape):
-        raise ValueError(f"{name} has chunks of unknown sizes, shape {a.shape}: call compute_chunk_sizes() of it first")
+        raise _unknown(a, name)
+
+
+def _unknown(a: Any, name: str) -> ValueError:
+    return ValueError(f"{name} has chunks of unknown sizes, shape {a.shape}: call compute_chunk_sizes() of it first")
 
 
 class _Call:

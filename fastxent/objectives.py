@@ -152,6 +152,8 @@ def log_prior(labels: object, n_classes: int, *, sample_weight: object = None) -
     array([ -1.386, -34.539,  -0.288])
     """
     k = check_integer(n_classes, "n_classes")
+    if k < 1:
+        raise ValueError(f"n_classes = {k} is less than 1")
     t = floating(labels, "labels").astype(np.float64)
     u = check_vector(sample_weight, "sample_weight", t.shape[:1], "one weight per row")
     if t.ndim == 2 and t.shape[1] == k:

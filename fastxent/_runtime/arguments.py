@@ -335,9 +335,22 @@ def check_out(out: object, x: Array, name: str = "logits") -> Array:
         raise TypeError(f"out has dtype {out.dtype}; it must be that of {name}, {x.dtype}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
-    if out.size and 0 in out.strides and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
+    if out.size and _overlaps_itself(out):
         raise ValueError(f"out has strides {out.strides}: several of its elements share one place")
     return out
+
+
+def _overlaps_itself(a: Array) -> bool:
+    """Return whether elements share memory, as in overlapping windows: an axis has a step within the reach of shorter ones.
+
+    No slice or transposition of an array has that.
+    """
+    reach = a.itemsize
+    for step, n in sorted((abs(step), n) for step, n in zip(a.strides, a.shape, strict=True) if n > 1):
+        if step < reach:
+            return True
+        reach += (n - 1) * step
+    return False
 
 
 def writable_place(out: Array | None, x: Array, axis: int, others: tuple[Array | None, ...] = ()) -> Array:

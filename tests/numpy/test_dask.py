@@ -136,6 +136,7 @@ def test_errors():
         "weight has shape": lambda: fxd.cross_entropy(lazy(X), Y, weight=W[1:]),
         "weight is a masked array": lambda: fxd.cross_entropy(lazy(X), Y, weight=np.ma.masked_array(W, W > 1)),
         "logits has chunks of unknown sizes": lambda: fxd.cross_entropy(lazy(X)[lazy(X)[:, 0] > 0], Y),
+        "x has chunks of unknown sizes": lambda: fxd.softmax(lazy(X)[:, lazy(X)[0] > 0], 1),
         "target has chunks of unknown sizes": lambda: fxd.cross_entropy(lazy(X), da.from_array(Y)[da.from_array(Y) > 2]),
         "sample_weight has chunks of unk": lambda: fxd.cross_entropy(lazy(X), Y, sample_weight=lazy(U)[lazy(U) > 0.1]),
         "reduction = 'max'": lambda: fxd.cross_entropy(lazy(X), Y, reduction="max"),

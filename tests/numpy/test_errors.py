@@ -260,6 +260,8 @@ WRONG_OUT = {
     "integer": (an(4, 5, dtype=np.int32), TypeError, "out", "int32", "float32"),
     "read-only": (read_only(), ValueError, "out", "read-only"),
     "list": ([[0.0] * 5] * 4, TypeError, "out", "list"),
+    "overlapping rows": (np.lib.stride_tricks.as_strided(an(20), (4, 5), (4, 4)), ValueError, "out", "strides (4, 4)"),
+    "overlapping columns": (np.lib.stride_tricks.as_strided(an(20), (4, 5), (12, 4)), ValueError, "out", "(12, 4)"),
     "one place for all": (np.lib.stride_tricks.as_strided(an(1), (4, 5), (0, 0)), ValueError, "out"),
 }
 

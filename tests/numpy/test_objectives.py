@@ -137,6 +137,7 @@ def test_log_prior():
         ([0, 1], {"sample_weight": [1, 1, 1]}, ValueError, r"sample_weight has shape \(3,\)"),
         ([0, 1], {"sample_weight": 2.0}, ValueError, r"sample_weight has shape \(\)"),
         ([0, 1], {"n_classes": 2.5}, TypeError, "n_classes"),
+        ([], {"n_classes": -1}, ValueError, "n_classes = -1"),
     ],
     ids=repr,
 )
