@@ -13,7 +13,7 @@ try:
     import torch.distributed as dist
 except ImportError as error:
     raise ImportError("fastxent.distributed needs PyTorch: pip install 'fastxent[distributed]'", name="torch") from error
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
 from fastxent._runtime.options import check_integer, checked
 from fastxent.torch import _bridge
@@ -94,7 +94,8 @@ def cross_entropy(
     ValueError
         An argument that must be the same in all processes is not, ``vocab_start`` is not what the sizes say: all raise it.
     ValueError, TypeError, RuntimeError
-        An argument does not fit; the processes whose own arguments are right raise a RuntimeError then.
+        An argument does not fit, or a weight requires a gradient, which is not computed; the processes whose own arguments are
+        right raise a RuntimeError then.
 
     Notes
     -----
@@ -128,6 +129,7 @@ def cross_entropy(
         required = {"local_logits": local_logits, "target": target}
         require_tensors("cross_entropy", required, {"weight": weight, "sample_weight": sample_weight})
         _check_indices(target)
+        _check_constants(weight, sample_weight)
         _bridge.check_operands(local_logits, target, weight, sample_weight)
     return CrossEntropy.apply(local_logits, weight, target, sample_weight, group, vocab_start, options)
 
@@ -227,6 +229,7 @@ def linear_cross_entropy(
         optional = {"local_linear_bias": local_linear_bias, "weight": weight, "sample_weight": sample_weight}
         require_tensors("linear_cross_entropy", required, optional)
         _check_indices(target)
+        _check_constants(weight, sample_weight)
         rows = shape_of_logits(input, local_linear_weight, local_linear_bias)[:-1]
         for name, t in (("target", target), ("sample_weight", sample_weight)):
             if t is not None and t.shape != rows:
@@ -278,6 +281,13 @@ def _start(vocab_start: int | None) -> int | None:
     if vocab_start is not None and check_integer(vocab_start, "vocab_start") < 0:
         raise ValueError(f"vocab_start = {vocab_start} is negative")
     return vocab_start
+
+
+def _check_constants(weight: Tensor | None, sample_weight: Tensor | None) -> None:
+    """Raise an error for weights that want a gradient, which would be lost."""
+    for name, t in (("weight", weight), ("sample_weight", sample_weight)):
+        if t is not None and t.requires_grad and is_grad_enabled():
+            raise RuntimeError(f"{name} requires a gradient, which the sharded losses do not compute: pass {name}.detach()")
 
 
 def _check_indices(target: Tensor) -> None:

@@ -145,6 +145,8 @@ ERRORS_OF_ONE = {
         "local_logits": [0.0], "local_linear_weight": [0.0],
     },
     "RuntimeError: size mismatch": {"sample_weight": torch.ones(2)},
+    "RuntimeError: weight requires a gradient": {"weight": torch.ones(2).requires_grad_()},
+    "RuntimeError: sample_weight requires a gradient": {"sample_weight": torch.ones(3).requires_grad_()},
 }  # fmt: skip
 LINEAR_ERRORS_OF_ALL = {"ValueError: input_requires_grad": {"input": torch.zeros(3, 4)}}
 LINEAR_ERRORS_OF_ONE = {
