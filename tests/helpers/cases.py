@@ -46,9 +46,9 @@ ROWS = {
     16: "exactly one tile",
     17: "a tile and one row: the default of the grid",
     33: "two tiles and one row",
-    64: "exactly one strip of 64 logarithms",
-    65: "a strip and one row",
-    100: "strips and tiles with a rest",
+    64: "four whole tiles",
+    65: "four tiles and one row",
+    100: "six tiles and four rows",
 }
 GRID = [(17, c) for c in CLASSES] + [(n, c) for n in ROWS if n != 17 for c in (3, 17, 100)]
 

@@ -34,7 +34,7 @@ NAN = float("nan")
 # (rows, classes). Few classes: one side and the other of every tile and vector; many: of vectors, blocks and segments.
 SHORT = [(17, c) for c in (1, 2, 3, 10, 15, 16, 17, 31, 33, 47, 48, 49, 63, 64, 65, 100)] + [
     (1, 5), (16, 5), (2, 2047), (2, 2049), (1, 32768), (2, 32769), (2, 34815),
-    (112, 3), (113, 50), (250, 17),  # strips of 112 rows, in Fortran order
+    (112, 3), (113, 50), (250, 17),  # panels of 7, 8 and 16 units, in Fortran order
 ]  # fmt: skip
 FULL = [
     *itertools.product((1, 16, 17, 35), range(1, 101)),

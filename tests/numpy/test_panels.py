@@ -1,4 +1,4 @@
-"""Rows that are neighbours, as in (N, C, H, W): copied to a tile in strips, and past the cache while others are worked on."""
+"""Rows that are neighbours, as in (N, C, H, W): copied to a tile in panels, and past the cache while others are worked on."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from fastxent._runtime import plan
 from tests.helpers.cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from tests.numpy.test_large import aligned, planned_with
 
-# 1320 rows are 6 strips of 14 units, 515 are 3 of 11, 272 are 2 of 9, 129 are one of 9; 8 classes are the fewest that overlap.
+# 1320 rows are 6 panels of 14 units, 515 are 3 of 11, 272 are 2 of 9, 129 are one of 9; 8 classes are the fewest that overlap.
 IMAGES = [(3, 20, 40, 33), (2, 49, 5, 103), (5, 8, 16, 17), (2, 3, 40, 33), (4, 20, 3, 43)]
 
 
@@ -43,11 +43,11 @@ def gradient_in(out, logits, target, **options):
     ],
     ids=str,
 )
-def test_strips_past_the_cache(shape, dtype, option, all_is_large):
-    """Whatever of a line of 64 bytes a strip begins with, in place, at any number of threads; nothing is written beside it."""
+def test_panels_past_the_cache(shape, dtype, option, all_is_large):
+    """Whatever of a line of 64 bytes a panel begins with, in place, at any number of threads; nothing is written beside it."""
     logits, target = make_image(shape, dtype)
     options = {"smoothing": {"label_smoothing": 0.1}, "weight": {"weight": np.linspace(0.5, 2, shape[1])}}.get(option, {})
-    if option == "ignore":  # single rows, all of a unit, all of a strip
+    if option == "ignore":  # single rows, all of a unit, all of a panel
         target[0, 0, ::3] = target[1, :, 16:33] = -100
         target[-1] = -100
         logits[np.broadcast_to(target[:, None] == -100, shape)] = np.nan
@@ -68,7 +68,7 @@ def test_strips_past_the_cache(shape, dtype, option, all_is_large):
 
 
 @pytest.mark.parametrize("shape", IMAGES, ids=str)
-def test_strips_have_the_same_bits_in_the_cache_and_past_it(shape, monkeypatch, request):
+def test_panels_have_the_same_bits_in_the_cache_and_past_it(shape, monkeypatch, request):
     logits, target = make_image(shape, FLOAT32)
     loss, g = fx.cross_entropy_value_and_grad(logits, target, axis=1)
     request.getfixturevalue("all_is_large")
@@ -82,7 +82,7 @@ def test_strips_have_the_same_bits_in_the_cache_and_past_it(shape, monkeypatch, 
 
 
 def test_an_image_of_ignored_rows_between_others_changes_nothing(all_is_large):
-    """Its strips are read and written while nothing is computed."""
+    """Its panels are read and written while nothing is computed."""
     logits, target = make_image((5, 20, 40, 33), FLOAT32)
     _, g = fx.cross_entropy_value_and_grad(logits, target, axis=1, reduction="sum")
     target[1:3] = -100
@@ -93,7 +93,7 @@ def test_an_image_of_ignored_rows_between_others_changes_nothing(all_is_large):
 
 @pytest.mark.parametrize(("shape", "around"), [((3, 20, 40, 33), (3, 23, 40, 33)), ((2, 20, 3, 600), (2, 20, 3, 640))], ids=str)
 def test_a_gradient_with_gaps(shape, around, all_is_large):
-    """Strips follow each other in a line only; what lies between lines, or images, is left alone."""
+    """Panels follow each other in a line only; what lies between lines, or images, is left alone."""
     logits, target = make_image(shape, FLOAT32)
     _, want = fx.cross_entropy_value_and_grad(logits, target, axis=1)
     memory = np.full(around, 7, np.float32)
@@ -105,7 +105,7 @@ def test_a_gradient_with_gaps(shape, around, all_is_large):
 
 
 def test_what_overlaps():
-    """Past the cache, of 8 classes and more, if a line has strips that follow each other."""
+    """Past the cache, of 8 classes and more, if a line has panels that follow each other."""
 
     def variant(shape, task="value_and_grad"):
         steps = tuple(int(s) for s in np.empty(shape, np.uint8).strides)
